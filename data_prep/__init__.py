@@ -1,0 +1,1 @@
+"""Raw text to globally shuffled, tokenised webdataset shards. Imports neither torch nor sutrain."""

@@ -1,0 +1,139 @@
+"""Closing the books: what went in is accounted for, and the manifest says what came out."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import socket
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from .errors import AuditError
+from .executor import Executor
+from .files import atomic_file, write_bytes
+from .gather import counts_path
+from .plan import Plan
+from .progress import RunProgress
+from .scatter import new_book, quarantine_path
+from .shards import SPECIAL_IDS, SPLITS, Manifest, ShardEntry, SplitEntry, token_dtype
+
+
+def merge_books(plan: Plan, scattered: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One account for each corpus."""
+    books = [new_book() for _ in plan.config.corpora]
+    for result in scattered:
+        for corpus, book in result["books"].items():
+            for key, value in book.items():
+                if isinstance(value, dict):
+                    books[int(corpus)][key].update(value)
+                else:
+                    books[int(corpus)][key] += value
+    return [
+        book | {key: dict(sorted(book[key].items())) for key in ("dropped", "quarantined")} for book in books
+    ]
+
+
+def close_books(
+    plan: Plan, tokenizer: dict[str, Any], scattered: list[dict[str, Any]], gathered: list[dict[str, Any]]
+) -> Manifest:
+    """The manifest. Raises AuditError when a record is unaccounted for between input, pass 1 and pass 2."""
+    config = plan.config
+    output = config.output_path
+    problems, splits = [], {}
+    counts = np.zeros(tokenizer["vocab_size"], dtype="<u8")
+    for split in SPLITS:
+        results = sorted((r for r in gathered if r["split"] == split), key=lambda r: r["shard"]["name"])
+        shards = [ShardEntry(**result["shard"]) for result in results]
+        expected = {key: sum(r["splits"][split][key] for r in scattered) for key in ("documents", "tokens")}
+        for key, value in expected.items():
+            found = sum(getattr(shard, key) for shard in shards)
+            if found != value:
+                problems.append(f"{split}: pass 1 wrote {value} {key}, pass 2 {found}")
+        total = sum(result["splits"][split]["document_sum"] for result in scattered) % (1 << 64)
+        rows = sum(shard.rows for shard in shards)
+        splits[split] = SplitEntry(rows, expected["documents"], expected["tokens"], f"{total:016x}", shards)
+        if split == "train":
+            for number in range(len(shards)):
+                counts += np.fromfile(counts_path(plan.work_path / "gather", split, number), dtype="<u8")
+    books = merge_books(plan, scattered)
+    records: dict[str, Any] = {**balance(books, sum(split.documents for split in splits.values()), problems)}
+    if problems:
+        raise AuditError("\n".join(problems))
+    data = counts.tobytes()
+    write_bytes(output / "token_counts.bin", data)
+    content = plan.identity["config"]
+    records["quarantine_xxh3"] = _write_quarantine(plan)
+    row_bytes = config.shards.row_tokens * token_dtype(tokenizer["vocab_size"]).itemsize
+    return Manifest(
+        seed=config.seed,
+        row_tokens=config.shards.row_tokens,
+        block_rows=max(1, config.shards.block_bytes // row_bytes),
+        vocab_size=tokenizer["vocab_size"],
+        special_ids=SPECIAL_IDS,
+        has_words=config.words.segmenter != "none",
+        tokenizer={"file": tokenizer["file"], "sha256": tokenizer["sha256"]},
+        token_counts={"file": "token_counts.bin", "xxh3": xxhash.xxh3_128_hexdigest(data)},
+        splits=splits,
+        sources=[{"name": corpus.name, **book} for corpus, book in zip(config.corpora, books, strict=True)],
+        files=[{"source": f.corpus, "path": f.relative, "bytes": f.size_bytes} for f in plan.files],
+        records=records,
+        config=content,
+        tools=plan.identity["tools"],
+    )
+
+
+def _write_quarantine(plan: Plan) -> str:
+    """Join what the tasks put aside to OUTPUT/quarantine.jsonl, one line a record; returns its xxh3-128."""
+    digest = xxhash.xxh3_128()
+    with atomic_file(plan.config.output_path / "quarantine.jsonl") as file:
+        for number in range(len(plan.tasks)):
+            data = quarantine_path(plan.work_path / "scatter", number).read_bytes()
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def balance(books: list[dict[str, Any]], documents: int, problems: list[str]) -> dict[str, int]:
+    """Totals over all corpora; what does not add up goes to `problems`."""
+    totals = {
+        "read": sum(book["read"] for book in books),
+        "written": sum(book["written"] for book in books),
+        "dropped": sum(sum(book["dropped"].values()) for book in books),
+        "quarantined": sum(sum(book["quarantined"].values()) for book in books),
+    }
+    accounted = totals["written"] + totals["dropped"] + totals["quarantined"]
+    if totals["read"] != accounted:
+        problems.append(f"records: {totals['read']} read, but {accounted} written, dropped or quarantined")
+    if totals["written"] != documents:
+        problems.append(
+            f"records: {totals['written']} written by pass 1, {documents} documents in the shards"
+        )
+    return totals
+
+
+def describe_run(
+    plan: Plan, executor: Executor, progress: RunProgress, results: list[dict[str, Any]], started: float
+) -> dict[str, Any]:
+    """run.json: how, where and how fast. Nothing here decides content."""
+    libraries = ("numpy", "sentencepiece", "rjieba", "zstandard", "xxhash", "ray")
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "executor": executor.name,
+        "workers": executor.workers,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
+        "started": started,
+        "seconds": time.time() - started,
+        "stage_seconds": progress.stage_seconds,
+        "task_cpu_seconds": sum(result["cpu_seconds"] for result in results),
+        "peak_process_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "input_files": [asdict(file) for file in plan.files],
+    }

@@ -1,0 +1,256 @@
+"""What to prepare: the configuration of `python -m data_prep`, one class a section of the YAML file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from .config_file import ConfigError, Section, load_config
+
+MEBIBYTE = 1024**2
+DEFAULT_WORK = ".work"
+
+
+class CorpusSection(Section):
+    """One named source of text."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="name of the corpus; enters the shuffle keys")
+    paths: list[str] = Field(
+        min_length=1,
+        description="files, globs (** goes into folders), or folders (every .txt and .jsonl below, also behind "
+        "links; hidden names are left out)",
+    )
+    root: str | None = Field(
+        default=None,
+        description="folder that file names are taken relative to (they enter the shuffle keys); "
+        "none: the folder in `paths` before the first wildcard",
+    )
+    format: Literal["auto", "txt", "jsonl"] = Field(
+        default="auto",
+        description="txt: a record a line; jsonl: a JSON object a line; auto: by suffix. "
+        "From a folder only files with a suffix of the format are taken",
+    )
+    text_field: str = Field(default="text", min_length=1, description="jsonl: the field that holds the text")
+
+
+class CleaningSection(Section):
+    """How the text of a record is cleaned, and which records are dropped (each for a counted reason)."""
+
+    unicode: Literal["nfc", "nfkc", "none"] = Field(default="nfc", description="Unicode normalisation")
+    strip_control: bool = Field(
+        default=True,
+        description="remove control, zero-width-space, bidi, byte-order marks (NUL and surrogates always go)",
+    )
+    collapse_whitespace: bool = Field(
+        default=True,
+        description="turn every run of whitespace, line ends included, into one space and strip the ends",
+    )
+    min_characters: int = Field(
+        default=1, ge=1, description="shorter texts are dropped as too_short [characters]"
+    )
+    max_characters: int | None = Field(
+        default=None, ge=1, description="longer texts are dropped as too_long [characters]; none: no limit"
+    )
+    min_letter_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="texts with a smaller share of letters (CJK and combining marks included) among their "
+        "characters other than spaces are dropped as few_letters",
+    )
+    max_record_bytes: int = Field(
+        default=16 * MEBIBYTE,
+        ge=1024,
+        description="larger raw records are quarantined as record_too_large [bytes]",
+    )
+
+
+class TrainSection(Section):
+    """How to train the sentencepiece model on a keyed uniform sample of the records."""
+
+    model: Literal["unigram", "bpe"] = Field(
+        default="unigram", description="sentencepiece model type; bpe trains faster"
+    )
+    vocab_size: int = Field(
+        default=50_000, ge=64, le=2**31, description="pieces, the 5 special ones included"
+    )
+    sample_bytes: int = Field(
+        default=200_000_000,
+        ge=1,
+        description="cleaned text to train on [bytes]; the trainer needs about 30 times that in memory",
+    )
+    threads: int = Field(
+        default=1, ge=1, description="trainer threads; part of the result, so fixed, never the core count"
+    )
+    character_coverage: float = Field(
+        default=0.9995, gt=0, le=1, description="share of the characters that get a piece of their own"
+    )
+    seed_pieces: int | None = Field(
+        default=None,
+        ge=64,
+        description="unigram: candidates to start from, more than vocab_size; none: 20 x vocab_size, but at "
+        "most a million or, where that is more, 5 x vocab_size",
+    )
+
+    @model_validator(mode="after")
+    def _candidates_suffice(self) -> TrainSection:
+        if self.model == "unigram" and self.seed_pieces and self.seed_pieces <= self.vocab_size:
+            raise ValueError(
+                f"seed_pieces: {self.seed_pieces} candidates cannot give vocab_size={self.vocab_size} pieces; "
+                "take several times vocab_size, or leave it out"
+            )
+        return self
+
+    @property
+    def seed_size(self) -> int:
+        """Candidates that unigram training starts from."""
+        return self.seed_pieces or max(5 * self.vocab_size, min(1_000_000, 20 * self.vocab_size))
+
+
+class TokenizerSection(Section):
+    """Train a sentencepiece model, or load one."""
+
+    load: str | None = Field(
+        default=None, description="sentencepiece .model file to use instead of training one"
+    )
+    train: TrainSection = TrainSection()
+
+
+class WordsSection(Section):
+    """Word starts, for whole-word masking."""
+
+    segmenter: Literal["rjieba", "none"] = Field(
+        default="rjieba", description="none: shards carry no word starts"
+    )
+
+
+class ShardsSection(Section):
+    """The layout of the output."""
+
+    row_tokens: int = Field(default=512, ge=8, le=2**20, description="length of a row [tokens]")
+    target_bytes: int = Field(
+        default=256 * MEBIBYTE,
+        ge=4096,
+        description="token bytes of a shard before compression; sets the number of shards",
+    )
+    block_bytes: int = Field(
+        default=64 * 1024,
+        ge=1024,
+        description="token bytes of a block, the unit of one read and one webdataset sample",
+    )
+    validation_share: float = Field(
+        default=0.005,
+        ge=0,
+        lt=1,
+        description="share of the texts for validation, chosen by content: copies stay together",
+    )
+    zstd_level: int = Field(default=3, ge=1, le=19, description="compression level of the shards")
+
+
+class ResourcesSection(Section):
+    """What the machine may give. Nothing here changes a byte of the output."""
+
+    workers: int | None = Field(
+        default=None, ge=1, description="tasks at a time; none: every core (of the Ray cluster)"
+    )
+    worker_memory_bytes: int = Field(
+        default=1024 * MEBIBYTE,
+        ge=8 * MEBIBYTE,
+        description="memory a task may fill with records, without the program itself",
+    )
+    task_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="input of one task; none: between 64 MiB and 1 GiB by the size of the corpus",
+    )
+    log_seconds: float = Field(
+        default=10.0, gt=0, description="seconds between progress lines when not on a terminal"
+    )
+
+
+class PrepareConfig(Section):
+    """Everything `data_prep run` needs to know."""
+
+    seed: int = Field(
+        default=0, ge=0, lt=2**64, description="the order, the split and the samples follow from it"
+    )
+    output_dir: str = Field(
+        description="where manifest.json, tokenizer/, train/ and validation/ go; seen by all nodes"
+    )
+    work_dir: str | None = Field(
+        default=None,
+        description="where a folder .sutrain-… for the intermediate files is made, and removed at the end; "
+        "none: OUTPUT_DIR/.work",
+    )
+    corpora: list[CorpusSection] = Field(min_length=1)
+    cleaning: CleaningSection = CleaningSection()
+    tokenizer: TokenizerSection = TokenizerSection()
+    words: WordsSection = WordsSection()
+    shards: ShardsSection = ShardsSection()
+    resources: ResourcesSection = ResourcesSection()
+
+    @model_validator(mode="after")
+    def _corpora_have_names_of_their_own(self) -> PrepareConfig:
+        names = [corpus.name for corpus in self.corpora]
+        double = sorted({name for name in names if names.count(name) > 1})
+        if double:
+            raise ValueError(f"two corpora are called {double[0]!r}; each needs a name of its own")
+        return self
+
+    @property
+    def output_path(self) -> Path:
+        return Path(self.output_dir).expanduser().resolve()
+
+    @property
+    def work_base(self) -> Path:
+        """The folder in which a run makes a folder of its own for intermediate files."""
+        if self.work_dir:
+            return Path(self.work_dir).expanduser().resolve()
+        return self.output_path / DEFAULT_WORK
+
+    def content(self) -> dict[str, Any]:
+        """The part of the configuration that decides the content of the output (a loaded tokenizer by its
+        hash elsewhere, input files by the table of inputs).
+        """
+        tree = self.model_dump(mode="json", exclude={"output_dir", "work_dir", "resources"})
+        for corpus in tree["corpora"]:
+            del corpus["paths"], corpus["root"]
+        del tree["tokenizer"]["load"]
+        if self.tokenizer.load:
+            del tree["tokenizer"]["train"]
+        return tree
+
+
+def load(path: str | Path, overrides: list[str]) -> PrepareConfig:
+    """Read and check a configuration. Raises ConfigError with every mistake, one a line."""
+    config = load_config(PrepareConfig, path, overrides)
+    problems = _paths_lost_with_a_ray_package(config)
+    if problems:
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def _paths_lost_with_a_ray_package(config: PrepareConfig, cwd: str | None = None) -> list[str]:
+    """A Ray job runs in an unpacked copy of --working-dir: relative data paths would be looked for, and
+    lost, there.
+    """
+    folder = cwd or os.getcwd()
+    if not any(part.startswith("_ray_pkg_") or part == "working_dir_files" for part in Path(folder).parts):
+        return []
+    paths = {
+        "output_dir": config.output_dir,
+        "work_dir": config.work_dir,
+        "tokenizer.load": config.tokenizer.load,
+    }
+    for number, corpus in enumerate(config.corpora):
+        paths[f"corpora.{number}.root"] = corpus.root
+        paths |= {f"corpora.{number}.paths.{i}": path for i, path in enumerate(corpus.paths)}
+    return [
+        f"{key}: {path!r} is relative, but a Ray job runs in a temporary copy of its working directory; "
+        "give an absolute path that every node sees"
+        for key, path in paths.items()
+        if path and not os.path.isabs(os.path.expanduser(path))
+    ]

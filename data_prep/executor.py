@@ -1,0 +1,158 @@
+"""Running tasks: a pool of local processes, or Ray tasks on a cluster. The task functions are the same.
+
+A task gets a small description, reads and writes files itself, and returns a small dict: bulk data never
+passes through Ray's object store. Only a window of tasks is in flight. Tasks may be repeated at any time
+without harm.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, Protocol
+
+from .errors import DataPrepError
+
+Task = Callable[[Any], dict[str, Any]]
+
+
+class Executor(Protocol):
+    """Runs a function over descriptions and yields the results as they finish, in any order."""
+
+    name: str
+    workers: int
+
+    def run(self, function: Task, descriptions: Sequence[Any]) -> Iterator[dict[str, Any]]: ...
+
+    def close(self) -> None: ...
+
+
+def usable_cores() -> int:
+    """Cores this process may use (affinity, and the quota of a container where there is one)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def make_executor(name: str, workers: int | None) -> Executor:
+    """`local` or `ray`. Raises DataPrepError when no Ray cluster can be reached."""
+    return RayExecutor(workers) if name == "ray" else LocalExecutor(workers or usable_cores())
+
+
+class LocalExecutor:
+    """Spawned processes on this machine; with one worker, this process itself."""
+
+    name = "local"
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, function: Task, descriptions: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """Raises what a task raises, DataPrepError when a worker process dies."""
+        if self.workers == 1 or len(descriptions) == 1:
+            yield from map(function, descriptions)
+            return
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
+        waiting = iter(descriptions)
+        running = {self._pool.submit(function, task) for task in islice(waiting, 2 * self.workers)}
+        try:
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+                    running |= {self._pool.submit(function, task) for task in islice(waiting, 1)}
+        except BrokenProcessPool:
+            raise DataPrepError(
+                "a worker process was killed, most often for want of memory: lower resources.workers or "
+                "resources.worker_memory_bytes, then run the same command again; finished tasks are kept"
+            ) from None
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+class RayExecutor:
+    """Plain Ray tasks with one CPU each on the cluster that this process belongs to (RAY_ADDRESS, or the
+    one here).
+    """
+
+    name = "ray"
+
+    def __init__(self, workers: int | None) -> None:
+        import ray
+
+        self._ray = ray
+        if not ray.is_initialized():
+            address = os.environ.get("RAY_ADDRESS", "auto")
+            try:
+                _knock(address)
+                ray.init(address=address, log_to_driver=False)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise DataPrepError(
+                    f"no Ray cluster can be reached at {address} ({' '.join(str(error).split())}): start one "
+                    "with `ray start --head`, set RAY_ADDRESS, or use --executor=local"
+                ) from None
+        cluster = int(ray.cluster_resources().get("CPU", 1))
+        self.workers = min(workers or cluster, cluster)
+
+    def run(self, function: Task, descriptions: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """Raises what a task raises."""
+        ray = self._ray
+        remote = ray.remote(num_cpus=1, max_retries=3)(function)
+        waiting = iter(descriptions)
+        running = [remote.remote(task) for task in islice(waiting, self.workers + 2)]
+        while running:
+            finished, running = ray.wait(running, num_returns=1)
+            try:
+                result = ray.get(finished[0])
+            except ray.exceptions.RayTaskError as error:
+                for reference in running:
+                    ray.cancel(reference)
+                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            except ray.exceptions.RayError as error:
+                message = " ".join(str(error).split())[:300]
+                raise DataPrepError(
+                    f"a Ray task died ({message}); run the same command again to go on"
+                ) from None
+            running += [remote.remote(task) for task in islice(waiting, 1)]
+            yield result
+
+    def close(self) -> None:
+        """The cluster belongs to whoever started it; only the connection of this process ends with the
+        process.
+        """
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nobody listens at host:port; `ray.init` itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        with socket.create_connection((host, int(port)), timeout=10):
+            pass
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for tasks for ever; let it end instead."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,101 @@
+"""Files that are either whole or absent: write to a temporary name, fsync, rename, fsync the folder.
+
+Two attempts of one task may race. Both write the same bytes, and the later rename wins, which is harmless.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import DataPrepError, DiskFullError
+
+TEMPORARY_MARK = ".tmp-"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk (or quota) and an unwritable place into one clear line each."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"no space left for {path} ({free_bytes(path) / 1e6:,.0f} MB free on that disk): make room, then "
+                "run the same command again; finished tasks are kept"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+            raise DataPrepError(f"{path}: cannot be written ({os.strerror(error.errno)})") from None
+        raise
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under `path` only when the block ends without an exception.
+
+    Raises DiskFullError when the disk is full; the temporary file is removed then.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, readable and with a final newline."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises DataPrepError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataPrepError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DataPrepError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that holds `path`, or will hold it."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def size_or_none(path: Path) -> int | None:
+    """Size of a file in bytes, or None where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

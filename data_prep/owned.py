@@ -1,0 +1,176 @@
+"""What belongs to a run on disk, and so may be removed: named files in OUTPUT, and a folder of its own for work.
+
+Everything else is somebody's data and is never touched. OUTPUT is a run's own once plan.json lies there, the
+first file written. In the work folder the run owns `.sutrain-<hash>` alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .config import DEFAULT_WORK, PrepareConfig
+from .errors import AuditError, DataPrepError
+from .files import TEMPORARY_MARK, disk_errors, read_json, size_or_none, write_json
+from .plan import WORK_PREFIX, Plan, differences
+from .shards import SPLITS, Manifest
+
+_FILES = (
+    "manifest.json",
+    "run.json",
+    "token_counts.bin",
+    "quarantine.jsonl",
+    "progress.json",
+    "metrics.prom",
+    "tokenizer/tokenizer.model",
+    "tokenizer/tokenizer.json",
+)
+_SHARD = re.compile(r"shard-\d{6,}\.(tar|index\.json)")
+_TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + "[0-9a-f]{12}$")
+_WORK = re.compile(re.escape(WORK_PREFIX) + "[0-9a-f]{16}")
+
+
+@contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Hold OUTPUT/.lock; the lock ends with the process. Raises DataPrepError while another run holds it, and
+    where it cannot be had.
+    """
+    with disk_errors(output):
+        lock = (output / ".lock").open("a+")
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise DataPrepError(f"{output}: another run is at work there ({file.read().strip()})") from None
+        except OSError as error:
+            raise DataPrepError(
+                f"{output}: the file system there gives no lock ({error.strerror}); take an output_dir on one "
+                "that does (on a cluster: mounted with flock)"
+            ) from None
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def adopt_plan(plan: Plan, fresh: bool) -> Plan:
+    """Make OUTPUT that of this plan, or take up where an earlier run of the same plan stopped.
+
+    Raises DataPrepError when the folder holds what no run of ours wrote, and when the plans differ.
+    """
+    output, identity = plan.config.output_path, plan.identity  # may fail, so before anything is removed
+    path = output / "plan.json"
+    saved = _saved_plan(path)
+    if saved is None:
+        strangers = [path.name] if path.exists() else []
+        ours = dict.fromkeys([*(name.split("/")[0] for name in _FILES), *SPLITS])
+        strangers += [name for name in ours if (output / name).exists()]
+        if strangers:
+            raise DataPrepError(
+                f"{output}: holds {', '.join(strangers)}, which no run of data_prep wrote; take another output_dir"
+            )
+    elif fresh or "identity" not in saved:
+        clear(output, saved)
+        saved = None
+    if saved is not None:
+        if saved["identity"].get("files") == identity["files"]:
+            plan = plan.with_tasks(saved["tasks"])
+        changed = differences(saved["identity"], identity)
+        if changed and (output / "tokenizer" / "tokenizer.json").exists():
+            raise DataPrepError(
+                f"{output} was begun with other settings or input:\n" + "\n".join(changed) + "\n"
+                "put them back to go on, give another output_dir, or start over with --fresh"
+            )
+        if changed:
+            clear(output, saved)  # nothing was finished that the change could spoil
+    if saved is None or saved != plan.to_json():
+        if saved is not None and saved.get("work") != str(plan.work_path):
+            _remove_work(saved)
+        write_json(path, plan.to_json())
+    return plan
+
+
+def clear(output: Path, saved: dict[str, Any]) -> None:
+    """Remove what runs wrote to OUTPUT, and the work folder that its plan names; a file that somebody else put
+    there stays, and plan.json too, until it is written anew.
+
+    Killed at any point, no data set that looks finished is left, and the next run goes on clearing.
+    """
+    (output / "manifest.json").unlink(missing_ok=True)
+    write_json(output / "plan.json", {"clearing": True, "work": saved.get("work")})
+    _remove_work(saved)
+    for name in _FILES:
+        (output / name).unlink(missing_ok=True)
+    for split in SPLITS:
+        for path in _entries(output / split):
+            if _SHARD.fullmatch(path.name):
+                path.unlink()
+    remove_leftovers(output)
+    for folder in ("tokenizer", *SPLITS, DEFAULT_WORK):
+        _remove_if_empty(output / folder)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove the temporary files that a killed run left in OUTPUT."""
+    for folder in (output, output / "tokenizer", *(output / split for split in SPLITS)):
+        inside = "" if folder == output else f"{folder.name}/"
+        for path in _entries(folder):
+            name = _TEMPORARY.sub("", path.name)
+            ours = f"{inside}{name}" in (*_FILES, "plan.json") or (inside and _SHARD.fullmatch(name))
+            if name != path.name and ours:
+                path.unlink(missing_ok=True)
+
+
+def remove_work(plan: Plan) -> None:
+    """Remove the run's work folder, and OUTPUT/.work when nothing else lies in it."""
+    _remove_work({"work": str(plan.work_path)})
+    _remove_if_empty(plan.config.output_path / DEFAULT_WORK)
+
+
+def finished(config: PrepareConfig) -> Manifest:
+    """The manifest of a finished OUTPUT. Raises AuditError when a file is gone or has another size."""
+    output = config.output_path
+    manifest = Manifest.load(output)
+    sizes = {f"{split}/{s.name}": s.file_bytes for split, e in manifest.splits.items() for s in e.shards}
+    sizes[manifest.token_counts["file"]] = manifest.vocab_size * 8
+    damaged = [name for name, size in sizes.items() if size_or_none(output / name) != size]
+    if damaged:
+        raise AuditError(
+            f"{output}: was finished, but {damaged[0]} is gone or has another size"
+            f"{f', and {len(damaged) - 1} more files' if damaged[1:] else ''}; see what is damaged with verify, "
+            "put the files back, or start over with --fresh"
+        )
+    return manifest
+
+
+def _saved_plan(path: Path) -> dict[str, Any] | None:
+    """plan.json when it is one of ours (also of a clearing that was interrupted), else None."""
+    if not path.exists():
+        return None
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not ({"identity", "tasks"} <= saved.keys() or "clearing" in saved):
+        return None
+    return saved
+
+
+def _remove_work(saved: dict[str, Any]) -> None:
+    folder = Path(saved.get("work") or "")
+    if _WORK.fullmatch(folder.name) and folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []

@@ -1,0 +1,233 @@
+"""What a run will do, decided before it starts: the input files, the tasks, and what the output depends on.
+
+The plan is written to OUTPUT/plan.json and kept. A later run with the same plan goes on where the first
+stopped, and a run with another one is refused with the difference: changed settings, files, or versions of
+the tools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .config import DEFAULT_WORK, PrepareConfig
+from .errors import DataPrepError
+from .inputs import list_corpus, search_root
+from .sample import segment_bytes
+from .scatter import Segment
+from .shards import FORMAT_VERSION
+from .sources import BLOCK_BYTES, InputFile
+from .tokenizer import read_model
+from .words import segmenter_identity
+
+WORK_PREFIX = ".sutrain-"
+_WORK_VERSION = 1  # of the intermediate files; another program must not take up what it cannot read
+_MIN_TASK_BYTES, _MAX_TASK_BYTES = BLOCK_BYTES, 1024**3
+_TASKS_PER_RUN = 64
+_RATIO = 4  # assumed ratio of compressed input, for estimates and for grouping
+# Rough sizes per byte of text, for the estimate only (16-bit ids, Chinese statutes).
+_SPILL_SHARE, _OUTPUT_SHARE = 0.35, 0.3
+_PROGRAM_BYTES = 350 * 1024**2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Files in the order that ties are broken by, the tasks of pass 1, and what decides the content."""
+
+    config: PrepareConfig
+    files: list[InputFile]
+    ignored: list[str]
+    tasks: list[list[Segment]]
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def text_bytes(self) -> int:
+        """Estimate of the decompressed size."""
+        return sum(file.size_bytes * (_RATIO if file.compression else 1) for file in self.files)
+
+    @property
+    def spill_bytes(self) -> int:
+        return int(self.text_bytes * _SPILL_SHARE)
+
+    @property
+    def output_bytes(self) -> int:
+        return int(self.text_bytes * _OUTPUT_SHARE)
+
+    def worker_bytes(self) -> int:
+        """Peak memory of one worker."""
+        return self.config.resources.worker_memory_bytes + _PROGRAM_BYTES
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the content of the output, and finished parts of it, depend on."""
+        content = self.config.content()
+        if self.config.tokenizer.load:
+            model = read_model(Path(self.config.tokenizer.load).expanduser())
+            content["tokenizer"]["sha256"] = hashlib.sha256(model).hexdigest()
+        content["words"] = segmenter_identity(self.config.words.segmenter)
+        names = [corpus.name for corpus in self.config.corpora]
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": content,
+            "files": {
+                f"{names[file.corpus]}:{file.relative}": [file.size_bytes, file.mtime_ns]
+                for file in self.files
+            },
+            "tools": tool_versions(),
+        }
+
+    @cached_property
+    def run_hash(self) -> str:
+        """Names this run: the content, where it goes, and the tasks. Every intermediate file belongs to one."""
+        facts = [_WORK_VERSION, self.identity, str(self.config.output_path), self._cuts()]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def work_path(self) -> Path:
+        """The folder for intermediate files, which belongs to this run alone."""
+        return self.config.work_base / f"{WORK_PREFIX}{self.run_hash}"
+
+    def with_tasks(self, cuts: list[Any]) -> Plan:
+        """The same plan with the tasks of an earlier run, as they stand in plan.json."""
+        return replace(self, tasks=_segments(self.config, self.files, cuts))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "work": str(self.work_path),
+            "files": [asdict(file) for file in self.files],
+            "tasks": self._cuts(),
+        }
+
+    def _cuts(self) -> list[list[list[int | None]]]:
+        return [
+            [[segment.file, segment.first_block, segment.stop_block] for segment in segments]
+            for segments in self.tasks
+        ]
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what decides bytes; Python's Unicode tables decide normalisation, spaces and letters."""
+    return {name: version(name) for name in ("sentencepiece", "zstandard")} | {
+        "unicode": unicodedata.unidata_version
+    }
+
+
+def make_plan(config: PrepareConfig) -> Plan:
+    """List the input and cut it into tasks.
+
+    Raises DataPrepError with every path that matches nothing or cannot be read, when there is no text at all,
+    and when input, output and intermediate files would lie in one another.
+    """
+    files: list[InputFile] = []
+    problems, ignored = [], []
+    for number, corpus in enumerate(config.corpora):
+        found, unknown, corpus_problems = list_corpus(number, corpus)
+        files += found
+        ignored += unknown
+        problems += corpus_problems
+    if not problems and not any(file.size_bytes for file in files):
+        problems.append(f"the input is empty: {len(files)} file(s) with 0 bytes")
+    problems += _overlaps(config, files)
+    if problems:
+        raise DataPrepError("\n".join(problems))
+    cuts = list(_cut_tasks(files, _task_bytes(config, files)))
+    return Plan(config, files, ignored, _segments(config, files, cuts))
+
+
+def _segments(config: PrepareConfig, files: list[InputFile], cuts: Sequence[Any]) -> list[list[Segment]]:
+    names = [corpus.name for corpus in config.corpora]
+    return [
+        [Segment(file, files[file], names[files[file].corpus], first, stop) for file, first, stop in cut]
+        for cut in cuts
+    ]
+
+
+def _overlaps(config: PrepareConfig, files: list[InputFile]) -> list[str]:
+    """One line for each of output_dir and work_dir that is, holds, or lies in an input or the other."""
+    output, work = config.output_path, config.work_base
+    inputs = [file.path for file in files]
+    for pattern in (pattern for corpus in config.corpora for pattern in corpus.paths):
+        path = Path(pattern).expanduser()
+        if path.is_dir() or "**" in path.parts:
+            inputs.append(str(search_root(path)))
+    if config.tokenizer.load:
+        inputs.append(str(Path(config.tokenizer.load).expanduser()))
+    places = {"output_dir": output} | ({"work_dir": work} if config.work_dir else {})
+    problems = []
+    for key, place in places.items():
+        hit = next((path for path in inputs if _touch(place, path)), None)
+        if hit:
+            problems.append(f"{key}: {place} and the input {hit} lie in one another; take a folder apart")
+    if _touch(output, work) and work != output / DEFAULT_WORK:
+        problems.append(f"work_dir: {work} and output_dir {output} lie in one another; take a folder apart")
+    return problems
+
+
+def _touch(place: Path, path: str | Path) -> bool:
+    """Is one of the two inside the other, or the same? The path as it is written, and where its links lead."""
+    others = (Path(os.path.abspath(path)), Path(os.path.realpath(path)))
+    return any(place.is_relative_to(other) or other.is_relative_to(place) for other in others)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two identities, one line each, at most a dozen."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            shown = [repr(side[key]) if key in side else "absent" for side in (before, after)]
+            lines.append(f"  {key}: was {shown[0]}, is now {shown[1]}")
+    return lines if len(lines) <= 12 else [*lines[:12], f"  … and {len(lines) - 12} more"]
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        for number, value in enumerate(tree):
+            yield from _flatten(value, f"{prefix}.{number}")
+    else:
+        yield prefix, tree
+
+
+def _task_bytes(config: PrepareConfig, files: list[InputFile]) -> int:
+    if config.resources.task_bytes:
+        return config.resources.task_bytes
+    total = sum(file.size_bytes for file in files)
+    return min(max(total // _TASKS_PER_RUN, _MIN_TASK_BYTES), _MAX_TASK_BYTES)
+
+
+def _cut_tasks(files: list[InputFile], task_bytes: int) -> Iterator[list[tuple[int, int, int | None]]]:
+    """Group blocks of files, in order, into tasks of about `task_bytes` of text; compressed files stay
+    whole.
+    """
+    task: list[tuple[int, int, int | None]] = []
+    filled = 0
+    for number, file in enumerate(files):
+        step = max(1, task_bytes // BLOCK_BYTES)
+        blocks = file.blocks
+        parts = (
+            [(0, None)] if blocks is None else [(i, min(i + step, blocks)) for i in range(0, blocks, step)]
+        )
+        for first, stop in parts:
+            size = segment_bytes(Segment(number, file, "", first, stop)) * (_RATIO if file.compression else 1)
+            if task and filled + size > task_bytes:
+                yield task
+                task, filled = [], 0
+            task.append((number, first, stop))
+            filled += size
+    if task:
+        yield task

@@ -1,0 +1,155 @@
+"""What a run says while it works: a live line on a terminal, a plain line now and then in a log, and two
+files.
+
+OUTPUT/progress.json tells the stage, its share done and the records so far; OUTPUT/metrics.prom has the
+same counts for Prometheus (node exporter's textfile collector reads it).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class RunProgress:
+    """Shows the progress of the stages of a run, and records it in `folder` unless that is None."""
+
+    def __init__(self, folder: Path | None, log_seconds: float, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.stage_seconds: dict[str, float] = {}
+        self.records: Counter[str] = Counter()
+        self._folder, self._log_seconds = folder, log_seconds
+        self._stage, self._unit = "", "bytes"
+        self._done = self._total = self._tasks_done = self._tasks = 0.0
+        self._started = time.monotonic()
+
+    @contextmanager
+    def stage(self, name: str, total: float, tasks: int, unit: str = "bytes") -> Iterator[None]:
+        """A stage with `total` units of work in `tasks` tasks; ends with its line of summary."""
+        self._stage, self._unit, self._total, self._tasks = name, unit, total, tasks
+        self._done = self._tasks_done = 0
+        self._started = time.monotonic()
+        ended = threading.Event()
+        ticker = threading.Thread(target=self._tick, args=(ended,), daemon=True)
+        live = _live(self.console) if self.console.is_terminal else None
+        self._bar = live
+        try:
+            if live is not None:
+                live.start()
+                self._bar_task = live.add_task(name, total=total or None, note="")
+            ticker.start()
+            yield
+        finally:
+            ended.set()
+            ticker.join()
+            if live is not None:
+                live.stop()
+            self.stage_seconds[name] = self.stage_seconds.get(name, 0) + time.monotonic() - self._started
+            self._write_files()
+        self.console.print(
+            f"{self._line()}, {time.monotonic() - self._started:.1f} s", highlight=False, soft_wrap=True
+        )
+
+    def advance(self, amount: float, records: dict[str, int] | None = None) -> None:
+        """A task ended: `amount` units of work, and records by outcome."""
+        self._done += amount
+        self._tasks_done += 1
+        self.records.update(records or {})
+        if self._bar is not None:
+            self._bar.update(self._bar_task, completed=self._done, note=self._note())
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _tick(self, ended: threading.Event) -> None:
+        while not ended.wait(self._log_seconds):
+            if not self.console.is_terminal:
+                self.console.print(self._line(), highlight=False, soft_wrap=True)
+            self._write_files()
+
+    def _line(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._started)
+        rate = self._done / seconds
+        parts = [f"{self._stage}: {int(self._tasks_done)}/{int(self._tasks)} tasks"]
+        if self._total:
+            parts.append(f"{min(1.0, self._done / self._total):.0%}")
+        scale, unit = (1e6, "MB") if self._unit == "bytes" else (1e3, f"k {self._unit}")
+        parts.append(f"{self._done / scale:,.1f} {unit} at {rate / scale:,.1f} {unit}/s")
+        if rate and self._done < self._total:
+            parts.append(f"{(self._total - self._done) / rate:,.0f} s left")
+        return ", ".join(parts + ([self._note()] if self.records else []))
+
+    def _note(self) -> str:
+        lost = self.records["dropped"] + self.records["quarantined"]
+        return f"{self.records['written']:,} records, {lost:,} dropped or quarantined" if self.records else ""
+
+    def finish(self) -> None:
+        """Leave word that the run has ended well."""
+        self._stage, self._done, self._total = "finished", 1, 1
+        self._write_files()
+
+    def _write_files(self) -> None:
+        if self._folder is None:
+            return
+        status: dict[str, Any] = {
+            "stage": self._stage,
+            "done": self._done,
+            "total": self._total,
+            "unit": self._unit,
+            "tasks_done": self._tasks_done,
+            "tasks": self._tasks,
+            "stage_seconds": time.monotonic() - self._started,
+            "records": dict(self.records),
+            "time": time.time(),
+        }
+        share = min(1.0, self._done / (self._total or 1))
+        lines = [
+            "# HELP data_prep_records_total Raw records by outcome.",
+            "# TYPE data_prep_records_total counter",
+            *(
+                f'data_prep_records_total{{outcome="{k}"}} {self.records[k]}'
+                for k in ("written", "dropped", "quarantined")
+            ),
+            "# HELP data_prep_stage_share_ratio Share of the current stage that is done.",
+            "# TYPE data_prep_stage_share_ratio gauge",
+            f'data_prep_stage_share_ratio{{stage="{self._stage}"}} {share:.4f}',
+        ]
+        for name, text in (
+            ("progress.json", json.dumps(status) + "\n"),
+            ("metrics.prom", "\n".join(lines) + "\n"),
+        ):
+            temporary = self._folder / f".{name}.new"
+            try:
+                temporary.write_text(text)
+                temporary.replace(self._folder / name)
+            except OSError:
+                return  # telling about the work must never stop it
+
+
+def _live(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )

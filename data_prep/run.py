@@ -1,0 +1,258 @@
+"""The run from plan to manifest: sample, train the tokenizer, scatter (pass 1), gather (pass 2), close the
+books.
+
+Every stage skips what an earlier run of the same plan finished, so a killed run is resumed by starting it
+again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .books import close_books, describe_run, merge_books
+from .config import PrepareConfig
+from .errors import DataPrepError
+from .executor import Executor, make_executor
+from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
+from .gather import GatherTask, finished_gather, gather
+from .owned import adopt_plan, finished, only_run, remove_leftovers, remove_work
+from .plan import Plan, make_plan
+from .progress import RunProgress
+from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_share, train_tokenizer
+from .scatter import ScatterTask, finished_scatter, scatter
+from .shards import SPECIAL_IDS, SPLITS, Manifest, token_dtype
+from .tokenizer import Tokenizer, read_model
+
+# With fewer documents than this to a shard, a shard could come out empty.
+_MIN_SHARD_DOCUMENTS = 64
+
+
+def run(
+    config: PrepareConfig, executor_name: str, fresh: bool, progress: RunProgress | None = None
+) -> Manifest:
+    """Prepare the data of a configuration; returns the manifest, at once when the output is already complete.
+
+    Raises DataPrepError for input, settings and disks that a user can mend, AuditError when the books do
+    not balance.
+    """
+    plan = make_plan(config)
+    output = config.output_path
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    progress = progress or RunProgress(output, config.resources.log_seconds)
+    if plan.ignored:
+        progress.say(f"{len(plan.ignored)} file(s) in the input folders are not taken; `plan` lists them")
+    with only_run(output):
+        plan = adopt_plan(plan, fresh)
+        if (output / "manifest.json").exists():
+            manifest = finished(config)
+            remove_work(plan)
+            progress.say(f"{output} is complete and neither the configuration nor the input has changed")
+            return manifest
+        remove_leftovers(output)
+        with disk_errors(plan.work_path):
+            plan.work_path.mkdir(parents=True, exist_ok=True)
+        warn_of_a_small_disk(plan, progress)
+        started = time.time()
+        executor = make_executor(executor_name, config.resources.workers)
+        try:
+            tokenizer = prepare_tokenizer(plan, executor, progress)
+            scattered = run_scatter(plan, tokenizer, executor, progress)
+            shard_counts = count_shards(plan, scattered, tokenizer["vocab_size"])
+            gathered = run_gather(plan, tokenizer, shard_counts, executor, progress)
+        finally:
+            executor.close()
+        manifest = close_books(plan, tokenizer, scattered, gathered)
+        write_json(output / "run.json", describe_run(plan, executor, progress, scattered + gathered, started))
+        write_json(output / "manifest.json", manifest.to_json())
+        remove_work(plan)
+        progress.finish()
+    return Manifest.load(output)
+
+
+def warn_of_a_small_disk(plan: Plan, progress: RunProgress) -> None:
+    """Say so when the estimate does not fit; it is rough, and a full disk loses no finished task."""
+    needs = {plan.config.output_path: plan.output_bytes, plan.work_path: plan.spill_bytes}
+    devices: Counter[int] = Counter()
+    for path, size_bytes in needs.items():
+        devices[path.stat().st_dev] += size_bytes
+    for path in needs:
+        needed, free = devices[path.stat().st_dev], free_bytes(path)
+        if needed > free:
+            progress.say(
+                f"warning: {path} has {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB are needed"
+            )
+
+
+def prepare_tokenizer(plan: Plan, executor: Executor, progress: RunProgress) -> dict[str, Any]:
+    """Load, train, or take up the tokenizer; returns what tokenizer/tokenizer.json says. Never trains
+    twice.
+    """
+    config = plan.config
+    folder = config.output_path / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        if config.tokenizer.load:
+            model = read_model(Path(config.tokenizer.load).expanduser())
+            tokenizer = Tokenizer(model, config.tokenizer.load)
+            write_bytes(folder / "tokenizer.model", model)
+            description = {
+                "file": "tokenizer/tokenizer.model",
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "special_ids": SPECIAL_IDS,
+            }
+            write_json(folder / "tokenizer.json", description)
+        else:
+            _train(plan, folder, executor, progress)
+    result: dict[str, Any] = read_json(folder / "tokenizer.json")
+    return result
+
+
+def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) -> None:
+    config, work = plan.config, plan.work_path / "sample"
+    share = sample_share(plan.files, config.tokenizer.train.sample_bytes)
+    tasks = [
+        SampleTask(number, segments, str(work), plan.run_hash, config.seed, share, config.cleaning)
+        for number, segments in enumerate(plan.tasks)
+    ]
+    with progress.stage("sample", plan.input_bytes, len(tasks)):
+        done = [finished_sample(task) for task in tasks]
+        results = _run_missing(
+            tasks, done, collect_sample, executor, lambda r: progress.advance(r["input_bytes"])
+        )
+    lost: Counter[str] = Counter()
+    for result in results:
+        lost.update(result["lost"])
+    if not sum(result["texts"] for result in results):
+        raise DataPrepError(f"no text to train the tokenizer on ({_reasons(lost)}); is text_field right?")
+    with progress.stage("train tokenizer", 0, 1):
+        task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))
+        for result in executor.run(train_tokenizer, [task]):
+            progress.advance(result["input_bytes"])
+    shutil.rmtree(work)
+
+
+def run_scatter(
+    plan: Plan, tokenizer: dict[str, Any], executor: Executor, progress: RunProgress
+) -> list[dict[str, Any]]:
+    """Pass 1; returns the manifests of all tasks in order."""
+    config = plan.config
+    tasks = [
+        ScatterTask(
+            number=number,
+            segments=segments,
+            folder=str(plan.work_path / "scatter"),
+            run_hash=plan.run_hash,
+            seed=config.seed,
+            cleaning=config.cleaning,
+            tokenizer_path=str(config.output_path / tokenizer["file"]),
+            tokenizer_sha256=tokenizer["sha256"],
+            segmenter=config.words.segmenter,
+            validation_share=config.shards.validation_share,
+            memory_bytes=config.resources.worker_memory_bytes,
+        )
+        for number, segments in enumerate(plan.tasks)
+    ]
+
+    def account(result: dict[str, Any]) -> None:
+        outcomes: Counter[str] = Counter()
+        for book in result["books"].values():
+            outcomes["written"] += book["written"]
+            outcomes["dropped"] += sum(book["dropped"].values())
+            outcomes["quarantined"] += sum(book["quarantined"].values())
+        progress.advance(result["input_bytes"], outcomes)
+
+    with progress.stage("scatter", plan.text_bytes, len(tasks)):
+        done = [finished_scatter(task) for task in tasks]
+        results = _run_missing(tasks, done, scatter, executor, account)
+    return sorted(results, key=lambda result: result["task"])
+
+
+def count_shards(plan: Plan, scattered: list[dict[str, Any]], vocab_size: int) -> dict[str, int]:
+    """Shards of each split, from the totals of pass 1 alone. Raises DataPrepError when no document was
+    left.
+    """
+    counts = {}
+    for split in SPLITS:
+        documents = sum(result["splits"][split]["documents"] for result in scattered)
+        tokens = sum(result["splits"][split]["tokens"] for result in scattered)
+        wanted = -(-tokens * token_dtype(vocab_size).itemsize // plan.config.shards.target_bytes)
+        counts[split] = min(max(1, wanted), max(1, documents // _MIN_SHARD_DOCUMENTS)) if documents else 0
+    if not counts["train"]:
+        books = merge_books(plan, scattered)
+        reasons: Counter[str] = Counter()
+        for book in books:
+            reasons.update(book["dropped"])
+            reasons.update(book["quarantined"])
+        raise DataPrepError(
+            f"no document is left for training ({_reasons(reasons)}); see cleaning, text_field"
+        )
+    return counts
+
+
+def _reasons(lost: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in lost.most_common()) or "no records"
+
+
+def run_gather(
+    plan: Plan,
+    tokenizer: dict[str, Any],
+    shard_counts: dict[str, int],
+    executor: Executor,
+    progress: RunProgress,
+) -> list[dict[str, Any]]:
+    """Pass 2; returns the manifests of all shards."""
+    config = plan.config
+    dtype = token_dtype(tokenizer["vocab_size"])
+    row_bytes = config.shards.row_tokens * dtype.itemsize
+    tasks = [
+        GatherTask(
+            split=split,
+            shard=shard,
+            shards=shards,
+            run_hash=plan.run_hash,
+            tokenizer_sha256=tokenizer["sha256"],
+            spill_folder=str(plan.work_path / "scatter"),
+            spills=len(plan.tasks),
+            output_folder=str(config.output_path),
+            work_folder=str(plan.work_path / "gather"),
+            source_of_file=[file.corpus for file in plan.files],
+            row_tokens=config.shards.row_tokens,
+            block_rows=max(1, config.shards.block_bytes // row_bytes),
+            vocab_size=tokenizer["vocab_size"],
+            has_words=config.words.segmenter != "none",
+            zstd_level=config.shards.zstd_level,
+            memory_bytes=config.resources.worker_memory_bytes,
+        )
+        for split, shards in shard_counts.items()
+        for shard in range(shards)
+    ]
+    with progress.stage("gather", 0, len(tasks), "tokens"):
+        done = [finished_gather(task) for task in tasks]
+        return _run_missing(tasks, done, gather, executor, lambda r: progress.advance(r["shard"]["tokens"]))
+
+
+def _run_missing(
+    tasks: Sequence[Any],
+    done: list[dict[str, Any] | None],
+    function: Callable[[Any], dict[str, Any]],
+    executor: Executor,
+    account: Callable[[dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """Results of all tasks, running those that are not done yet."""
+    results = []
+    for result in done:
+        if result is not None:
+            results.append(result)
+            account(result)
+    for result in executor.run(
+        function, [task for task, result in zip(tasks, done, strict=True) if result is None]
+    ):
+        results.append(result)
+        account(result)
+    return results

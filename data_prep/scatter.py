@@ -1,0 +1,291 @@
+"""Pass 1: read, clean, tokenise and key the records of one task, and spill them sorted by key.
+
+Text is tokenised before it is moved: tokens take half the bytes. Every record read is written, dropped for
+a counted reason, or quarantined with file, offset and reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from .clean import make_cleaner
+from .config import CleaningSection
+from .errors import DataPrepError
+from .files import atomic_file, size_or_none, write_json
+from .fingerprint import document_sum
+from .keys import philox_words, share_threshold, stream_id
+from .shards import SPECIAL_IDS, SPLITS, token_dtype
+from .sources import DamagedStreamError, InputFile, RawBatch, parse, read_batches
+from .spill import Records, SpillWriter, index_path, spill_path
+from .tokenizer import Tokenizer, load_tokenizer
+from .words import word_start_characters
+
+_ENCODE_BYTES = 1024**2
+# A flush holds the records three times: as collected, joined, and one frame in order.
+_SPILL_SHARE = 4
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks first_block .. stop_block - 1 of file number `file` (to its end where stop_block is None)."""
+
+    file: int
+    input: InputFile
+    corpus_name: str
+    first_block: int
+    stop_block: int | None
+
+
+@dataclass(frozen=True)
+class ScatterTask:
+    """One task of pass 1 and all it needs to know."""
+
+    number: int
+    segments: list[Segment]
+    folder: str
+    run_hash: str
+    seed: int
+    cleaning: CleaningSection
+    tokenizer_path: str
+    tokenizer_sha256: str
+    segmenter: str
+    validation_share: float
+    memory_bytes: int
+
+
+def manifest_path(folder: str | Path, number: int) -> Path:
+    return Path(folder) / f"task-{number:06d}.json"
+
+
+def quarantine_path(folder: str | Path, number: int) -> Path:
+    return Path(folder) / f"task-{number:06d}.quarantine.jsonl"
+
+
+def finished_scatter(task: ScatterTask) -> dict[str, Any] | None:
+    """The manifest of a finished task, or None: it is committed last, must be of this run and this tokenizer,
+    and the data must have the sizes it names.
+    """
+    path = manifest_path(task.folder, task.number)
+    if not path.exists():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        mine = (manifest["run"], manifest["tokenizer"]) == (task.run_hash, task.tokenizer_sha256)
+        sizes = {name: size_or_none(path.with_name(name)) for name in manifest["files"]}
+    except (OSError, ValueError, KeyError):
+        return None
+    return manifest if mine and sizes == manifest["files"] else None
+
+
+def scatter(task: ScatterTask) -> dict[str, Any]:
+    """Run one task of pass 1 and return its manifest. Running it again gives the same records in the same
+    order.
+    """
+    started, cpu_started = time.monotonic(), time.process_time()
+    folder = Path(task.folder)
+    tokenizer = load_tokenizer(task.tokenizer_path, task.tokenizer_sha256)
+    books = {str(segment.input.corpus): new_book() for segment in task.segments}
+    sums = {split: {"documents": 0, "tokens": 0, "document_sum": 0} for split in SPLITS}
+    paths = [path(folder, task.number) for path in (spill_path, index_path, quarantine_path)]
+    with atomic_file(paths[0]) as spill, atomic_file(paths[2]) as quarantine:
+        writer = SpillWriter(spill, task.memory_bytes // _SPILL_SHARE)
+        for segment in task.segments:
+            for records, side in _segment_records(
+                task, segment, tokenizer, books[str(segment.input.corpus)], quarantine
+            ):
+                for number, split in enumerate(SPLITS):
+                    _account(records, side == number, sums[split])
+                writer.add(records, side)
+        index = writer.finish()
+        with atomic_file(paths[1]) as file:
+            np.save(file, index, allow_pickle=False)
+    manifest = {
+        "task": task.number,
+        "run": task.run_hash,
+        "tokenizer": task.tokenizer_sha256,
+        "files": {path.name: path.stat().st_size for path in paths},
+        "books": books,
+        "splits": sums,
+        "input_bytes": sum(book["bytes"] for book in books.values()),
+        "records": sum(book["read"] for book in books.values()),
+        "seconds": time.monotonic() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
+    }
+    write_json(manifest_path(folder, task.number), manifest)
+    return manifest
+
+
+def new_book() -> dict[str, Any]:
+    """The account of one corpus: every record read is written, dropped for a reason, or quarantined for a
+    reason.
+    """
+    return {"read": 0, "bytes": 0, "written": 0, "dropped": Counter(), "quarantined": Counter()}
+
+
+def clean_texts(
+    segment: Segment,
+    batch: RawBatch,
+    chosen: np.ndarray,
+    clean: Any,
+    book: dict[str, Any],
+    quarantine: BinaryIO | None = None,
+) -> tuple[list[str], list[int]]:
+    """Clean texts and record numbers of the `chosen` records (positions) of a batch; the others' fate goes
+    to the book.
+    """
+    texts, numbers = [], []
+    for position in chosen.tolist():
+        raw, reason = parse(segment.input, batch.lines[position])
+        if raw is None:
+            book["quarantined"][reason] += 1
+            if quarantine is not None:
+                quarantine.write(
+                    _quarantine_line(segment, int(batch.offsets[position]), reason, batch.lines[position])
+                )
+            continue
+        text, reason = clean(raw)
+        if reason:
+            book["dropped"][reason] += 1
+        else:
+            texts.append(text)
+            numbers.append(batch.first_record + position)
+    return texts, numbers
+
+
+def record_keys(seed: int, corpus: str, relative: str, block: int, first: int, count: int) -> np.ndarray:
+    """Shuffle keys of raw records first .. first + count - 1 of a block, uint64 [count]."""
+    return philox_words(seed, stream_id("order", corpus, relative, block), first, count)
+
+
+def _segment_records(
+    task: ScatterTask, segment: Segment, tokenizer: Tokenizer, book: dict[str, Any], quarantine: BinaryIO
+) -> Iterator[tuple[Records, np.ndarray]]:
+    """Yield Records and the split of each for every batch of a segment, and keep the book."""
+    clean = make_cleaner(task.cleaning)
+    file = segment.input
+    batches = read_batches(file, segment.first_block, segment.stop_block, task.cleaning.max_record_bytes)
+    try:
+        for batch in batches:
+            book["read"] += len(batch.lines)
+            book["bytes"] += sum(len(line) + 1 for line in batch.lines if line is not None)
+            texts, numbers = clean_texts(segment, batch, np.arange(len(batch.lines)), clean, book, quarantine)
+            if not texts:
+                continue
+            keys = record_keys(
+                task.seed,
+                segment.corpus_name,
+                file.relative,
+                batch.block,
+                batch.first_record,
+                len(batch.lines),
+            )
+            records = np.array(numbers, dtype=np.int64)
+            chosen = keys[records - batch.first_record]
+            for part in _portions(texts):
+                documents = tokenise(
+                    texts[part],
+                    chosen[part],
+                    segment.file,
+                    batch.block,
+                    records[part],
+                    tokenizer,
+                    task.segmenter,
+                )
+                yield documents, split_of(texts[part], task.seed, task.validation_share)
+            book["written"] += len(texts)
+    except DamagedStreamError as damage:
+        book["read"] += 1
+        book["quarantined"][damage.reason] += 1
+        quarantine.write(_quarantine_line(segment, damage.offset_bytes, damage.reason, None))
+
+
+def tokenise(
+    texts: list[str],
+    keys: np.ndarray,
+    file: int,
+    block: int,
+    records: np.ndarray,
+    tokenizer: Tokenizer,
+    segmenter: str,
+) -> Records:
+    """Tokenise texts of one block into [CLS] … [SEP] documents with word starts.
+
+    Raises DataPrepError when the pieces of a text do not add up to its characters.
+    """
+    ids, lengths, counts = tokenizer.encode(texts)
+    characters = np.diff(np.cumsum(lengths)[np.cumsum(counts) - 1], prepend=0)
+    changed = np.flatnonzero(characters != np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)))
+    if len(changed):
+        raise DataPrepError(
+            f"the tokenizer changes text: {texts[changed[0]][:40]!r} (file {file}, block {block}, record "
+            f"{records[changed[0]]}) came back with {characters[changed[0]]} characters; train it with data_prep"
+        )
+    document_lengths = counts + 2
+    stops = np.cumsum(document_lengths)
+    inner = np.ones(int(stops[-1]), dtype=bool)
+    inner[stops - document_lengths] = False
+    inner[stops - 1] = False
+    tokens = np.empty(len(inner), dtype=token_dtype(tokenizer.vocab_size))
+    tokens[stops - document_lengths] = SPECIAL_IDS["[CLS]"]
+    tokens[stops - 1] = SPECIAL_IDS["[SEP]"]
+    tokens[inner] = ids
+    words = None
+    if segmenter != "none":
+        words = np.ones(len(inner), dtype=bool)
+        words[inner] = word_start_characters(texts)[np.cumsum(lengths) - lengths]
+    n = len(texts)
+    columns = {
+        "key": keys,
+        "file": np.full(n, file, dtype=np.uint32),
+        "block": np.full(n, block, dtype=np.uint32),
+        "record": records.astype(np.uint32),
+        "length": document_lengths.astype(np.uint32),
+    }
+    return Records(columns, tokens, words)
+
+
+def split_of(texts: list[str], seed: int, validation_share: float) -> np.ndarray:
+    """0 train, 1 validation, uint8 [N], by the hash of the clean text: all copies of a text fall on one side."""
+    hashes = [xxhash.xxh3_64_intdigest(text.encode(), seed) for text in texts]
+    return (np.array(hashes, dtype=np.uint64) < np.uint64(share_threshold(validation_share))).astype(np.uint8)
+
+
+def _account(records: Records, mine: np.ndarray, total: dict[str, int]) -> None:
+    if not mine.any():
+        return
+    lengths = records.columns["length"].astype(np.int64)
+    tokens = records.tokens if mine.all() else records.tokens[np.repeat(mine, lengths)]
+    lineage = np.stack([records.columns[name][mine] for name in ("file", "block", "record")])
+    total["documents"] += int(mine.sum())
+    total["tokens"] += len(tokens)
+    total["document_sum"] = (total["document_sum"] + document_sum(tokens, lengths[mine], lineage)) % (1 << 64)
+
+
+def _portions(texts: list[str]) -> list[slice]:
+    """Slices of about 1 MiB of text, so that intermediate lists stay small whatever the batch."""
+    sizes = np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)) * 3)
+    cuts = [0, *(np.flatnonzero(np.diff(sizes // _ENCODE_BYTES)) + 1).tolist(), len(texts)]
+    return [slice(a, b) for a, b in pairwise(cuts) if a < b]
+
+
+def _quarantine_line(segment: Segment, offset: int, reason: str, line: bytes | None) -> bytes:
+    excerpt = "" if line is None else line[:160].decode(errors="replace")
+    entry = {
+        "corpus": segment.corpus_name,
+        "file": segment.input.relative,
+        "offset": offset,
+        "reason": reason,
+        "excerpt": excerpt,
+    }
+    return (json.dumps(entry, ensure_ascii=False) + os.linesep).encode(errors="replace")

@@ -1,0 +1,340 @@
+"""Checkpoints of our own: plain tensors by name and offset, so that world size, ZeRO stage and batch layout may change.
+
+    checkpoints/step-00000400/
+        rank-00000.safetensors   this rank's slices: "master|NAME|OFFSET", "STATE KEY|NAME|OFFSET" (flat, fp32)
+        rank-00000.json          checksum of that file
+        replicated.safetensors   small optimizer state that is the same on every rank (rank 0 writes it)
+        manifest.json            counters, tensor shapes, and size and checksum of every file; written last
+    checkpoints/best.json        {"step", "validation_loss", "basis"}: that step is never pruned
+
+A checkpoint appears under its name only when it is complete: files are written and synced in a temporary folder,
+which is then renamed. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMAT = "sutrain-checkpoint-1"
+MASTER = "master"
+"""Key of the fp32 master weights; other keys are the optimizer's."""
+
+Slice = tuple[str, str, int, torch.Tensor]
+"""(key, tensor name, offset of the first element in the flattened tensor, flat values)."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, incomplete or damaged; the message names the file and what was expected."""
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    slices: Iterable[Slice],
+    replicated: dict[str, torch.Tensor],
+    shapes: dict[str, list[int]],
+    counters: dict[str, Any],
+) -> Path:
+    """Write `directory`/step-XXXXXXXX, called by every rank; returns its path when it is complete on disk.
+
+    slices: what this rank owns; replicated: the same on every rank, written by rank 0; shapes: of every tensor of
+    the model; counters: numbers and strings that the manifest carries (samples_consumed, updates, …).
+    """
+    rank, world_size = _rank(), _world_size()
+    final = directory / step_name(step)
+    temporary = directory / f".writing-{final.name}"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier()
+    tensors = {f"{key}|{name}|{offset}": values for key, name, offset, values in slices}
+    _write_tensors(temporary / f"rank-{rank:05d}.safetensors", tensors)
+    if rank == 0:
+        _write_tensors(temporary / "replicated.safetensors", replicated)
+    _barrier()
+    if rank == 0:
+        names = ["replicated", *(f"rank-{r:05d}" for r in range(world_size))]
+        files = {
+            f"{name}.safetensors": json.loads((temporary / f"{name}.json").read_text()) for name in names
+        }
+        manifest = {"format": FORMAT, "step": step, "counters": counters, "shapes": shapes, "files": files}
+        _write_json(temporary / "manifest.json", manifest | {"xxh3_128": _json_checksum(manifest)})
+        _sync_directory(temporary)
+        replaced = directory / f".replaced-{final.name}"
+        if final.exists():  # the same step written again after a resume: never without one of the two on disk
+            final.rename(replaced)
+        temporary.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _sync_directory(directory)
+    _barrier()
+    return final
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def mark_best(directory: Path, step: int, validation_loss: float, basis: str) -> None:
+    """Remember which checkpoint has the lowest held-out loss; `prune` keeps it. `basis` says what it was measured on:
+    losses over other rows or masks are not compared."""
+    temporary = directory / ".best.json"
+    _write_json(temporary, {"step": step, "validation_loss": validation_loss, "basis": basis})
+    temporary.rename(directory / "best.json")
+
+
+def best(directory: Path) -> dict[str, Any] | None:
+    """{"step", "validation_loss", "basis"} of the best checkpoint, or None when there is none (any more)."""
+    try:
+        marked = json.loads((directory / "best.json").read_text())
+        return marked if (directory / step_name(marked["step"])).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def set_aside(directory: Path, after_step: int) -> None:
+    """Rename the damaged checkpoints of later steps, so that they are neither counted nor found again."""
+    for folder in _by_age(directory):
+        if int(folder.name.removeprefix("step-")) > after_step:
+            target = directory / f".damaged-{folder.name}"
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+
+
+def prune(directory: Path, keep_last: int) -> None:
+    """Delete all but the last `keep_last` checkpoints and the best one, and what an interrupted save left behind."""
+    for leftover in [*directory.glob(".writing-*"), *directory.glob(".replaced-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    marked = best(directory)
+    for checkpoint in _by_age(directory)[keep_last:]:
+        if marked is None or checkpoint.name != step_name(marked["step"]):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def find_latest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest intact checkpoint, and one line for each newer one that is damaged and passed over."""
+    damaged: list[str] = []
+    for folder in _by_age(directory):
+        try:
+            checkpoint = Checkpoint(folder)
+            checkpoint.verify()
+            return checkpoint, damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def agree_on_latest(
+    directory: Path, basis: str, device: torch.device
+) -> tuple[Checkpoint | None, float, list[str]]:
+    """(newest intact checkpoint, best held-out loss up to it on this basis, damaged ones) as rank 0 finds them.
+
+    Rank 0 looks and tells, so that ranks cannot disagree about what the disk holds; the list is empty elsewhere. Raises
+    CheckpointError on all ranks when there are checkpoints but all are damaged, FileNotFoundError on a rank
+    whose host does not see the one chosen.
+    """
+    decision = torch.tensor([_NOTHING, float("inf")], dtype=torch.float64, device=device)
+    damaged: list[str] = []
+    if _rank() == 0:
+        found, damaged = find_latest(directory)
+        decision[0] = found.step if found else _ALL_DAMAGED if damaged else _NOTHING
+        marked = best(directory)
+        if found and marked and marked["step"] <= found.step and marked.get("basis") == basis:
+            decision[1] = marked["validation_loss"]
+    dist.broadcast(decision, 0)
+    step, best_loss = int(decision[0]), float(decision[1])
+    if step == _ALL_DAMAGED:
+        found_there = f" ({'; '.join(damaged)})" if damaged else ""
+        raise CheckpointError(
+            f"{directory}: no intact checkpoint left{found_there}; move the damaged ones away to start over"
+        )
+    if step == _NOTHING:
+        return None, best_loss, damaged
+    folder = directory / step_name(step)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, "rank 0 sees it, this host does not; share run_dir", str(folder)
+        )
+    return Checkpoint(folder), best_loss, damaged
+
+
+_NOTHING, _ALL_DAMAGED = -1, -2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk; reading any range of any tensor touches only the files that hold it."""
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Counters, shapes and file checksums. Raises CheckpointError when it is missing or unreadable."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder}/manifest.json: unreadable ({error}): not a checkpoint"
+            ) from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise CheckpointError(f"{self.folder}/manifest.json: not in the format {FORMAT!r}")
+        if manifest.pop("xxh3_128", None) != _json_checksum(manifest):
+            raise CheckpointError(f"{self.folder}/manifest.json: content does not match its checksum")
+        return manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        return self.manifest["counters"]
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        return self.manifest["shapes"]
+
+    def verify(self) -> None:
+        """Raises CheckpointError naming the first file that is missing, cut short or altered."""
+        for name, expected in self.manifest["files"].items():
+            file = self.folder / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != expected["bytes"]:
+                found = "missing" if size is None else f"{size} bytes"
+                raise CheckpointError(f"{file}: {found}, expected {expected['bytes']} bytes")
+            if _checksum(file) != expected["xxh3_128"]:
+                raise CheckpointError(f"{file}: content does not match its checksum")
+
+    def replicated(self) -> dict[str, torch.Tensor]:
+        """The state that every rank holds in full."""
+        with safe_open(self.folder / "replicated.safetensors", framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def read(self, key: str, name: str, offset: int, length: int) -> torch.Tensor:
+        """Elements [offset, offset + length) of one flattened tensor, put together from whichever ranks wrote them.
+
+        Raises CheckpointError when the checkpoint does not hold all of them.
+        """
+        values, filled = torch.empty(length), 0
+        for start, size, file_name, tensor_name in self._pieces.get((key, name), []):
+            low, high = max(start, offset), min(start + size, offset + length)
+            if low < high:
+                with safe_open(self.folder / file_name, framework="pt") as file:
+                    values[low - offset : high - offset] = file.get_slice(tensor_name)[
+                        low - start : high - start
+                    ]
+                filled += high - low
+        if filled != length:
+            raise CheckpointError(
+                f"{self.folder}: holds {filled} of the elements {offset}..{offset + length} of {key} of {name}"
+            )
+        return values
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """The fp32 master weights, whole, by name."""
+        weights = {}
+        for name, shape in self.shapes.items():
+            size = int(torch.Size(shape).numel())
+            weights[name] = self.read(MASTER, name, 0, size).reshape(shape)
+        return weights
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
+        """(key, tensor) -> pieces (offset, length, file, name in the file)."""
+        pieces: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        for file_name in self.manifest["files"]:
+            if not file_name.startswith("rank-"):
+                continue
+            with safe_open(self.folder / file_name, framework="pt") as file:
+                for stored in file.keys():  # noqa: SIM118
+                    key, name, offset = stored.split("|")
+                    size = file.get_slice(stored).get_shape()[0]
+                    pieces.setdefault((key, name), []).append((int(offset), size, file_name, stored))
+        return pieces
+
+
+def load_full_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """fp32 weights by name of one verified checkpoint folder. Raises CheckpointError when it is not intact."""
+    checkpoint = Checkpoint(Path(folder))
+    checkpoint.verify()
+    return checkpoint.full_weights()
+
+
+def _by_age(directory: Path) -> list[Path]:
+    """Complete checkpoint folders, newest first."""
+    return sorted(directory.glob("step-*"), reverse=True) if directory.is_dir() else []
+
+
+def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises OSError, with the system's number, when the disk does not take it."""
+    try:
+        save_file(
+            {name: values.detach().cpu().contiguous().clone() for name, values in tensors.items()}, file
+        )
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(file)) from None
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+    _write_json(file.with_suffix(".json"), {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    with file.open("w", encoding="utf-8") as handle:
+        json.dump(content, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _json_checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    for chunk in _chunks(file):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
+    with file.open("rb") as handle:
+        while chunk := handle.read(size):
+            yield chunk
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

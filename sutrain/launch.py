@@ -1,0 +1,179 @@
+"""What a process of a run needs before and around training: its device, its surroundings, and clear failures."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.metadata
+import os
+import platform
+import socket
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import torch
+
+from data_prep.config_file import ConfigError
+from data_prep.shards import Manifest
+from sutrain.models.configuration import EncoderConfig
+
+EXIT_USER_ERROR = 2
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "ray",
+    "webdataset",
+)
+
+
+def local_device() -> torch.device:
+    """The device of this rank; on a CPU the cores are shared out among the ranks of this host.
+
+    Raises ConfigError when the launcher started more ranks than there are accelerators.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        count = torch.accelerator.device_count()
+        if local_ranks > count:
+            raise ConfigError(
+                f"{local_ranks} ranks on this host but {count} accelerators: start with --num_gpus {count}"
+            )
+        torch.accelerator.set_device_index(local_rank)
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        return torch.device(accelerator.type, local_rank)
+    cores = len(os.sched_getaffinity(0))
+    if local_ranks > 4 * cores:
+        raise ConfigError(f"{local_ranks} ranks on {cores} CPU cores; start with --num_gpus {cores}")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores // local_ranks))
+    return torch.device("cpu")
+
+
+def join_alone() -> None:
+    """Let a process that no launcher started (`python sutrain/pretrain.py …`) be a world of its own."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({key: str(value) for key, value in alone.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def check_model_fits_data(model: EncoderConfig, manifest: Manifest, data_dir: Path) -> None:
+    """Raises ConfigError, naming every difference, unless model and shards agree on vocabulary, rows and padding."""
+    expected = {
+        "vocab_size": (manifest.vocab_size, "were made with a tokenizer of"),
+        "max_row_tokens": (manifest.row_tokens, "have rows of"),
+        "pad_token_id": (manifest.special_ids["[PAD]"], "use the padding id"),
+    }
+    problems = [
+        f"model.{name}: {getattr(model, name)}, but the shards in {data_dir} {says} {value}; "
+        f"set model.{name}={value}, or prepare other shards"
+        for name, (value, says) in expected.items()
+        if getattr(model, name) != value
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def hold_run_folder(folder: Path) -> TextIO:
+    """Take the run folder for this process; it is free again when the returned file is closed or the process ends.
+
+    Raises ConfigError when another run holds it: two would overwrite each other's checkpoints.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(
+            f"{folder}: another run is writing there; stop it, or choose another run_dir"
+        ) from None
+    return lock
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises ConfigError naming everything that differs between a checkpoint and the run that would go on from it."""
+    differences = []
+    for key, now in current.items():
+        before = saved.get(key)
+        if isinstance(now, dict) and isinstance(before, dict):
+            differences += [
+                f"{key}.{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} now"
+                for name in sorted({*before, *now})
+                if before.get(name) != now.get(name)
+            ]
+        elif before != now:
+            differences.append(f"{key}: {before!r} in the checkpoint, {now!r} now")
+    if differences:
+        lines = "\n".join(differences)
+        raise ConfigError(
+            f"{lines}\nthe run in this folder cannot go on so; restore these, or choose another run_dir"
+        )
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Versions and machine, for environment.json."""
+    accelerator = torch.accelerator.is_available()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "accelerator": torch.cuda.get_device_name() if accelerator and torch.cuda.is_available() else None,
+        "world_size": world_size,
+        "command": sys.argv,
+    }
+
+
+def explain(error: BaseException) -> str | None:
+    """One line with a way out for failures of the machine that a user can mend; None for all others."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return f"out of memory: {text[:200]}; lower batch.micro_sequences (the global batch stays as it is)"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk of {error.filename or 'the run folder'}; make room and start again"
+    if any(said in text for said in ("Connection closed by peer", "Connection reset", "Broken pipe")):
+        return "another rank ended; its own message says why"
+    if "EADDRINUSE" in text or "address already in use" in text:
+        return "the launcher's port is in use by another run; start with: deepspeed --master_port PORT …"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file'}: {error.strerror or text}"
+    return None
+
+
+def stop(message: str, on_every_rank: bool = False) -> NoReturn:
+    """Print one error and exit; what every rank finds alike only rank 0 says."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or on_every_rank:
+        where = f" (rank {rank})" if on_every_rank and rank else ""
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown"
+            )
+    except OSError:
+        return platform.processor()

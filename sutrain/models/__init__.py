@@ -1,0 +1,1 @@
+"""Encoders composed of four independent choices: mixer, residual, norm and initialisation."""

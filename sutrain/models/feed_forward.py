@@ -1,0 +1,37 @@
+"""The feed-forward block. B batch, L sequence length, D hidden size."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .configuration import GATED_ACTIVATIONS, EncoderConfig
+from .init import Linear
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+}
+
+
+class FeedForward(nn.Module):
+    """down(act(up x)), or down(act(gate x) * up x) for the gated activations; no dropout in between."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.feed_forward_size
+        self.activation = _ACTIVATIONS[config.activation]
+        self.up = Linear("up", hidden, inner, config.biases)
+        self.gate = (
+            Linear("gate", hidden, inner, config.biases) if config.activation in GATED_ACTIVATIONS else None
+        )
+        self.down = Linear("down", inner, hidden, config.biases)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Transform every token by itself; [B, L, D] in and out."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x_BLD)))
+        return self.down(self.activation(self.gate(x_BLD)) * self.up(x_BLD))

@@ -1,0 +1,63 @@
+"""Gated attention unit (arXiv 2202.10447) in the form of GAU-alpha (kexue.fm/archives/9052).
+
+B batch, L sequence length, D hidden size, E expansion size, S key size.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import attend
+from .configuration import EncoderConfig
+from .init import Linear
+from .rotary import rotate
+from .visibility import Visibility
+
+
+class GatedAttentionUnit(nn.Module):
+    """(U * A V) W_o with U, V, Z = silu(x W_i) and A one head's attention, query and key rescaled Z.
+
+    It replaces attention and feed-forward block together; two of them weigh as much as one such pair. W_i
+    stays one matrix, as in the published model: its trust ratio under LAMB is that of the whole.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        expansion, key = config.gau_expansion_size, config.gau_key_size
+        self.parts, self.dropout = (expansion, expansion, key), config.attention_dropout
+        self.input = Linear("gau_input", config.hidden_size, sum(self.parts), config.biases, parts=self.parts)
+        self.query_scale = nn.Parameter(torch.ones(key))
+        self.key_scale = nn.Parameter(torch.ones(key))
+        self.query_offset = nn.Parameter(torch.zeros(key)) if config.biases else None
+        self.key_offset = nn.Parameter(torch.zeros(key)) if config.biases else None
+        self.output = Linear("output", expansion, config.hidden_size, config.biases)
+
+    def reset_parameters(self) -> None:
+        """Query and key start out equal: scale 1, offset 0."""
+        nn.init.ones_(self.query_scale)
+        nn.init.ones_(self.key_scale)
+        for offset in (self.query_offset, self.key_offset):
+            if offset is not None:
+                nn.init.zeros_(offset)
+
+    def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
+        """Mix the tokens of each document and transform each; [B, L, D] in and out."""
+        gate_BLE, value_BLE, shared_BLS = F.silu(self.input(x_BLD)).split(self.parts, dim=-1)
+        query_B1LS, key_B1LS = self._query_key(shared_BLS, visible)
+        dropout = self.dropout if self.training else 0.0
+        mixed_B1LE = attend(query_B1LS, key_B1LS, value_BLE.unsqueeze(1), visible.mask, dropout)
+        return self.output(gate_BLE * mixed_B1LE.squeeze(1))
+
+    def query_key(self, x_BLD: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
+        """Query and key as the scores see them, [B, 1, L, S]: rotated, any scale of the scores in the query."""
+        return self._query_key(F.silu(self.input(x_BLD)).split(self.parts, dim=-1)[2], visible)
+
+    def _query_key(self, shared_BLS: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
+        query, key = shared_BLS * self.query_scale, shared_BLS * self.key_scale
+        if self.query_offset is not None and self.key_offset is not None:
+            query, key = query + self.query_offset, key + self.key_offset
+        query = rotate(query.unsqueeze(2), visible.rotary)  # the axis of its only head
+        key = rotate(key.unsqueeze(2), visible.rotary)
+        if visible.score_scale is not None:
+            query = (query * visible.score_scale).to(key.dtype)
+        return query.transpose(1, 2), key.transpose(1, 2)

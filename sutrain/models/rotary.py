@@ -1,0 +1,51 @@
+"""Rotary positions (RoPE, kexue.fm/archives/8265) in the interleaved layout of RoFormer.
+
+B batch, L sequence length, H heads, K rotary size (a head's size, or a GAU's key size). The pair (x_2i,
+x_2i+1) at position p is turned by the angle p * base^(-2i/K), so that the product of a query at i and a key
+at j depends on i - j only. Hence it does not matter that the positions of a packed row run on across
+documents instead of starting again at each: inside a document only differences are seen, and across documents
+nothing is.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=16)
+def _cached_table(length: int, size: int, base: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a cached inference tensor could never serve in training again
+        exponent = torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / -size
+        angle = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), base**exponent)
+        return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, torch.float32)
+
+
+def rotary_table(length: int, size: int, base: float, device: torch.device) -> Tensor:
+    """Cosine and sine of every position and pair, fp32 [length, size / 2, 2].
+
+    A function of its arguments, cached outside the module on purpose: a buffer would be rounded by a cast of
+    the model to bf16 and lost by construction on the meta device. Angles are formed in fp64, because the
+    rounding of a large fp32 angle would make scores depend on the position itself.
+    """
+    whole = 1 << max(length - 1, 127).bit_length()  # a few sizes, not one per batch
+    return _cached_table(whole, size, base, device)[:length]
+
+
+def rotate(x_BLHK: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs of `x_BLHK` by the angles of `table` [L, K/2, 2], in fp32; the dtype comes back."""
+    # The complex product is one pass and four times as fast on a CPU; compilers for accelerators fuse the other.
+    turn = turn_complex if x_BLHK.device.type == "cpu" else turn_real
+    pairs = x_BLHK.float().unflatten(-1, (-1, 2))
+    return turn(pairs, table.unsqueeze(-3)).flatten(-2).to(x_BLHK.dtype)  # the same angles for all heads
+
+
+def turn_complex(pairs: Tensor, table: Tensor) -> Tensor:
+    """Pairs [..., 2] times (cos, sin) [..., 2], as complex numbers."""
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(table))
+
+
+def turn_real(pairs: Tensor, table: Tensor) -> Tensor:
+    """The same in real arithmetic."""
+    (even, odd), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)

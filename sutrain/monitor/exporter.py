@@ -1,0 +1,247 @@
+"""The Prometheus endpoint of a run: http://HOST:PORT/metrics, served by a thread of the rank that logs.
+
+The training loop hands over a finished step; a scrape draws the step that was handed over last. Handing over
+is one assignment of an immutable snapshot, so a scrape sees one step whole, never half of two, the loop never
+waits for a scrape, and the text is made only when somebody asks for it.
+
+The number of series is bounded. Up to `max_layers` layers have their own (layer, part) series; of a deeper
+model `max_layers` layers evenly from first to last have. Quantiles over ALL layers are always there
+(`*_over_depth{part,quantile}`), and spikes of layers without their own series count as layer="other", so sums
+over all series are right at any depth.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .series import (
+    ATTENTION_ENTROPY,
+    DEPTH_SLOPE,
+    EVALUATION,
+    GLOBAL,
+    HEARTBEAT,
+    LAYERED,
+    LOSS_SPIKES,
+    OVER_DEPTH,
+    PROBE,
+    RUN_INFO,
+    SKIPPED_IN_A_ROW,
+    STEP,
+    UPDATE_SPIKES,
+    Series,
+)  # fmt: skip
+from .spikes import Spikes
+from .statistics import GroupTable, TensorGroups
+
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """Everything a scrape may show; never changed, only replaced."""
+
+    scalars: Mapping[str, float]
+    table: GroupTable | None
+    update_spikes_G: np.ndarray
+    loss_spikes: int
+    skipped_in_a_row: int
+    heartbeat: float
+    attention_entropy: tuple[float, ...] = ()
+
+
+class Exporter(Collector):
+    """Serves the series of one run.
+
+    `port` 0 takes any free port (`.port` says which).  `run_info` are labels of `sutrain_run_info` (`run`,
+    `mfu_reference`).  `start()` raises ValueError, naming the setting, if the address cannot be listened on.
+    Counters of spikes start at zero with the process, as Prometheus counters do; `rate` and `increase` cope.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        groups: TensorGroups,
+        run_info: Mapping[str, str] | None = None,
+        max_layers: int = 64,
+    ) -> None:
+        self.host, self.port = host, port
+        self._groups = groups
+        self._run_info = dict(run_info or {})
+        chosen = chosen_layers(groups.layers, max_layers)
+        self._chosen = chosen
+        self._shown = [g for g, (layer, _) in enumerate(groups.keys) if not layer or int(layer) in chosen]
+        self._hidden = {
+            part: [
+                g
+                for g, (layer, p) in enumerate(groups.keys)
+                if layer and int(layer) not in chosen and p == part
+            ]
+            for part in groups.layer_groups
+        }
+        self._snapshot = _Snapshot({}, None, np.zeros(len(groups), dtype=np.int64), 0, 0, time.time())
+        self._writing = threading.Lock()
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)  # memory and CPU time of the training process
+
+    def start(self) -> Exporter:
+        """Listen; returns itself."""
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"monitor.port: {self.port} is not a port; choose one from 1 to 65535")
+        try:
+            self._server, self._thread = start_http_server(self.port, self.host, self.registry)
+        except OSError as error:
+            raise ValueError(_address_problem(self.host, self.port, error)) from None
+        self.port = self._server.server_port
+        return self
+
+    def close(self) -> None:
+        """Stop listening and free the port; further calls do nothing."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            assert self._thread is not None
+            self._thread.join()
+            self._server = None
+
+    def __enter__(self) -> Exporter:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def step(self, record: Mapping[str, Any], table: GroupTable, spikes: Spikes | None = None) -> None:
+        """Show a finished training step: scalars by the keys of series.STEP, others are left alone."""
+        known = {series.key for series in STEP}
+        with self._writing:
+            last = self._snapshot
+            scalars = {**last.scalars, **{key: float(value) for key, value in record.items() if key in known}}
+            scalars |= {f"global_{key}": value for key, value in table.global_norms.items()}
+            skipped = scalars.get("skipped_steps_total", 0) > last.scalars.get("skipped_steps_total", 0)
+            update_spikes_G = last.update_spikes_G
+            if spikes is not None and len(spikes.updates):
+                update_spikes_G = update_spikes_G.copy()
+                update_spikes_G[spikes.updates] += 1
+            self._snapshot = replace(
+                last,
+                scalars=scalars,
+                table=table,
+                update_spikes_G=update_spikes_G,
+                loss_spikes=last.loss_spikes + (spikes is not None and spikes.loss_factor is not None),
+                skipped_in_a_row=last.skipped_in_a_row + 1 if skipped else 0,
+                heartbeat=time.time(),
+            )
+
+    def probe(self, record: Mapping[str, Any]) -> None:
+        """Show a probe: `model_update`, and `attention_entropy`, one number a layer."""
+        with self._writing:
+            scalars = {**self._snapshot.scalars, "model_update": float(record["model_update"])}
+            entropy = tuple(record["attention_entropy"])
+            self._snapshot = replace(self._snapshot, scalars=scalars, attention_entropy=entropy)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Show an evaluation: scalars by the keys of series.EVALUATION, others are left alone."""
+        known = {series.key for series in EVALUATION}
+        new = {key: float(value) for key, value in record.items() if key in known}
+        with self._writing:
+            self._snapshot = replace(
+                self._snapshot, scalars={**self._snapshot.scalars, **new}, heartbeat=time.time()
+            )
+
+    def heartbeat(self) -> None:
+        """Say that the loop is alive during something long that is not a step (evaluation, checkpoint)."""
+        with self._writing:
+            self._snapshot = replace(self._snapshot, heartbeat=time.time())
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus-client for every scrape."""
+        now = self._snapshot
+        for series in (*STEP, *PROBE, *EVALUATION, *GLOBAL):
+            if series.key in now.scalars:
+                yield _family(series, [((), now.scalars[series.key])])
+        yield _family(LOSS_SPIKES, [((), now.loss_spikes)])
+        yield _family(UPDATE_SPIKES, self._spike_counts(now.update_spikes_G))
+        yield _family(SKIPPED_IN_A_ROW, [((), now.skipped_in_a_row)])
+        yield _family(HEARTBEAT, [((), now.heartbeat)])
+        info = tuple(str(self._run_info.get(label, "")) for label in RUN_INFO.labels)
+        yield _family(RUN_INFO, [(info, 1)])
+        if now.table is not None:
+            yield from self._layers(now.table)
+        if now.attention_entropy:
+            layers = enumerate(now.attention_entropy)
+            shown = [((str(layer),), value) for layer, value in layers if layer in self._chosen]
+            yield _family(ATTENTION_ENTROPY, shown)
+
+    def _layers(self, table: GroupTable) -> Iterator[Metric]:
+        for series in LAYERED:
+            values = getattr(table, series.key)
+            yield _family(series, [(self._groups.keys[g], values[g]) for g in self._shown])
+        parts = list(self._groups.layer_groups)
+        for series, layered in zip(OVER_DEPTH, LAYERED, strict=True):
+            rows = [
+                ((part, f"{quantile:g}"), value)
+                for part in parts
+                for quantile, value in zip(
+                    QUANTILES, table.over_depth(layered.key, part, QUANTILES), strict=True
+                )
+            ]
+            yield _family(series, rows)
+        yield _family(DEPTH_SLOPE, [((part,), table.depth_slope(part)) for part in parts])
+
+    def _spike_counts(self, counts_G: np.ndarray) -> list[tuple[tuple[str, ...], float]]:
+        rows: list[tuple[tuple[str, ...], float]] = [(self._groups.keys[g], counts_G[g]) for g in self._shown]
+        return rows + [
+            ((OTHER, part), counts_G[hidden].sum()) for part, hidden in self._hidden.items() if hidden
+        ]
+
+
+def chosen_layers(layers: int, max_layers: int) -> set[int]:
+    """Layers with series of their own: all, or `max_layers` of them evenly from the first to the last."""
+    if layers <= max_layers:
+        return set(range(layers))
+    return {round(x) for x in np.linspace(0, layers - 1, max(0, max_layers))}
+
+
+def series_count(groups: TensorGroups, max_layers: int = 64) -> int:
+    """Time series that a run of this model adds to a Prometheus (without `process_*`)."""
+    chosen = chosen_layers(groups.layers, max_layers)
+    shown = sum(1 for layer, _ in groups.keys if not layer or int(layer) in chosen)
+    parts = len(groups.layer_groups)
+    hidden = parts if groups.layers > max_layers else 0
+    single = len(STEP) + len(PROBE) + len(EVALUATION) + len(GLOBAL) + 4 + len(chosen)
+    return single + (len(LAYERED) + 1) * shown + hidden + parts * (len(OVER_DEPTH) * len(QUANTILES) + 1)
+
+
+def _family(series: Series, rows: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    """One metric family; labelled values that are NaN (not measured) are left out."""
+    kind = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
+    family = kind(
+        series.name, series.help + (f" [{series.unit}]" if series.unit else ""), labels=series.labels
+    )
+    for labels, value in rows:
+        if not series.labels or not math.isnan(value):
+            family.add_metric(labels, float(value))
+    return family
+
+
+def _address_problem(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"monitor.port: {port} on {host} is in use; choose another, e.g. --monitor.port={port + 1}"
+    if error.errno == errno.EACCES:
+        return f"monitor.port: {port} needs root; choose a port from 1024 up"
+    return f"monitor.host: cannot listen on {host!r} ({error}); choose one of this machine, e.g. 127.0.0.1"

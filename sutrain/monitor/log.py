@@ -1,0 +1,235 @@
+"""metrics.jsonl: one JSON object a line, appended while the run goes on; writer and reader side by side.
+
+Every line begins with `kind` and `step` (optimizer updates done), then what belongs to the kind:
+
+    run         what is running: written at every start (`step` 0, or the step resumed from)
+    step        the numbers of one step; `layers` holds the table of norms per layer and part, by columns;
+                `loss_spike`, `update_spikes` are there only on steps that spiked
+    evaluation  validation numbers after `step`
+    probe       `model_update` of the update that made `step`, and `attention_entropy` after it, one number a layer
+
+Every line is strict JSON: a number that is not finite is the string "NaN", "Infinity" or "-Infinity". Scalars
+are kept to the last bit, so that two runs can be compared exactly; the norms of layers keep five digits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .spikes import Spikes
+from .statistics import GroupTable
+
+FILE_NAME = "metrics.jsonl"
+_START = re.compile(rb'\{"kind": "(run|step|evaluation|probe)", "step": (\d+)[,}]')
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class DamagedLogError(ValueError):
+    """metrics.jsonl is missing, empty or not what the writer writes; the message says which and where."""
+
+
+class MetricsLog:
+    """The writer: appends a line, flushed, per call; open it on one rank only.
+
+    With `resume_from_step` = k the lines of later steps, written by a run that was then lost, are dropped
+    first, and so is a line torn by a crash. That rewrite is atomic: a copy is synced and renamed over the
+    file. The table per layer is written every `layers_every_steps` steps and on every step that spiked: at
+    1000 layers it is 100 kB. Raises DamagedLogError if a new run (no `resume_from_step`) would be appended to
+    the log of another.
+    """
+
+    def __init__(
+        self, path: Path | str, resume_from_step: int | None = None, layers_every_steps: int = 1
+    ) -> None:
+        self.path = Path(path)
+        self._layers_every_steps = max(1, layers_every_steps)
+        if resume_from_step is not None and self.path.exists():
+            _drop_after(self.path, resume_from_step)
+        elif self.path.exists() and self.path.stat().st_size:
+            raise DamagedLogError(
+                f"{self.path}: holds another run already; resume that run or choose a new run folder"
+            )
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def run(self, step: int, record: Mapping[str, Any]) -> None:
+        """What is running, e.g. `world_size`, `mfu_reference`, `flops_per_token`, `total_steps`."""
+        self._write("run", step, {"time_seconds": time.time(), **record})
+
+    def step(self, record: Mapping[str, Any], table: GroupTable, spikes: Spikes | None = None) -> None:
+        """One training step; `record` holds `step` and scalars, keys as in series.STEP."""
+        content = {"time_seconds": time.time(), **record, **table.global_norms}
+        content |= spikes.as_record() if spikes else {}
+        step = content.pop("step")
+        if (
+            step % self._layers_every_steps == 0
+            or step == 1
+            or "loss_spike" in content
+            or "update_spikes" in content
+        ):
+            columns = table.as_columns()
+            content["layers"] = {
+                name: [_rounded(x, 5) if isinstance(x, float) else x for x in values]
+                for name, values in columns.items()
+            }
+        self._write("step", step, content)
+
+    def probe(self, record: Mapping[str, Any]) -> None:
+        """One probe of the update that made `step`: `model_update`, and `attention_entropy` by layer."""
+        content = {"time_seconds": time.time(), **record}
+        self._write("probe", content.pop("step"), content)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One evaluation; `record` holds `step` and scalars, keys as in series.EVALUATION."""
+        content = {"time_seconds": time.time(), **record}
+        self._write("evaluation", content.pop("step"), content)
+
+    def _write(self, kind: str, step: int, content: Mapping[str, Any]) -> None:
+        line = {"kind": kind, "step": int(step), **{key: _plain(value) for key, value in content.items()}}
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Sync and close the file; further calls do nothing."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _plain(value: Any) -> Any:
+    """A value as strict JSON: numpy and torch scalars become numbers, non-finite numbers strings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _rounded(value, 1)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    return value
+
+
+def _rounded(value: float, digits: int) -> float | str:
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return float(f"{value:.{digits}g}")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite the log without the lines of steps after `step` and without a torn last line."""
+    copy = path.with_name(path.name + ".part")
+    with open(path, "rb") as old, open(copy, "wb") as new:
+        for line in old:
+            start = _START.match(line)
+            if line.endswith(b"\n") and start and int(start.group(2)) <= step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(copy, path)
+
+
+@dataclass
+class RunLog:
+    """A run read back: the lines by kind, in order, and notes on what was wrong with the file."""
+
+    path: Path
+    runs: list[dict] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)
+    evaluations: list[dict] = field(default_factory=list)
+    probes: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, key: str, kind: str = "steps") -> tuple[np.ndarray, np.ndarray]:
+        """(step, value) of one scalar over all lines of a kind that hold it."""
+        rows = [
+            (line["step"], line[key])
+            for line in getattr(self, kind)
+            if isinstance(line.get(key), int | float)
+        ]
+        pairs = np.array(rows, dtype=np.float64).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
+
+    def heat_map(self, column: str, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(step [X], layer [Y], value [Y, X]) of one column of the tables, for one part of the layers."""
+        tables = [(line["step"], line["layers"]) for line in self.steps if "layers" in line]
+        if not tables:
+            return np.zeros(0), np.zeros(0), np.zeros((0, 0))
+        first = tables[0][1]
+        rows = [
+            i
+            for i, (layer, p) in enumerate(zip(first["layer"], first["part"], strict=True))
+            if layer and p == part
+        ]
+        values = np.array([[table[column][i] for i in rows] for _, table in tables], dtype=np.float64)
+        layers = np.array([int(first["layer"][i]) for i in rows])
+        return np.array([step for step, _ in tables]), layers, values.T
+
+
+def read_run(path: Path | str) -> RunLog:
+    """Read metrics.jsonl (or the run folder that holds it).
+
+    A last line torn by a crash is left out and noted. Raises DamagedLogError, naming file and line, for a
+    missing or empty file, for any other line that is not a record, and for a log without a single step.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise DamagedLogError(f"{path}: no such file; expected the folder of a run that has begun to train")
+    log = RunLog(path)
+    kinds = {"run": log.runs, "step": log.steps, "evaluation": log.evaluations, "probe": log.probes}
+    for number, line, is_last in _lines(path):
+        try:
+            record = json.loads(line)
+            kind = kinds[record["kind"]]
+            record["step"] = int(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if is_last and not line.endswith(b"\n"):
+                log.notes.append(f"the last line ({number}) is torn, as a crash leaves it; it was left out")
+                break
+            raise DamagedLogError(
+                f"{path}, line {number}: not a record of kind run, step, evaluation or probe ({error}); "
+                f"starts with {line[:60]!r}. Delete the line, or restore the file"
+            ) from None
+        kind.append({key: _numbers(value) for key, value in record.items()})
+    if not log.steps:
+        raise DamagedLogError(f"{path}: holds no training step yet ({path.stat().st_size} bytes)")
+    return log
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """(line number, line, is it the last) of a file, one line ahead."""
+    with open(path, "rb") as file:
+        previous = None
+        for number, line in enumerate(file, 1):
+            if previous:
+                yield *previous, False
+            previous = number, line
+        if previous:
+            yield *previous, True
+
+
+def _numbers(value: Any) -> Any:
+    """Turn the strings of non-finite numbers back into floats."""
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return value

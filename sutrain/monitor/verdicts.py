@@ -1,0 +1,223 @@
+"""What a run's numbers say, in words: the lines at the head of the report.
+
+Every line is a judgement that can be checked: it names the numbers it rests on. `good`, `note` and `bad` say
+how to take it; the thresholds stand here in one place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .log import RunLog
+from .progress import duration
+
+DATA_BOUND_SHARE = 0.1  # of a step's time spent waiting for data
+THROUGHPUT_DROP = 0.8  # last tenth of the run over the whole run
+OVERFIT = 1.02  # validation loss now over its best, medians of three evaluations
+EDGE = 0.05  # share of the run that "at the beginning" and "at the end" mean
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One judgement; `text` is a full sentence."""
+
+    level: Literal["good", "note", "bad"]
+    text: str
+
+
+def verdicts(run: RunLog) -> list[Verdict]:
+    """All judgements on a run, the most important first."""
+    found = [
+        *_completeness(run),
+        *_loss(run),
+        *_accuracy(run),
+        *_spikes(run),
+        *_throughput(run),
+        *_depth(run),
+    ]
+    return found + [Verdict("note", f"About the log: {note}.") for note in run.notes]
+
+
+def headline(run: RunLog) -> str:
+    """One line for a picture's title: the last validation accuracy, or the loss without evaluations."""
+    _, accuracy = run.series("validation_accuracy", "evaluations")
+    steps = f"{run.steps[-1]['step']:,} updates"
+    if len(accuracy):
+        return f"{accuracy[-1]:.1%} of masked tokens right after {steps}"
+    return f"loss {_edges(run.series('loss')[1])[1]:.3f} after {steps}"
+
+
+def _edges(values: np.ndarray) -> tuple[float, float]:
+    """Medians over the first and the last EDGE of a curve, NaN left out."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return math.nan, math.nan
+    width = max(1, round(EDGE * len(values)))
+    return float(np.median(values[:width])), float(np.median(values[-width:]))
+
+
+def _completeness(run: RunLog) -> list[Verdict]:
+    last = run.steps[-1]["step"]
+    total = next((header["total_steps"] for header in reversed(run.runs) if "total_steps" in header), None)
+    resumed = [header["step"] for header in run.runs if header["step"] > 0]
+    text = f"{last:,} updates done"
+    level: Literal["good", "note"] = "good"
+    if total is not None:
+        text = f"All {total:,} updates done" if last >= total else f"{last:,} of {total:,} updates done"
+        level = "good" if last >= total else "note"
+    if "tokens_total" in run.steps[-1]:
+        text += f", {run.steps[-1]['tokens_total']:,.0f} tokens"
+    if resumed:
+        text += f"; resumed at step {', '.join(f'{step:,}' for step in resumed)}"
+    found = [Verdict(level, text + ".")]
+    skipped = run.steps[-1].get("skipped_steps_total", 0)
+    if skipped:
+        share = skipped / last
+        text = f"{skipped:,} updates ({share:.1%}) were skipped because a gradient was not finite."
+        found.append(Verdict("bad" if share > 0.02 else "note", text))
+    return found
+
+
+def _loss(run: RunLog) -> list[Verdict]:
+    steps, loss = run.series("loss")
+    broken = steps[~np.isfinite(loss)]
+    if len(broken):
+        return [
+            Verdict(
+                "bad", f"The loss was not finite on {len(broken):,} step(s), first on step {broken[0]:,.0f}."
+            )
+        ]
+    first, last = _edges(loss)
+    lowest = float(loss.min())
+    text = f"Training loss went from {first:.3f} to {last:.3f} nats per predicted token"
+    if last >= first:
+        return [Verdict("bad", text + ": it did not fall.")]
+    if last > 1.15 * lowest and last - lowest > 0.3:
+        at = steps[int(loss.argmin())]
+        return [Verdict("bad", f"{text}, but it had been at {lowest:.3f} (step {at:,.0f}).")]
+    return [Verdict("good", text + ".")]
+
+
+def _accuracy(run: RunLog) -> list[Verdict]:
+    _, accuracy = run.series("validation_accuracy", "evaluations")
+    _, floor = run.series("unigram_accuracy", "evaluations")
+    if not len(accuracy):
+        return [
+            Verdict(
+                "note",
+                "There is no evaluation yet; the training loss alone cannot tell learning from memory.",
+            )
+        ]
+    text = f"The model gets {accuracy[-1]:.1%} of the masked validation tokens right"
+    if len(floor) and floor[-1] > 0:
+        times = accuracy[-1] / floor[-1]
+        better = times > 1
+        text += f", {times:.1f} times the unigram baseline of {floor[-1]:.1%}" if better else (
+            f", no more than the unigram baseline of {floor[-1]:.1%}: it has learnt frequencies, not language"
+        )  # fmt: skip
+        found = [Verdict("good" if better else "bad", text + ".")]
+    else:
+        found = [Verdict("good", text + ".")]
+    _, validation = run.series("validation_loss", "evaluations")
+    middle = np.array(
+        [np.median(validation[i : i + 3]) for i in range(len(validation) - 2)]
+    )  # one may be unlucky
+    if len(middle) and middle[-1] > OVERFIT * middle.min():
+        found.append(
+            Verdict("bad", f"Validation loss is rising: {middle[-1]:.3f}, after {middle.min():.3f} before.")
+        )
+    return found
+
+
+def _spikes(run: RunLog) -> list[Verdict]:
+    loss = [line["step"] for line in run.steps if "loss_spike" in line]
+    update = [line["step"] for line in run.steps if "update_spikes" in line]
+    if not loss and not update:
+        return [Verdict("good", "No step's loss or update stood out of its own history.")]
+    found = []
+    if update:
+        where = _where([row for line in run.steps for row in line.get("update_spikes", [])])
+        found.append(
+            Verdict("note", f"Updates spiked on {len(update)} step(s) ({_some(update)}), mostly in {where}.")
+        )
+    if loss:
+        led = sum(any(0 <= step - before <= 20 for before in update) for step in loss)
+        text = f"The loss spiked on {len(loss)} step(s) ({_some(loss)})"
+        text += f"; {led} of them within 20 steps after an update spike" if led else ""
+        found.append(Verdict("bad" if len(loss) > 3 else "note", text + "."))
+    return found
+
+
+def _some(steps: list[int]) -> str:
+    shown = ", ".join(f"{step:,}" for step in steps[:5])
+    return f"step {shown}" + (", …" if len(steps) > 5 else "")
+
+
+def _where(rows: list[list]) -> str:
+    """The group with the most spikes and, if there are more groups, how many."""
+    counts: dict[tuple[str, str], int] = {}
+    for layer, part, _ in rows:
+        counts[layer, part] = counts.get((layer, part), 0) + 1
+    (layer, part), _ = max(counts.items(), key=lambda item: item[1])
+    name = f"layer {layer} {part.replace('_', '-')}" if layer else f"the {part}"
+    return name if len(counts) == 1 else f"{name} ({len(counts)} groups in all)"
+
+
+def _throughput(run: RunLog) -> list[Verdict]:
+    _, rate = run.series("tokens_per_second")
+    if not len(rate):
+        return []
+    usual = float(np.median(rate))
+    text = f"Throughput {usual:,.0f} tokens/s"
+    _, mfu = run.series("mfu_ratio")
+    if len(mfu):
+        reference = next(
+            (h["mfu_reference"] for h in reversed(run.runs) if "mfu_reference" in h), "unknown reference"
+        )
+        text += f", {np.median(mfu):.1%} of peak ({reference})"
+    _, seconds = run.series("step_seconds")
+    if len(seconds):
+        text += f"; training steps took {duration(float(seconds.sum()))} in all"
+    found = [Verdict("good", text + ".")]
+    tail = float(np.median(rate[-max(1, len(rate) // 10) :]))
+    if len(rate) >= 50 and tail < THROUGHPUT_DROP * usual:
+        found.append(
+            Verdict(
+                "bad",
+                f"The last tenth of the run was slower: {tail:,.0f} tokens/s, {tail / usual:.0%} of usual.",
+            )
+        )
+    _, waited = run.series("data_wait_seconds")
+    if len(waited) == len(seconds) and len(seconds) and waited.sum() > DATA_BOUND_SHARE * seconds.sum():
+        found.append(
+            Verdict("bad", f"{waited.sum() / seconds.sum():.0%} of the step time went into waiting for data.")
+        )
+    return found
+
+
+def _depth(run: RunLog) -> list[Verdict]:
+    """How evenly the layers move, at the end of the run: DeepNet's question (arXiv 2203.00555)."""
+    found = []
+    for part in ("mixer", "feed_forward"):
+        _, layers, values = run.heat_map("update_norm", part)
+        if len(layers) < 3:
+            continue
+        tail = values[:, -max(1, values.shape[1] // 4) :]
+        mean = np.array(
+            [np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in tail]
+        )
+        if np.isfinite(mean).sum() < 3 or mean[np.isfinite(mean)].min() <= 0:
+            continue
+        spread = np.nanmax(mean) / np.nanmin(mean)
+        highest, lowest = layers[int(np.nanargmax(mean))], layers[int(np.nanargmin(mean))]
+        name = part.replace("_", "-")
+        text = (
+            f"In the last quarter of the run the {name} of layer {highest} moved most and that of "
+            f"layer {lowest} least, {spread:.1f} times apart."
+        )
+        found.append(Verdict("note" if spread > 10 else "good", text))
+    return found

@@ -1,0 +1,50 @@
+"""Optimizers by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor
+
+from .adafactor import AdaFactor, settings_of_preset
+from .adamw import AdamW
+from .base import FragmentOptimizer
+from .lamb import Lamb
+
+OPTIMIZERS: dict[str, type[FragmentOptimizer]] = {"adafactor": AdaFactor, "lamb": Lamb, "adamw": AdamW}
+
+
+def build_optimizer(
+    name: str, named_parameters: Iterable[tuple[str, Tensor]], **settings: Any
+) -> FragmentOptimizer:
+    """The optimizer `name` for model.named_parameters(); frozen parameters are left out.
+
+    Settings are the arguments of its class and of FragmentOptimizer; AdaFactor also takes preset="paper" or
+    "bert4keras". Raises ValueError with every unknown name and what is near it.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer {name!r} is unknown, expected one of {', '.join(OPTIMIZERS)}")
+    kind = OPTIMIZERS[name]
+    known = settings_of(name)
+    problems = []
+    for unknown in sorted(set(settings) - set(known)):
+        near = get_close_matches(unknown, known, 2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
+        problems.append(f"{name}: unknown setting {unknown!r}; {hint}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    try:
+        return kind(named_parameters, **(settings_of_preset(settings) if kind is AdaFactor else settings))
+    except ValueError as error:
+        raise ValueError(f"{name}: " + str(error).replace("\n", f"\n{name}: ")) from None
+
+
+def settings_of(name: str) -> list[str]:
+    """Names of all settings of an optimizer."""
+    kinds = (OPTIMIZERS[name], FragmentOptimizer)
+    parameters = [p for kind in kinds for p in inspect.signature(kind).parameters.values()]
+    named = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return (["preset"] if OPTIMIZERS[name] is AdaFactor else []) + named

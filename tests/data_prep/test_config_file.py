@@ -1,0 +1,104 @@
+"""Configuration files: every mistake at once, overrides, defaults, help."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from data_prep.config_file import ConfigError, Section, field_help, load_config, split_arguments, to_yaml
+
+
+@dataclass(frozen=True)
+class Model:
+    __pydantic_config__ = {"extra": "forbid"}
+    width: int = field(default=3, metadata={"help": "features"})
+    activation: Literal["relu", "gelu"] = "relu"
+
+    def __post_init__(self):
+        if self.width % 2 == 0:
+            raise ValueError("model.width: must be odd\nmodel.width: must be prime")
+
+
+class Corpus(Section):
+    name: str = Field(description="what it is called")
+    share: float = Field(0.5, gt=0, lt=1, description="of its records")
+
+
+class Config(Section):
+    corpora: list[Corpus] = Field(default_factory=list)
+    model: Model = Model()
+    output: str | None = None
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text, *overrides):
+        file = tmp_path / "config.yaml"
+        file.write_text(text, encoding="utf-8")
+        return load_config(Config, file, overrides)
+
+    return load
+
+
+def test_every_mistake_is_reported_at_once_with_the_nearest_key(load):
+    with pytest.raises(ConfigError) as raised:
+        load(
+            "corpora: [{name: 3, shar: 2}, {share: 4}]\nmodel: {widht: 3, activation: silu}\nfoo: 1",
+            "--output.x.y=1",
+        )
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 8
+    text = str(raised.value)
+    for expected in (
+        "corpora.0.name: input should be a valid string, found 3",
+        "corpora.0.shar: unknown key; did you mean 'share'?",
+        "corpora.1.name: required key is missing",
+        "corpora.1.share: input should be less than 1, found 4",
+        "model.widht: unknown key; did you mean 'width'?",
+        "model.activation: input should be 'relu' or 'gelu', found 'silu'",
+        "foo: unknown key; known keys: corpora, model, output",
+    ):
+        assert expected in text
+
+
+def test_problems_a_section_finds_itself_keep_their_key(load):
+    with pytest.raises(ConfigError, match="model.width: must be odd; model.width: must be prime"):
+        load("model: {width: 4}")
+
+
+def test_overrides_are_yaml_and_reach_into_lists(load):
+    config = load("", "--model.width=5", "corpora=[{name: x}]", "--corpora.0.share=5e-1", "--output=null")
+    assert config.model.width == 5 and config.output is None
+    assert config.corpora[0].name == "x" and config.corpora[0].share == 0.5
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [1", "just text"])
+def test_a_file_that_is_no_tree_of_sections_gives_one_line(load, text):
+    with pytest.raises(ConfigError) as raised:
+        load(text)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such config file"):
+        load_config(Config, tmp_path / "nowhere.yaml")
+
+
+def test_what_is_written_reads_back_the_same(load):
+    config = load("corpora: [{name: 法律}]\nmodel: {width: 7}")
+    assert load(to_yaml(config)) == config
+
+
+def test_options_and_overrides_are_told_apart():
+    arguments = ["--config", "a.yaml", "--output=x", "--model.width=3", "--executor=local", "file=with.dot"]
+    overrides, rest = split_arguments(arguments, Config)
+    assert overrides == ["--output=x", "--model.width=3"]
+    assert rest == ["--config", "a.yaml", "--executor=local", "file=with.dot"]
+
+
+def test_help_lists_every_key_with_type_default_and_meaning():
+    text = field_help(Config)
+    assert "corpora[].name  (str, required)  what it is called" in text
+    assert "model.width  (int, = 3)  features" in text
+    assert "model.activation  (relu|gelu, = 'relu')" in text

@@ -1,0 +1,38 @@
+"""Files are whole or absent, and a full disk is one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import DataPrepError, DiskFullError
+from data_prep.files import atomic_file, disk_errors, free_bytes, read_json, write_json
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with pytest.raises(KeyError), atomic_file(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert list((tmp_path / "deep").iterdir()) == []
+    with atomic_file(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole" and len(list(path.parent.iterdir())) == 1
+
+
+def test_a_full_disk_says_what_to_do(tmp_path):
+    with pytest.raises(DiskFullError, match="make room, then run the same command again") as raised:
+        with disk_errors(tmp_path / "file"), open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+    assert raised.value.exit_code == 3
+
+
+def test_an_unwritable_place_and_damaged_json_are_one_line(tmp_path):
+    with pytest.raises(DataPrepError, match="cannot be written"):
+        write_json(Path("/proc/nothing/file"), {})
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(DataPrepError, match=r"a\.json: cannot be read as JSON"):
+        read_json(tmp_path / "a.json")
+    assert free_bytes(tmp_path / "not" / "yet") > 0

@@ -1,0 +1,86 @@
+"""A real Ray cluster of two cores gives the bytes that local processes give."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import yaml
+
+from data_prep.errors import DataPrepError
+from data_prep.executor import LocalExecutor, make_executor, usable_cores
+from tests.data_prep.made import ROOT, content_files, settings
+
+_SCRIPT = """
+import sys
+import ray
+from data_prep.__main__ import main
+ray.init(num_cpus=2, object_store_memory=80_000_000, _temp_dir=sys.argv[1], include_dashboard=False,
+         log_to_driver=False)
+@ray.remote
+def imported():
+    import data_prep.gather, data_prep.scatter, data_prep.sample
+    return sorted({'torch', 'sutrain', 'transformers'} & set(sys.modules))
+try:
+    assert ray.get(imported.remote()) == []
+    code = main(['run', *sys.argv[2:]]) or main(['verify', *sys.argv[2:]])
+finally:
+    ray.shutdown()
+sys.exit(code)
+"""
+
+
+def test_ray_and_local_give_the_same_bytes(corpus, prepared, tmp_path):
+    output = tmp_path / "out"
+    config = tmp_path / "config.yaml"
+    resources = {"workers": 2, "task_bytes": 1, "log_seconds": 60}
+    config.write_text(yaml.safe_dump(settings(output, [corpus], resources=resources)))
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: Ray puts sockets below it
+        result = subprocess.run(
+            [sys.executable, "-c", _SCRIPT, folder, "--config", str(config), "--executor=ray"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 0, result.stderr
+    assert "verified" in result.stdout
+    assert content_files(output) == content_files(prepared)
+
+
+def _fail_on_three(number: int) -> dict:
+    if number == 3:
+        raise DataPrepError("three is broken")
+    return {"number": number}
+
+
+def _end_process(number: int) -> dict:
+    os._exit(9)
+
+
+def test_local_pool_runs_every_task_once_and_passes_errors_on():
+    executor = LocalExecutor(2)
+    try:
+        assert sorted(r["number"] for r in executor.run(_fail_on_three, range(10, 40))) == list(range(10, 40))
+        with pytest.raises(DataPrepError, match="three is broken"):
+            list(executor.run(_fail_on_three, range(6)))
+        with pytest.raises(DataPrepError, match="a worker process was killed"):
+            list(executor.run(_end_process, range(3)))
+    finally:
+        executor.close()
+
+
+def test_without_a_cluster_the_message_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(DataPrepError, match="no Ray cluster can be reached"):
+        make_executor("ray", None)
+
+
+def test_usable_cores():
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)

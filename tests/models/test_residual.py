@@ -1,0 +1,40 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sutrain.models.residual import Residual, deepnorm_alpha, deepnorm_beta
+from tests.models.tiny import CONFIGS
+
+
+def test_published_values_for_a_hundred_layers():
+    """arXiv 2203.00555, encoder only: (2N)^(1/4) and (8N)^(-1/4), N = 100 layers of two branches."""
+    assert deepnorm_alpha(200) == pytest.approx(3.7606, abs=5e-5)
+    assert deepnorm_beta(200) == pytest.approx(0.1880, abs=5e-5)
+
+
+def test_a_stack_of_gau_layers_has_one_branch_a_layer():
+    assert CONFIGS["roformer_v2"].num_branches == 6
+    assert CONFIGS["gau_alpha"].num_branches == 3
+    deep = replace(CONFIGS["gau_alpha"], residual="deepnorm", initialisation="deepnorm", num_layers=24)
+    assert Residual(deep).alpha == pytest.approx(24**0.25)
+
+
+@pytest.mark.parametrize("kind", ["post", "pre", "deepnorm"])
+def test_each_rule_is_its_formula(kind):
+    initialisation = "deepnorm" if kind == "deepnorm" else "roformer_v2"
+    config = replace(CONFIGS["roformer_v2"], residual=kind, initialisation=initialisation, hidden_dropout=0.0)
+    x = torch.randn(2, 5, 32)
+    found = Residual(config)(x, torch.tanh, torch.square, torch.float32)  # any two functions will do
+    expected = {
+        "post": torch.tanh(x + x.square()),
+        "pre": x + torch.tanh(x).square(),
+        "deepnorm": torch.tanh(6**0.25 * x + x.square()),
+    }[kind]
+    torch.testing.assert_close(found, expected)
+
+
+def test_dropout_falls_on_the_branch_alone():
+    residual = Residual(replace(CONFIGS["roformer_v2"], hidden_dropout=0.5)).train()
+    found = residual(torch.ones(10_000), lambda x: x, torch.ones_like, torch.float32)
+    assert set(found.tolist()) == {1.0, 3.0}

@@ -1,0 +1,108 @@
+"""metrics.jsonl: written line by line, cut on resume, read back, and clear about damage."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sutrain.monitor.log import DamagedLogError, MetricsLog, read_run
+from tests.monitor.made_up import COLUMNS, groups_of, write_run
+
+
+@pytest.fixture
+def table():
+    groups = groups_of(2)
+    return groups.table(np.ones((len(groups.names), len(COLUMNS))), COLUMNS)
+
+
+def strict(text: str):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_line_is_there_as_soon_as_it_is_written(tmp_path, table):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.run(0, {"world_size": 2})
+    loss = 1 / 3
+    log.step({"step": 1, "loss": np.float64(loss), "tokens_total": 10**12}, table)
+    (run, step) = strict((tmp_path / "metrics.jsonl").read_text())
+    assert run["kind"] == "run" and run["world_size"] == 2
+    assert step["loss"] == loss and step["tokens_total"] == 10**12  # to the last bit
+    assert step["update_norm"] == pytest.approx(math.sqrt(len(table.groups.names)))
+    assert step["layers"]["layer"][:2] == ["", "0"] and len(step["layers"]["update_norm"]) == len(
+        table.groups
+    )
+    log.close()
+
+
+def test_numbers_that_are_not_finite_stay_strict_json_and_come_back(tmp_path, table):
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.step({"step": 1, "loss": math.nan, "loss_scale": math.inf}, table)
+    (step,) = strict((tmp_path / "metrics.jsonl").read_text())
+    assert (step["loss"], step["loss_scale"]) == ("NaN", "Infinity")
+    back = read_run(tmp_path).steps[0]
+    assert math.isnan(back["loss"]) and back["loss_scale"] == math.inf
+
+
+def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
+    write_run(tmp_path, layers=2, steps=30, evaluate_every_steps=10)
+    path = tmp_path / "metrics.jsonl"
+    kept = [line for line in path.read_bytes().splitlines(True) if json.loads(line)["step"] <= 20]
+    path.write_bytes(path.read_bytes() + b'{"kind": "step", "step": 20, "lo')
+    with MetricsLog(path, resume_from_step=20):
+        assert path.read_bytes() == b"".join(kept)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    run = read_run(path)
+    assert run.steps[-1]["step"] == run.evaluations[-1]["step"] == 20 and not run.notes
+
+
+def test_a_new_run_does_not_continue_the_log_of_another(tmp_path, table):
+    write_run(tmp_path, layers=2, steps=20)
+    with pytest.raises(DamagedLogError, match="holds another run already"):
+        MetricsLog(tmp_path / "metrics.jsonl")
+
+
+def test_tables_are_thinned_but_never_on_a_spike(tmp_path):
+    verdicts = write_run(tmp_path / "all", layers=2, steps=100, spike_at=(77,))
+    with MetricsLog(tmp_path / "metrics.jsonl", layers_every_steps=25) as log:
+        for step, verdict in enumerate(verdicts, 1):
+            groups = verdict.groups
+            table = groups.table(np.ones((len(groups.names), 4)), COLUMNS)
+            log.step({"step": step, "loss": 1.0}, table, verdict)
+    assert [s["step"] for s in read_run(tmp_path).steps if "layers" in s] == [1, 25, 50, 75, 77, 79, 100]
+
+
+def test_read_back_as_series_and_heat_maps(tmp_path):
+    write_run(tmp_path, layers=3, steps=40, evaluate_every_steps=10)
+    run = read_run(tmp_path)
+    steps, accuracy = run.series("validation_accuracy", "evaluations")
+    assert steps.tolist() == [10, 20, 30, 40] and (np.diff(accuracy) > 0).all()
+    at, layers, values = run.heat_map("update_ratio", "mixer")
+    assert at.tolist() == list(range(1, 41)) and layers.tolist() == [0, 1, 2] and values.shape == (3, 40)
+    row = run.steps[6]["layers"]
+    (position,) = [
+        i for i, k in enumerate(zip(row["layer"], row["part"], strict=True)) if k == ("1", "mixer")
+    ]
+    assert values[1, 6] == row["update_ratio"][position]
+
+
+def test_damage_is_named(tmp_path):
+    with pytest.raises(DamagedLogError, match="no such file"):
+        read_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"")
+    with pytest.raises(DamagedLogError, match="holds no training step yet"):
+        read_run(tmp_path)
+    path.unlink()
+    write_run(tmp_path, layers=2, steps=20)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "step", "st')
+    assert "torn" in read_run(tmp_path).notes[0] and len(read_run(tmp_path).steps) == 20
+    lines = whole.splitlines(True)
+    for damage in (b"\x00\x00\n", b"[1]\n", b'{"step": 3}\n', b'{"kind": "other", "step": 3}\n'):
+        path.write_bytes(b"".join([*lines[:5], damage, *lines[5:]]))
+        with pytest.raises(DamagedLogError, match="line 6"):
+            read_run(tmp_path)

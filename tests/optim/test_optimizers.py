@@ -1,0 +1,294 @@
+"""The optimizers in one process: parity with other implementations, clipping, statistics, settings,
+refusals."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from sutrain.optim import OPTIMIZERS, STATISTICS, FragmentError, FragmentMap, StateError, build_optimizer
+from sutrain.optim.build import settings_of
+
+SHAPES = {"matrix": (17, 29), "square": (64, 64), "cube": (3, 5, 7), "vector": (31,), "scalar": ()}
+
+
+def parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator) * 0.1) for name, shape in SHAPES.items()
+    }
+
+
+def gradients(step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    scale = 10.0 ** (step * 5 % 3 - 2)
+    return {name: torch.randn(shape, generator=generator) * scale for name, shape in SHAPES.items()}
+
+
+def standalone(name, own, **settings):
+    optimizer = build_optimizer(name, own.items(), **settings)
+    optimizer.attach(FragmentMap.whole(own.items()))
+    return optimizer
+
+
+def run(optimizer, own, steps):
+    for step in range(1, steps + 1):
+        for name, gradient in gradients(step).items():
+            own[name].grad = gradient.clone()
+        optimizer.step()
+    return own
+
+
+@torch.no_grad()
+def assert_same(left, right, bound):
+    for name in SHAPES:
+        error = (left[name] - right[name]).abs().max() / right[name].abs().max()
+        assert error < bound, (name, float(error))
+
+
+def column(optimizer, name):
+    return optimizer.statistics[:, STATISTICS.index(name)]
+
+
+def test_adafactor_agrees_with_torch():
+    """Where settings coincide: lr below 1/√t, ε so small that neither way of adding it matters."""
+    own, other = parameters(), parameters()
+    theirs = torch.optim.Adafactor(other.values(), lr=0.02, weight_decay=0.1, eps=(1e-15, 1e-3))
+    run(standalone("adafactor", own, learning_rate=0.02, weight_decay=0.1), own, 30)
+    assert_same(own, run(theirs, other, 30), 2e-6)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_adafactor_agrees_with_transformers(relative):
+    own, other = parameters(), parameters()
+    theirs = transformers.optimization.Adafactor(
+        other.values(), lr=None if relative else 0.02, relative_step=relative, scale_parameter=True
+    )
+    preset = {"preset": "paper"} if relative else {"learning_rate": 0.02}
+    run(standalone("adafactor", own, **preset), own, 30)
+    assert_same(own, run(theirs, other, 30), 2e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_agrees_with_torch(decay):
+    own, other = parameters(), parameters()
+    theirs = torch.optim.AdamW(other.values(), lr=0.01, weight_decay=decay)
+    run(standalone("adamw", own, learning_rate=0.01, weight_decay=decay), own, 30)
+    assert_same(own, run(theirs, other, 30), 1e-5)
+
+
+def test_bert4keras_preset_does_not_factor_small_matrices():
+    own = parameters()
+    optimizer = run_once("adafactor", own, preset="bert4keras", learning_rate=0.001)
+    state = optimizer.state_by_name()
+    assert state.replicated == {}
+    assert {name for _, name, _, _ in state.sliced} == set(SHAPES)
+
+
+def run_once(name, own, **settings):
+    optimizer = standalone(name, own, **settings)
+    run(optimizer, own, 1)
+    return optimizer
+
+
+def test_largest_dimensions_are_factored_on_request():
+    own = {"kernel": nn.Parameter(torch.randn(40, 3, 50))}
+    optimizer = standalone("adafactor", own, factored_dimensions="largest")
+    shapes = {key: tuple(value.shape) for key, value in optimizer.state_by_name().replicated.items()}
+    assert shapes == {"row_mean|kernel": (40, 3, 1), "column_mean|kernel": (1, 3, 50)}
+
+
+def test_first_update_moves_by_lr_times_parameter_size():
+    """At t=1, β̂2 is 0 and a matrix of ±1 gradients has RMS(U) = 1: RMS(Δθ) = lr · max(ε2, RMS(θ))."""
+    own = {"zero": nn.Parameter(torch.zeros(8, 8)), "large": nn.Parameter(torch.full((8, 8), 3.0))}
+    optimizer = standalone("adafactor", own, learning_rate=0.01)
+    for parameter in own.values():
+        parameter.grad = torch.ones(8, 8) * 1e-9
+    optimizer.step()
+    moved = (column(optimizer, "update_square_sum") / column(optimizer, "numel")).sqrt()
+    assert moved.tolist() == pytest.approx([0.01 * 1e-3, 0.01 * 3.0], rel=1e-5)
+
+
+def test_lamb_moves_each_tensor_by_lr_times_its_norm():
+    own = parameters()
+    optimizer = standalone("lamb", own, learning_rate=0.01, weight_decay=0.01)
+    run(optimizer, own, 3)
+    ratio = (column(optimizer, "update_square_sum") / column(optimizer, "weight_square_sum")).sqrt()
+    assert ratio.tolist() == pytest.approx([0.01] * len(SHAPES), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_statistics_are_those_of_the_applied_difference(name):
+    momentum = {"momentum": 0.9} if name == "adafactor" else {}
+    own = parameters()
+    optimizer = standalone(name, own, learning_rate=0.01, weight_decay=0.3, clip_global_norm=0.5, **momentum)
+    for step in range(1, 6):
+        before = {key: value.detach().clone() for key, value in own.items()}
+        for key, gradient in gradients(step).items():
+            own[key].grad = gradient.clone()
+        optimizer.step()
+        for index, key in enumerate(optimizer.tensor_names):
+            row = dict(zip(STATISTICS, optimizer.statistics[index].tolist(), strict=True))
+            assert row["weight_square_sum"] == pytest.approx(float(before[key].square().sum()), rel=1e-5)
+            assert row["grad_square_sum"] == pytest.approx(
+                float(gradients(step)[key].square().sum()), rel=1e-5
+            )
+            applied = float((own[key].detach() - before[key]).double().square().sum())
+            assert row["update_square_sum"] == pytest.approx(applied, rel=1e-4)
+            assert row["numel"] == own[key].numel()
+        total = math.sqrt(float(sum(g.square().sum() for g in gradients(step).values())))
+        assert optimizer.global_grad_norm == pytest.approx(total, rel=1e-5)
+        assert optimizer.global_clip_factor == pytest.approx(min(1.0, 0.5 / total), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_clipping_equals_clipped_gradients(name):
+    own, other = parameters(), parameters()
+    clipping = standalone(name, own, learning_rate=0.01, clip_global_norm=0.5)
+    plain = standalone(name, other, learning_rate=0.01)
+    run(clipping, own, 5)
+    for step in range(1, 6):
+        for key, gradient in gradients(step).items():
+            other[key].grad = gradient.clone()
+        nn.utils.clip_grad_norm_(other.values(), 0.5)
+        plain.step()
+    assert_same(own, other, 1e-5)
+
+
+def test_sums_of_large_tensors_are_accurate():
+    """fp32 dot and norm lose 1e-3 here."""
+    own = {"embedding": nn.Parameter(torch.randn(30_000, 512, generator=torch.Generator().manual_seed(0)))}
+    optimizer = standalone("adafactor", own)
+    own["embedding"].grad = own["embedding"].detach().clone()
+    exact = float(own["embedding"].detach().double().square().sum())
+    optimizer.step()
+    assert column(optimizer, "weight_square_sum").item() == pytest.approx(exact, rel=2e-6)
+    assert column(optimizer, "grad_square_sum").item() == pytest.approx(exact, rel=2e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_skipped(name, bad):
+    own, other = parameters(), parameters()
+    optimizer = standalone(name, own, learning_rate=0.01)
+    run(optimizer, own, 3)
+    for key, gradient in gradients(4).items():
+        own[key].grad = gradient.clone()
+    own["cube"].grad[1, 2, 3] = bad
+    optimizer.step()
+    assert (optimizer.updates, optimizer.skipped_updates, optimizer.last_update_applied) == (3, 1, False)
+    assert column(optimizer, "update_square_sum").tolist() == [0.0] * len(SHAPES)
+    run(standalone(name, other, learning_rate=0.01), other, 3)
+    assert all(torch.equal(own[key], other[key]) for key in SHAPES)
+
+
+def test_frozen_and_tied_parameters():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    model["b"].weight = model["a"].weight
+    model.register_parameter("still", nn.Parameter(torch.ones(3), requires_grad=False))
+    optimizer = standalone("adamw", dict(model.named_parameters()))
+    assert optimizer.tensor_names == ["a.weight"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_goes_round(name):
+    own = parameters()
+    optimizer = standalone(name, own, **({"momentum": 0.9} if name == "adafactor" else {}))
+    run(optimizer, own, 3)
+    saved = optimizer.state_by_name()
+    whole = {(key, tensor): values.clone() for key, tensor, _, values in saved.sliced}
+    replicated = {key: value.clone() for key, value in saved.replicated.items()}
+    other = standalone(name, parameters(), **({"momentum": 0.9} if name == "adafactor" else {}))
+    other.load_state_by_name(
+        replicated, saved.counters, lambda key, tensor, at, n: whole[key, tensor][at : at + n]
+    )
+    again = other.state_by_name()
+    assert again.counters == {"updates": 3, "skipped_updates": 0}
+    assert all(torch.equal(again.replicated[key], value) for key, value in replicated.items())
+    assert all(torch.equal(values, whole[key, tensor]) for key, tensor, _, values in again.sliced)
+
+
+def test_state_of_other_settings_is_refused():
+    own = parameters()
+    optimizer = run_once("adafactor", own)
+    replicated = dict(optimizer.state_by_name().replicated)
+    replicated["row_mean|matrix"] = torch.zeros(5, 1)
+    replicated["row_mean|other"] = replicated.pop("row_mean|square")
+    with pytest.raises(StateError) as raised:
+        optimizer.load_state_by_name(replicated, {"updates": 3}, lambda *where: torch.zeros(where[3]))
+    for line in (
+        "missing row_mean|square",
+        "unexpected row_mean|other",
+        "shape (5, 1)",
+        "counter skipped_updates",
+    ):
+        assert line in str(raised.value)
+    assert optimizer.updates == 1
+
+
+def test_masters_are_loaded_from_any_overlapping_range():
+    own = parameters()
+    fragments = FragmentMap.whole(own.items())
+    assert fragments.load_master("matrix", 10, torch.arange(5.0)) == 5
+    assert own["matrix"].detach().view(-1)[10:15].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(FragmentError, match=r"matrix: elements 490\.\.495"):
+        fragments.load_master("matrix", 490, torch.zeros(5))
+    with pytest.raises(FragmentError, match="nowhere: no such tensor"):
+        fragments.load_master("nowhere", 0, torch.zeros(5))
+    assert "17x29" in fragments.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("adafaktor", {}, "'adafaktor' is unknown, expected one of adafactor, lamb, adamw"),
+        (
+            "adafactor",
+            {"momentun": 0.9, "weight_decai": 1},
+            "did you mean momentum.*\n.*did you mean weight_decay",
+        ),
+        ("adafactor", {"preset": "papre"}, "preset 'papre' is unknown"),
+        (
+            "adafactor",
+            {"momentum": 1.5, "decay_exponent": 0},
+            "decay_exponent is 0.*\nadafactor: momentum is 1.5",
+        ),
+        ("lamb", {"betas": (0.9, 1.0)}, "betas is"),
+        ("adamw", {"epsilon": 0}, "epsilon is 0"),
+        ("adamw", {"per_tensor": {"cub": {"weight_decay": 0}}}, "'cub' matches no tensor"),
+        ("adamw", {"per_tensor": {"cube": {"decay": 0}}}, "unknown 'decay'"),
+        ("adamw", {"per_tensor": {"cube": {"weight_decay": -1}}}, "'cube': weight_decay is -1"),
+        ("lamb", {"clip_global_norm": 0}, "clip_global_norm is 0"),
+        ("lamb", {"weight_decay": -1}, "weight_decay is -1"),
+    ],
+)
+def test_wrong_settings_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(name, parameters().items(), **settings)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_setting_is_documented(name):
+    text = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    assert [setting for setting in settings_of(name) if f"| `{setting}` |" not in text] == []
+    assert [column for column in STATISTICS if f"`{column}`" not in text] == []
+
+
+def test_sixteen_bit_parameters_without_masters_are_refused():
+    with pytest.raises(FragmentError, match=r"torch\.bfloat16"):
+        FragmentMap.whole([("weight", nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))])
+
+
+def test_a_step_before_attach_is_refused_unless_it_is_the_engines_empty_one():
+    own = parameters()
+    optimizer = build_optimizer("adafactor", own.items())
+    for parameter in own.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert optimizer.updates == 0
+    own["vector"].grad += 1
+    with pytest.raises(RuntimeError, match="attach"):
+        optimizer.step()

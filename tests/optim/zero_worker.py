@@ -1,0 +1,254 @@
+"""One rank of the multi-process tests: real DeepSpeed engines over gloo, one after another in one process.
+
+    python zero_worker.py RANK WORLD_SIZE PORT OUTPUT
+writes OUTPUT/world{W}/{case}.rank{R}.npz; the tests read and judge them.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+RANK, WORLD_SIZE, PORT, OUTPUT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+os.environ.update(
+    DS_ACCELERATOR="cpu", RANK=str(RANK), LOCAL_RANK=str(RANK),
+    WORLD_SIZE=str(WORLD_SIZE), LOCAL_SIZE=str(WORLD_SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT,
+    OMP_NUM_THREADS="1", DEEPSPEED_LOG_LEVEL="error",
+    TORCH_EXTENSIONS_DIR=os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"),
+    PATH=f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
+)  # fmt: skip
+import deepspeed  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from sutrain.optim import FragmentError, FragmentMap, build_optimizer  # noqa: E402
+from sutrain.optim.verification import verify_fragments  # noqa: E402
+from tests.optim.problem import (  # noqa: E402
+    ENGINES,
+    LEARNING_RATE,
+    OPTIMIZERS,
+    PER_TENSOR,
+    SHAPES,
+    STEPS,
+    Toy,
+    cases,
+    rank_gradient,
+)
+
+
+def make_engine(engine_name, optimizer_of, **overrides):
+    stage, bf16, accumulate = ENGINES[engine_name]
+    model = Toy()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": accumulate},
+        "zero_optimization": {"stage": stage, **overrides.pop("zero", {})},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    } | overrides
+    optimizer = optimizer_of(model)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0], optimizer
+
+
+def ours(optimizer_name):
+    kind, settings = OPTIMIZERS[optimizer_name]
+    return lambda model: build_optimizer(
+        kind, model.named_parameters(), learning_rate=LEARNING_RATE, per_tensor=PER_TENSOR, **settings
+    )
+
+
+def update(engine, step, spoil=False):
+    dtype = next(engine.module.parameters()).dtype
+    coefficients = {
+        name: torch.tensor(rank_gradient(step, name, RANK, WORLD_SIZE), dtype=dtype) for name in SHAPES
+    }
+    if spoil and RANK == WORLD_SIZE - 1:
+        coefficients["wide"][7, 3] = float("inf")
+    engine.backward(engine(coefficients))
+    engine.step()
+
+
+def write(case, engine, fragments, optimizer, statistics):
+    arrays = {f"master|{name}|{offset}": values.numpy() for name, offset, values in fragments.master_slices()}
+    arrays |= {f"model|{n}": p.detach().float().numpy() for n, p in engine.module.named_parameters()}
+    arrays["statistics"] = np.array(statistics)
+    arrays["owned"] = np.array([f"{f.name}|{f.offset}|{f.length}" for f in fragments.fragments])
+    arrays["wrapper"] = np.array(type(engine.optimizer).__name__)
+    if optimizer is not None:
+        state = optimizer.state_by_name()
+        arrays |= {f"replicated|{key}": value.numpy() for key, value in state.replicated.items()}
+        arrays |= {f"state|{key}|{name}|{offset}": v.numpy() for key, name, offset, v in state.sliced}
+        arrays["counters"] = np.array(json.dumps(state.counters))
+    folder = OUTPUT / f"world{WORLD_SIZE}"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"{case}.rank{RANK}.npz", **arrays)
+
+
+def train(case, engine_name, optimizer_name, *, save_at=None, perturb_at=None, spoil_after=None, **overrides):
+    engine, optimizer = make_engine(engine_name, ours(optimizer_name), **overrides)
+    fragments = FragmentMap.from_engine(engine)
+    optimizer.attach(fragments)
+    statistics = []
+    for step in range(1, STEPS + 1):
+        update(engine, step)
+        statistics.append(optimizer.statistics.numpy().copy())
+        if step == save_at:
+            write(f"{case}.saved", engine, fragments, optimizer, statistics)
+        if step == spoil_after:
+            update(engine, step, spoil=True)
+        if step == perturb_at:
+            optimizer.state_by_name().replicated["row_mean|wide"][3] *= 1.01
+    write(case, engine, fragments, optimizer, statistics)
+    engine.destroy()
+
+
+def stock_adafactor():
+    """torch.optim.Adafactor under ZeRO-1: what a user gets who just passes it to DeepSpeed."""
+    engine, _ = make_engine(
+        "stage1_fp32",
+        lambda model: torch.optim.Adafactor(
+            [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, eps=(1e-15, 1e-3)
+        ),
+    )
+    fragments = FragmentMap.from_engine(engine)
+    for step in range(1, STEPS + 1):
+        update(engine, step)
+    write("stock_adafactor", engine, fragments, None, [])
+    engine.destroy()
+
+
+def resumed(case, engine_name, optimizer_name, from_world, save_at):
+    """Continue at this world size what another world size saved after `save_at` updates."""
+    stores = [np.load(f) for f in sorted((OUTPUT / f"world{from_world}").glob(f"{case}.saved.rank*.npz"))]
+
+    def read(key, name, offset, length):
+        values, filled = np.full(length, np.nan, dtype=np.float32), 0
+        for store in stores:
+            for stored in store.files:
+                if stored.rsplit("|", 1)[0] == f"{key}|{name}":
+                    begin, data = int(stored.rsplit("|", 1)[1]), store[stored]
+                    low, high = max(begin, offset), min(begin + len(data), offset + length)
+                    if low < high:
+                        values[low - offset : high - offset] = data[low - begin : high - begin]
+                        filled += high - low
+        assert filled == length, (key, name, offset, length, filled)
+        return torch.from_numpy(values)
+
+    engine, optimizer = make_engine(engine_name, ours(optimizer_name))
+    fragments = FragmentMap.from_engine(engine)
+    optimizer.attach(fragments)
+    prefix = "replicated|"
+    replicated = {
+        k[len(prefix) :]: torch.from_numpy(stores[0][k]) for k in stores[0].files if k.startswith(prefix)
+    }
+    counters = json.loads(str(stores[0]["counters"]))
+    optimizer.load_state_by_name(replicated, counters, lambda key, *where: read(f"state|{key}", *where))
+    for name, shape in SHAPES.items():  # as a checkpoint does: whole tensors to every rank
+        fragments.load_master(name, 0, read("master", name, 0, int(np.prod(shape))))
+    fragments.refresh_model_weights()
+    write(f"{case}.loaded", engine, fragments, optimizer, [])
+    statistics = []
+    for step in range(save_at + 1, STEPS + 1):
+        update(engine, step)
+        statistics.append(optimizer.statistics.numpy().copy())
+    write(f"{case}.resumed", engine, fragments, optimizer, statistics)
+    engine.destroy()
+
+
+def message(action):
+    try:
+        action()
+    except (FragmentError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def refusals():
+    """Broken maps and engines that cannot be mapped: what is said about them."""
+    engine, optimizer = make_engine("stage1_bf16", ours("adafactor"))
+    said = {"step before attach": message(lambda: update(engine, 1))}
+    engine.destroy()
+    engine, optimizer = make_engine("stage1_bf16", ours("adafactor"))
+    fragments = FragmentMap.from_engine(engine)
+    parameters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    before = [buffer.detach().clone() for buffer in fragments.buffers]
+    complete = list(fragments.fragments)
+
+    def judged(changed):
+        fragments.fragments = changed
+        return message(lambda: verify_fragments(fragments, parameters))
+
+    def altered(position, **fields):
+        changed = list(complete)
+        changed[position] = type(changed[position])(**{**vars(changed[position]), **fields})
+        return changed
+
+    last = complete[-1]
+    said["hole"] = judged(altered(-1, length=last.length - 1) if RANK == WORLD_SIZE - 1 else complete)
+    first = complete[0]
+    said["overlap"] = judged(
+        [*complete, first] if WORLD_SIZE == 1 else altered(0, offset=first.offset - RANK)
+    )
+    shifted = complete[0]
+    said["shift"] = judged(altered(0, start=shifted.start + 1) if RANK == 0 else complete)
+    said["restored"] = str(all(torch.equal(a, b) for a, b in zip(before, fragments.buffers, strict=True)))
+    fragments.fragments = complete
+    verify_fragments(fragments, parameters)
+    said["state_dict"] = message(optimizer.state_dict)
+    engine.destroy()
+    for name, overrides in {
+        "clipping and round robin": {"gradient_clipping": 1.0, "zero": {"round_robin_gradients": True}},
+        "stage 3": {"zero": {"stage": 3}},
+    }.items():
+        engine, _ = make_engine("stage1_bf16", ours("adafactor"), **overrides)
+        said[name] = message(lambda engine=engine: FragmentMap.from_engine(engine))
+        engine.destroy()
+    partial, _ = make_engine(
+        "stage1_fp32",
+        lambda m: build_optimizer("adafactor", [(n, p) for n, p in m.named_parameters() if n != "odd"]),
+    )
+    said["forgotten parameter"] = message(lambda: FragmentMap.from_engine(partial))
+    partial.destroy()
+
+    def two_groups(model):
+        optimizer = ours("adafactor")(model)
+        moved = optimizer.param_groups[0]["params"].pop()
+        optimizer.add_param_group({"params": [moved]})
+        return optimizer
+
+    grouped, _ = make_engine("stage1_fp32", two_groups)
+    said["two parameter groups"] = message(lambda: FragmentMap.from_engine(grouped))
+    installed, deepspeed.__version__ = deepspeed.__version__, "0.20.0"
+    said["another DeepSpeed"] = message(lambda: FragmentMap.from_engine(grouped))
+    deepspeed.__version__ = installed
+    grouped.destroy()
+    if RANK == 0:
+        (OUTPUT / f"world{WORLD_SIZE}" / "refusals.json").write_text(json.dumps(said))
+
+
+def main():
+    deepspeed.init_distributed("gloo")
+    began = time.perf_counter()
+    for case in cases(WORLD_SIZE):
+        train(".".join(case), *case, save_at=10)
+    if WORLD_SIZE == 2:
+        for engine_name in ENGINES:
+            train(f"infinite.{engine_name}", engine_name, "adafactor", spoil_after=5)
+        unchecked = {
+            "zero": {"compute_grad_norm": False},
+            "bf16": {"enabled": True, "check_grad_overflow": False},
+        }
+        train("no_engine_norm", "stage2_bf16", "adafactor", spoil_after=5, **unchecked)
+        train("perturbed", "stage1_fp32", "adafactor", perturb_at=10)
+        stock_adafactor()
+        for case in ("stage1_bf16_accumulate_fp32.adafactor_momentum", "stage1_fp32.lamb"):
+            resumed(case, *case.split("."), from_world=3, save_at=10)
+    refusals()
+    print(f"rank {RANK} of {WORLD_SIZE}: {time.perf_counter() - began:.1f} s", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+main()

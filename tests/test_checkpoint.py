@@ -1,0 +1,151 @@
+"""Checkpoints: atomic, checked, pruned, readable at any other cut of the tensors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sutrain import checkpoint as checkpoints
+from sutrain.checkpoint import MASTER, Checkpoint, CheckpointError
+from tests.conftest import ROOT, environment
+
+
+def save(directory, step, values=0.0):
+    weight = torch.arange(12, dtype=torch.float32) + values
+    slices = [(MASTER, "a", 0, weight[:5]), (MASTER, "a", 5, weight[5:]), ("moment", "b", 0, weight[:3] * 2)]
+    shapes = {"a": [3, 4]}
+    return checkpoints.save_checkpoint(
+        directory,
+        step,
+        slices,
+        {"row|a": torch.ones(3)},
+        shapes,
+        {"updates": step, "samples_consumed": step * 8},
+    )
+
+
+def test_any_range_is_put_together_from_the_slices_that_hold_it(tmp_path):
+    found = Checkpoint(save(tmp_path, 4))
+    found.verify()
+    assert found.counters == {"updates": 4, "samples_consumed": 32}
+    assert found.read(MASTER, "a", 3, 6).tolist() == [3, 4, 5, 6, 7, 8]
+    assert found.read("moment", "b", 1, 2).tolist() == [2, 4]
+    assert found.full_weights()["a"].shape == (3, 4)
+    assert found.replicated()["row|a"].tolist() == [1, 1, 1]
+    with pytest.raises(CheckpointError, match="holds 2 of the elements 10..14 of master of a"):
+        found.read(MASTER, "a", 10, 4)
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "replicated.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name, damage):
+    save(tmp_path, 4)
+    file = save(tmp_path, 8) / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flip":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    if name == "manifest.json" and damage == "flip":  # still valid JSON, but another number
+        file.write_bytes(content.replace(b'"samples_consumed": 64', b'"samples_consumed": 65'))
+    found, damaged = checkpoints.find_latest(tmp_path)
+    assert found.step == 4
+    assert len(damaged) == 1 and "step-00000008" in damaged[0]
+
+
+def test_an_interrupted_save_is_never_seen_and_swept_away(tmp_path):
+    save(tmp_path, 4)
+    half = tmp_path / ".writing-step-00000008"
+    half.mkdir()
+    (half / "rank-00000.safetensors").write_bytes(b"half")
+    assert checkpoints.find_latest(tmp_path)[0].step == 4
+    checkpoints.prune(tmp_path, keep_last=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    checkpoints.mark_best(tmp_path, 2, 1.5, "40 rows")
+    checkpoints.prune(tmp_path, keep_last=2)
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4", "5"]
+    assert checkpoints.best(tmp_path) == {"step": 2, "validation_loss": 1.5, "basis": "40 rows"}
+
+
+def test_a_best_checkpoint_that_is_gone_or_a_damaged_mark_is_none(tmp_path):
+    save(tmp_path, 5)
+    checkpoints.mark_best(tmp_path, 2, 1.5, "")
+    assert checkpoints.best(tmp_path) is None
+    (tmp_path / "best.json").write_text("{")
+    assert checkpoints.best(tmp_path) is None
+
+
+def test_damaged_later_checkpoints_do_not_push_out_the_intact_ones(tmp_path):
+    """After a resume at 1 from under damaged 2 and 3, pruning counts what the run itself writes."""
+    for step in (1, 2, 3):
+        folder = save(tmp_path, step)
+        if step > 1:
+            (folder / "replicated.safetensors").unlink()
+    found, damaged = checkpoints.find_latest(tmp_path)
+    assert found.step == 1 and len(damaged) == 2
+    checkpoints.set_aside(tmp_path, after_step=1)
+    save(tmp_path, 2)
+    checkpoints.prune(tmp_path, keep_last=2)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000002"]
+    assert checkpoints.find_latest(tmp_path)[0].step == 2
+    assert sorted(path.name for path in tmp_path.glob(".damaged-*")) == [
+        ".damaged-step-00000002",
+        ".damaged-step-00000003",
+    ]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from sutrain.checkpoint import save_checkpoint
+from sutrain.launch import explain
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+try:
+    slices = [("master", "a", 0, torch.zeros(1_000_000))]
+    save_checkpoint(Path(sys.argv[1]), 8, slices, {}, {"a": [1_000_000]}, {})
+except OSError as error:
+    print(type(error).__name__, explain(error))
+"""
+
+
+def test_a_disk_that_takes_no_more_gives_a_clear_line_and_keeps_the_older_checkpoint(tmp_path):
+    """A limit on file size stands for a full disk: both make the same call fail with a number of the system."""
+    save(tmp_path, 4)
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert "OSError" in result.stdout and "File too large" in result.stdout, result.stdout + result.stderr
+    found, damaged = checkpoints.find_latest(tmp_path)
+    assert found.step == 4 and not damaged
+
+
+def test_the_same_step_written_again_replaces_the_old_one(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 4, values=100.0)
+    found, damaged = checkpoints.find_latest(tmp_path)
+    assert not damaged and found.read(MASTER, "a", 0, 1).item() == 100
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    folder = save(tmp_path, 4)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": "other"}))
+    with pytest.raises(CheckpointError, match="not in the format"):
+        Checkpoint(folder).verify()
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    assert checkpoints.find_latest(tmp_path / "nowhere") == (None, [])

@@ -1,0 +1,128 @@
+"""The run configuration: mistakes, batch arithmetic, and the engine settings that follow."""
+
+import pytest
+import yaml
+
+from data_prep.config_file import ConfigError, load_config, to_yaml
+from sutrain.config import PretrainConfig, batch_plan, deepspeed_config, learning_rate_schedule
+from tests.conftest import ROOT
+
+
+def load(path, *overrides):
+    return load_config(PretrainConfig, path, overrides)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/pretrain").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_every_shipped_config_is_valid_and_reads_back(path, tmp_path):
+    config = load(path)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "resolved.yaml") == config
+    settings = [line for line in path.read_text().splitlines() if line.strip() and line.split("#")[0].strip()]
+    bare = [line for line in settings if "#" not in line and not line.rstrip().endswith(":")]
+    assert not bare, "every setting of a shipped configuration says what it is"
+
+
+def test_all_mistakes_at_once(write_config):
+    """Also those that only a check across keys finds, in sections that have other mistakes."""
+    path = write_config(
+        steps=5,
+        schedule={"warmup_steps": 9, "shape": "cosine"},
+        optimizer={"nmae": "lamb", "settings": {"clip_treshold": 2}},
+        model={"hidden_size": 31, "head_size": 15},
+        batch={"global_tokens": 64},
+    )
+    with pytest.raises(ConfigError) as raised:
+        load(path, "--zero.stage=3", "--checkpiont.every_steps=3")
+    lines = str(raised.value).splitlines()
+    expected = (
+        "optimizer.nmae: unknown key; did you mean 'name'?",
+        "unknown setting 'clip_treshold'; did you mean clip_threshold",
+        "model.head_size",
+        "give exactly one of global_sequences and global_tokens",
+        "zero.stage: input should be 0, 1 or 2, found 3",
+        "checkpiont: unknown key; did you mean 'checkpoint'?",
+    )
+    for text in expected:
+        assert sum(text in line for line in lines) == 1, (text, lines)
+
+
+def test_a_check_across_sections_runs_beside_other_mistakes(write_config):
+    with pytest.raises(ConfigError) as raised:
+        load(write_config(steps=5, schedule={"warmup_steps": 9}), "--zero.stage=7")
+    assert "zero.stage" in str(raised.value) and "warmup_steps" in str(raised.value)
+
+
+def test_small_numbers_may_be_written_without_a_dot(write_config):
+    config = load(write_config(optimizer={"learning_rate": "1e-3", "settings": {"epsilon_scale": "1e-3"}}))
+    assert config.optimizer.settings == {"epsilon_scale": 0.001}
+    assert (
+        load(write_config(), "--optimizer.settings.epsilon_scale=1e-3").optimizer.settings["epsilon_scale"]
+        == 0.001
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--optimizer.settings.epsilon_scale=[1]", "wrong type"),
+        ("--optimizer.settings.weight_decay=0.5", "weight_decay belongs one level up"),
+        ("--optimizer.learning_rate=.inf", "learning_rate: input should be a finite number"),
+        (f"--seed={2**64}", "seed: input should be less than"),
+        ("--zero.stage=0", "zero.stage 0 accumulates bf16 gradients in bf16 only"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused(write_config, override, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load(write_config(), override)
+
+
+def test_settings_of_the_optimizer_are_checked_before_anything_starts(write_config):
+    with pytest.raises(ConfigError, match="unknown setting 'clip_treshold'; did you mean clip_threshold"):
+        load(write_config(optimizer={"settings": {"clip_treshold": 2}}))
+
+
+def test_a_schedule_that_does_not_fit_the_run_is_refused(write_config):
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        load(write_config(steps=5, schedule={"warmup_steps": 9}))
+
+
+def test_global_batch_in_sequences_or_tokens(write_config):
+    by_rows = batch_plan(load(write_config()), 32, world_size=3, rank=1)
+    assert (by_rows.global_sequences, by_rows.accumulation) == (12, 2)
+    by_tokens = load(write_config(batch={"global_sequences": None, "global_tokens": 384}))
+    assert batch_plan(by_tokens, 32, 2, 0).global_sequences == 12
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "expected"),
+    [
+        ({"global_sequences": 10, "micro_sequences": 4}, 2, "use batch.global_sequences 8 or 16"),
+        ({"global_sequences": 2, "micro_sequences": 4}, 2, "use batch.global_sequences 8,"),
+        ({"global_sequences": None, "global_tokens": 100, "micro_sequences": 1}, 1, "use 96 or 128"),
+    ],
+)
+def test_impossible_batch_arithmetic_names_sizes_that_work(write_config, batch, world_size, expected):
+    with pytest.raises(ConfigError, match=expected):
+        batch_plan(load(write_config(batch=batch)), 32, world_size, 0)
+
+
+def test_engine_defaults_that_change_the_mathematics_are_written_out(write_config):
+    config = load(write_config())
+    engine = deepspeed_config(config, batch_plan(config, 32, 2, 0))
+    assert engine["gradient_clipping"] == 0.0, "unset it would be 1.0"
+    assert engine["data_types"]["grad_accum_dtype"] == "fp32", "unset, bf16 gradients accumulate in bf16"
+    assert engine["communication_data_type"] == "fp32"
+    assert engine["train_batch_size"] == 12 and engine["gradient_accumulation_steps"] == 3
+    assert engine["zero_optimization"]["round_robin_gradients"] is False
+
+
+def test_the_schedule_is_that_of_the_config(write_config):
+    schedule = learning_rate_schedule(load(write_config(schedule={"warmup_steps": 4, "final_share": 0.5})))
+    assert schedule(0) == 0.25 and schedule(11) == 0.5
+
+
+def test_overrides_of_top_level_keys(write_config):
+    assert load(write_config(), "--steps=7", "--run_dir=elsewhere").steps == 7
+    assert yaml.safe_load(to_yaml(load(write_config(), "--steps=7")))["steps"] == 7

@@ -1,0 +1,266 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+import sutrain.huggingface  # noqa: F401
+from data_prep.config_file import load_config, to_yaml
+from sutrain import checkpoint as checkpoints
+from sutrain.config import PretrainConfig
+from sutrain.export import ExportError, choose_checkpoint, export_weights, main
+from sutrain.models.masked_lm import MaskedLanguageModel
+from tests.models.tiny import CONFIGS, write_tokenizer
+
+TEXTS = [
+    "we walk in the [MASK] today",
+    "今天天气很[MASK]。",
+    "a longer text about language models and 音乐 and food",
+]
+
+# What a user does where sutrain is not installed, for several folders in one process.
+OUTSIDE = """
+import sys
+import torch
+from safetensors.torch import save_file
+sys.modules["sutrain"] = sys.modules["data_prep"] = None  # importing them fails, even if installed
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
+code = {"trust_remote_code": True}
+separator = sys.argv.index("--")
+folders, texts = sys.argv[1:separator], sys.argv[separator + 1:]
+
+def logits(folder):
+    batch = AutoTokenizer.from_pretrained(folder, **code)(texts, padding=True, return_tensors="pt")
+    return batch, AutoModelForMaskedLM.from_pretrained(folder, **code)(**batch).logits
+
+with torch.no_grad():
+    for number, folder in enumerate(folders):
+        assert AutoConfig.from_pretrained(folder, **code).model_type == "sutrain"
+        batch, first = logits(folder)
+        hidden = AutoModel.from_pretrained(folder, **code)(**batch).last_hidden_state
+        assert pipeline("fill-mask", model=folder, **code)(texts[0])[0]["token_str"]
+        again = f"again-{number}"
+        AutoModelForMaskedLM.from_pretrained(folder, **code).save_pretrained(again)
+        AutoTokenizer.from_pretrained(folder, **code).save_pretrained(again)
+        save_file({"logits": first, "hidden": hidden, "again": logits(again)[1]}, f"{number}.safetensors")
+"""
+
+# Models with a tied head, with GAUs, and with a head of its own.
+KINDS = ["roformer_v2", "gau_alpha", "pre"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that load a folder
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("data") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def exports(tokenizer_dir, tmp_path_factory):
+    """Kind of model -> (trained model, exported folder)."""
+    torch.manual_seed(0)
+    made = {}
+    for kind in KINDS:
+        model = MaskedLanguageModel(CONFIGS[kind]).eval()
+        folder, cleaning = tmp_path_factory.mktemp("out") / kind, None
+        if kind == "pre":  # over an earlier export, and from text that was cleaned in another way
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps({"model_type": "sutrain"}))
+            (folder / "stale.py").write_text("")
+            cleaning = {"unicode": "nfkc", "strip_control": False, "min_characters": 1}
+        weights, card = dict(model.state_dict()), {"optimizer updates": 12}
+        export_weights(weights, CONFIGS[kind], tokenizer_dir, folder, card, cleaning)
+        made[kind] = model, folder
+    return made
+
+
+@pytest.fixture(params=KINDS)
+def exported(request, exports):
+    return exports[request.param]
+
+
+def logits_one_by_one(model, folder):
+    """Logits of the trained model, each text alone and without padding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return [model.logits(model(tokenizer(text, return_tensors="pt")["input_ids"]))[0] for text in TEXTS]
+
+
+def assert_equal_logits(found_BLV, expected):
+    for row, expected_LV in enumerate(expected):
+        assert (found_BLV[row, : len(expected_LV)] - expected_LV).abs().max() < 1e-5
+
+
+def test_a_folder_loads_where_sutrain_is_installed(exported):
+    model, folder = exported
+    tokenizer, loaded = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder)
+    assert type(loaded).__module__.startswith("sutrain.")  # without trust_remote_code, hence our own class
+    with torch.no_grad():
+        found = loaded(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+    assert_equal_logits(found, logits_one_by_one(model, folder))
+
+
+def test_folders_load_where_sutrain_is_not_installed(exports, tmp_path):
+    folders = [str(folder) for _, folder in exports.values()]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HF_HOME")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", OUTSIDE, *folders, "--", *TEXTS]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    for number, (model, folder) in enumerate(exports.values()):
+        found = load_file(tmp_path / f"{number}.safetensors")
+        expected = logits_one_by_one(model, folder)
+        assert_equal_logits(found["logits"], expected)
+        assert_equal_logits(found["again"], expected)
+        assert_equal_logits(model.logits(found["hidden"]).detach(), expected)
+
+
+def test_the_file_holds_fp32_weights_under_the_trained_names(exported):
+    model, folder = exported
+    stored = load_file(folder / "model.safetensors")
+    trained = model.state_dict()
+    assert stored.keys() == {f"model.{name}" for name in trained}
+    for name, tensor in trained.items():
+        assert stored[f"model.{name}"].dtype == torch.float32
+        assert torch.equal(stored[f"model.{name}"], tensor)
+
+
+def test_fill_mask_proposes_tokens(exported):
+    _, folder = exported
+    fill = pipeline("fill-mask", model=str(folder))
+    proposals = fill("今天天气很[MASK]。", top_k=3)
+    assert len(proposals) == 3
+    assert proposals[0]["score"] >= proposals[1]["score"] > 0
+
+
+def test_the_card_tells_how_to_load_it_and_its_numbers(exported):
+    _, folder = exported
+    card = (folder / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert "| optimizer updates | 12 |" in card
+    assert "| parameters |" in card
+
+
+def write_run(folder, dataset, config_file):
+    """A run folder with two checkpoints, of which the first is marked best; returns the two models."""
+    config = load_config(PretrainConfig, config_file, [f"--data.dir={dataset}", f"--run_dir={folder}"])
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    lines = [{"kind": "step", "step": 6}, {"kind": "evaluation", "step": 6, "validation_loss": 1.25}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    models = []
+    for updates in (6, 12):
+        model = MaskedLanguageModel(config.model).eval()
+        state = model.state_dict()
+        slices = [("master", name, 0, tensor.flatten()) for name, tensor in state.items()]
+        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+        counters = {
+            "steps": updates,
+            "skipped": 0,
+            "samples_consumed": 72,
+            "tokens": 2304,
+            "data_content_hash": "abc",
+        }
+        checkpoints.save_checkpoint(folder / "checkpoints", updates, slices, {}, shapes, counters)
+        models.append(model)
+    checkpoints.mark_best(folder / "checkpoints", 6, 1.25, "40 rows")
+    return models
+
+
+def test_a_run_is_exported_from_its_best_checkpoint_or_another(tmp_path, dataset, write_config, capsys):
+    run = tmp_path / "run"
+    best, last = write_run(run, dataset, write_config())
+    for choice, model in (("best", best), (str(run / "checkpoints/step-00000012"), last)):
+        main(["--run", str(run), "--output", str(tmp_path / "out"), "--checkpoint", choice])
+        stored = load_file(tmp_path / "out/model.safetensors")
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(stored[f"model.{name}"], tensor)
+        card = (tmp_path / "out/README.md").read_text()
+        assert ("| held-out loss, nats per predicted token | 1.2500 |" in card) == (model is best)
+        assert "| sequences seen | 72 |" in card
+    assert "loads and computes" in capsys.readouterr().out
+    assert choose_checkpoint(run, "last").name == "step-00000012"
+
+
+def test_a_wrong_run_folder_gets_one_line(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["--run", str(tmp_path), "--output", str(tmp_path / "out")])
+    assert stop.value.code == f"error: {tmp_path}: no config.yaml; expected the folder of a run"
+
+
+def weights_of(name="roformer_v2"):
+    return dict(MaskedLanguageModel(CONFIGS[name]).state_dict())
+
+
+def test_all_weights_that_do_not_fit_are_named_at_once(tokenizer_dir, tmp_path):
+    weights = weights_of()
+    weights["extra.weight"] = torch.zeros(1)
+    del weights["encoder.layers.0.mixer.key.weight"]
+    weights["encoder.layers.1.mixer.key.weight"] = torch.zeros(2, 2)
+    weights["encoder.layers.2.mixer.key.weight"][0, 0] = float("nan")
+    with pytest.raises(ExportError) as error:
+        export_weights(weights, CONFIGS["roformer_v2"], tokenizer_dir, tmp_path / "out", {})
+    text = str(error.value)
+    for expected in (
+        "layers.0.mixer.key.weight: missing",
+        "extra.weight: not part",
+        "[2, 2], expected",
+        "finite",
+    ):
+        assert expected in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_left_alone(tokenizer_dir, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ExportError, match="not an earlier export"):
+        export_weights(weights_of(), CONFIGS["roformer_v2"], tokenizer_dir, tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else_is_left(exports):
+    _, folder = exports["pre"]
+    assert not (folder / "stale.py").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["pre"]
+
+
+def test_the_tokenizer_cleans_text_as_it_was_cleaned_for_training(exports):
+    settings = json.loads((exports["pre"][1] / "tokenizer_config.json").read_text())
+    assert {key: settings[key] for key in ("unicode", "strip_control")} == {
+        "unicode": "nfkc",
+        "strip_control": False,
+    }
+
+
+def test_a_model_that_computes_something_else_is_not_handed_over(tokenizer_dir, tmp_path, monkeypatch):
+    """The comparison must notice a right-shaped weight in the wrong place."""
+    from sutrain import export
+
+    write = export._write_folder
+
+    def swapped(folder, weights, *rest):
+        query, key = (f"encoder.layers.1.mixer.{part}.weight" for part in ("query", "value"))
+        write(folder, weights | {query: weights[key], key: weights[query]}, *rest)
+
+    monkeypatch.setattr(export, "_write_folder", swapped)
+    with pytest.raises(ExportError, match="computes other logits"):
+        export_weights(weights_of(), CONFIGS["roformer_v2"], tokenizer_dir, tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    bigger = write_tokenizer(tmp_path / "bigger", vocab_size=320)
+    with pytest.raises(ExportError, match="320 pieces for a model of 300 tokens"):
+        export_weights(weights_of(), CONFIGS["roformer_v2"], bigger, tmp_path / "out", {})
+    with pytest.raises(ExportError, match="no such file"):
+        export_weights(weights_of(), CONFIGS["roformer_v2"], tmp_path / "nowhere", tmp_path / "out", {})

@@ -1,0 +1,116 @@
+"""Around training: devices and threads of a rank, what may go on, and failures in one line."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data_prep.config_file import ConfigError
+from sutrain.data import load_manifest
+from sutrain.launch import (
+    check_model_fits_data,
+    check_same_run,
+    environment,
+    explain,
+    hold_run_folder,
+    local_device,
+)
+from sutrain.models.configuration import EncoderConfig
+from tests.conftest import ROOT, ROW_TOKENS, VOCAB_SIZE
+from tests.conftest import environment as shell
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_ranks_of_a_host_share_its_cores(name):
+    """LOCAL_WORLD_SIZE is torchrun's word, LOCAL_SIZE that of DeepSpeed's launcher."""
+    code = "import torch; from sutrain.launch import local_device; local_device(); print(torch.get_num_threads())"
+    variables = {key: value for key, value in shell(**{name: "2"}).items() if key != "OMP_NUM_THREADS"}
+    cores = len(__import__("os").sched_getaffinity(0))
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == str(max(1, cores // 2)), result.stderr
+
+
+def test_more_ranks_than_a_host_can_take_are_refused_on_every_rank(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_SIZE", "5000")
+    with pytest.raises(ConfigError, match=r"5000 ranks on \d+ CPU cores; start with --num_gpus"):
+        local_device()
+
+
+def test_more_ranks_than_accelerators_are_refused_on_every_rank(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="4 ranks on this host but 2 accelerators: start with --num_gpus 2"):
+        local_device()
+
+
+def test_model_and_data_must_agree_on_vocabulary_rows_and_padding(dataset):
+    manifest = load_manifest(dataset)
+    check_model_fits_data(EncoderConfig(vocab_size=VOCAB_SIZE, max_row_tokens=ROW_TOKENS), manifest, dataset)
+    with pytest.raises(ConfigError) as raised:
+        check_model_fits_data(EncoderConfig(vocab_size=400, pad_token_id=1), manifest, dataset)
+    lines = str(raised.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "model.vocab_size",
+        "model.max_row_tokens",
+        "model.pad_token_id",
+    ]
+    assert (
+        f"set model.vocab_size={VOCAB_SIZE}" in lines[0]
+        and f"set model.max_row_tokens={ROW_TOKENS}" in lines[1]
+    )
+
+
+def test_everything_that_keeps_a_run_from_going_on_is_named():
+    saved = {"seed": 1, "model": {"num_layers": 2, "hidden_size": 8}}
+    check_same_run(saved, {"seed": 1, "model": {"num_layers": 2, "hidden_size": 8}})
+    with pytest.raises(ConfigError) as raised:
+        check_same_run(saved, {"seed": 2, "model": {"num_layers": 3, "hidden_size": 8}})
+    text = str(raised.value)
+    assert (
+        "seed: 1 in the checkpoint, 2 now" in text and "model.num_layers: 2 in the checkpoint, 3 now" in text
+    )
+    assert "hidden_size" not in text
+
+
+def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):
+    held = hold_run_folder(tmp_path / "run")
+    code = "import pathlib, sys; from sutrain.launch import hold_run_folder as hold; hold(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    second = subprocess.run(command, cwd=ROOT, env=shell(), capture_output=True, text=True)
+    assert "another run is writing there" in second.stderr
+    held.close()
+    assert subprocess.run(command, cwd=ROOT, env=shell()).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "no space left on the disk of /data/x"),
+        (PermissionError(errno.EACCES, "Permission denied", "/runs"), "/runs: Permission denied"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "lower batch.micro_sequences",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "lower batch.micro_sequences"),
+        (RuntimeError("The server socket has failed: EADDRINUSE"), "deepspeed --master_port PORT"),
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:2"), "another rank ended"),
+    ],
+)
+def test_failures_of_the_machine_have_a_way_out(error, expected):
+    assert expected in explain(error)
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_the_environment_names_versions_and_machine():
+    facts = environment(2)
+    assert facts["packages"]["torch"].startswith("2.") and facts["world_size"] == 2 and facts["cores"] >= 1

@@ -1,0 +1,44 @@
+"""The README: its commands are those that exist (tests/cluster/test_demo.py runs them), its links lead somewhere."""
+
+import re
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def commands(page):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_readme_has_the_two_commands_and_the_road():
+    lines = commands("README.md")
+    assert lines[:2] == ["make demo", "make test"]
+    assert sum(line.startswith(("python -m", "deepspeed")) for line in lines) >= 9
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "lint", "clean", "help"])
+def test_every_make_target_is_there(target):
+    result = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_make_help_lists_the_targets():
+    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
+    for target in ("demo", "test", "test-slow", "lint", "clean"):
+        assert f"make {target} " in result.stdout
+
+
+def test_no_page_has_an_unfilled_place():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.search(r"@[A-Z_]{3,}@", page.read_text()), page.name
+
+
+def test_links_between_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "LOG.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} -> {target}"
