@@ -15,13 +15,12 @@ os.environ.update(
     DS_ACCELERATOR="cpu", RANK=str(RANK), LOCAL_RANK=str(RANK),
     WORLD_SIZE=str(WORLD_SIZE), LOCAL_SIZE=str(WORLD_SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT,
     OMP_NUM_THREADS="1", DEEPSPEED_LOG_LEVEL="error",
-    TORCH_EXTENSIONS_DIR=os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"),
-    PATH=f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
 )  # fmt: skip
 import deepspeed  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from sutrain.build_extension import build_extension  # noqa: E402
 from sutrain.optim import FragmentError, FragmentMap, build_optimizer  # noqa: E402
 from sutrain.optim.verification import verify_fragments  # noqa: E402
 from tests.optim.problem import (  # noqa: E402
@@ -230,6 +229,7 @@ def refusals():
 
 
 def main():
+    build_extension()
     deepspeed.init_distributed("gloo")
     began = time.perf_counter()
     for case in cases(WORLD_SIZE):
