@@ -6,25 +6,33 @@ over all
 fragments: from it come the global gradient norm, the clip factor and the decision whether to apply the update
 at all, the same on every rank. Round two sums what the size of the update depends on. Each round is one
 all-reduce of a few numbers per tensor. No tensor is gathered, and no statistic is taken from a slice alone.
+
+ZeRO-3 calls step() once for every sub-group of tensors. A sub-group is then a part: an optimizer of its own over its
+own tensors, with its own buckets and state, made from this one in attach(). What an optimizer defines (below) runs on
+a part, whose `fragments`, `statistics` and state are the part's alone; where step() takes everything at once, as in
+ZeRO 0, 1 and 2, the optimizer is its own only part. The update count, the clip factor and the decision to apply an
+update are taken with the first part and shared.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bucket import Bucket
-from .fragments import FragmentError, FragmentMap, is_optimized
+from .fragments import Fragment, FragmentError, FragmentMap, is_optimized, whole_shape
+from .logical import Parts, rows_of_parts, shapes_of_parts
+from .per_tensor import choices_per_tensor, refuse_unless
 from .state import OptimizerState, ReadSlice, StateError
 
 STATISTICS = (
     "weight_square_sum",
     "grad_square_sum",
+    "clipped_grad_square_sum",
     "update_square_sum",
     "numel",
     "update_rms",
@@ -32,13 +40,9 @@ STATISTICS = (
     "trust_ratio",
 )
 """Columns of `statistics`, each of the whole logical tensor. Weights are those the update started from;
-gradients those the engine handed over, before any clipping; the update is the fp32 difference applied, with
-learning rate and weight decay in it. update_rms (before clipping) and clip_factor are AdaFactor's,
-trust_ratio is LAMB's; else NaN."""
-
-PER_TENSOR = ("learning_rate_scale", "weight_decay", "adapt")
-"""Settings that may differ between tensors. adapt=False: AdaFactor without parameter scale, LAMB without
-trust ratio."""
+gradients those the engine handed over, unscaled, before any clipping (clipped_: after clipping by the global
+norm); the update is the fp32 difference applied, with learning rate and weight decay in it. update_rms (before
+clipping) and clip_factor are AdaFactor's, trust_ratio is LAMB's; else NaN."""
 
 
 class FragmentOptimizer(torch.optim.Optimizer):
@@ -56,6 +60,7 @@ class FragmentOptimizer(torch.optim.Optimizer):
         clip_global_norm: float | None = None,
         skip_nonfinite: bool = True,
         per_tensor: Mapping[str, Mapping[str, Any]] | None = None,
+        logical_tensors: Mapping[str, Parts] | None = None,
     ):
         """
         learning_rate: first value of param_groups[0]["lr"], which a trainer sets before each step.
@@ -63,6 +68,8 @@ class FragmentOptimizer(torch.optim.Optimizer):
         clip_global_norm: scale all gradients down together when their global norm exceeds this; None: off.
         skip_nonfinite: leave weights, state and counters alone when a gradient is infinite or not a number.
         per_tensor: {glob over tensor names: {learning_rate_scale, weight_decay, adapt}}, later ones win.
+        logical_tensors: {glob over parameter names: a number of equal parts along the first dimension, or the rows
+            of each}: a fused QKV (3) is three tensors, NAME#0, NAME#1 and NAME#2.
         """
         refuse_unless(
             {
@@ -75,19 +82,22 @@ class FragmentOptimizer(torch.optim.Optimizer):
         )
         parameters = {name: parameter for name, parameter in named_parameters if is_optimized(parameter)}
         super().__init__(list(parameters.values()), {"lr": learning_rate})
-        self.tensor_names = list(parameters)
+        whole = {name: whole_shape(parameter) for name, parameter in parameters.items()}
+        self._rows = rows_of_parts(logical_tensors or {}, whole)
+        self._shapes = shapes_of_parts(whole, self._rows)
+        self.tensor_names = list(self._shapes)
         self.clip_global_norm = clip_global_norm
         self.skip_nonfinite = skip_nonfinite
         self.updates = 0
         """Updates applied; what β̂2 and bias corrections count."""
         self.skipped_updates = 0
         self.last_update_applied = False
-        self.global_grad_norm = math.nan
-        """Norm of all gradients before clipping, of the last step."""
         self.global_clip_factor = 1.0
-        self._choices = _choices_per_tensor(self.tensor_names, weight_decay, per_tensor or {})
-        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._global_grad_norm: Tensor | float = math.nan
+        self._choices = choices_per_tensor(self.tensor_names, weight_decay, per_tensor or {})
         self._fragments: FragmentMap | None = None
+        self._parts: list[FragmentOptimizer] = []
+        self._next_part = 0
         self._sliced: dict[str, dict[int, Tensor]] = {}  # state key -> position in fragments -> values
 
     # ---- what an optimizer defines -------------------------------------------------------------------------
@@ -129,17 +139,42 @@ class FragmentOptimizer(torch.optim.Optimizer):
         if self._fragments is not None:
             raise FragmentError("the optimizer is attached already; build a new one for another engine")
         held = [id(tensor) for group in self.param_groups for tensor in group["params"]]
-        if sorted(held) != sorted(map(id, fragments.buffers)):
+        handed_over = [] if fragments.around.in_parts else sorted(map(id, fragments.buffers))
+        if sorted(held) != handed_over:
             raise FragmentError("the fragment map belongs to another optimizer or engine than this one")
+        fragments = fragments.split(self._rows)
         if self._shapes != fragments.shapes:
             unlike = {name for name, _ in self._shapes.items() ^ fragments.shapes.items()}
             raise FragmentError(
                 f"names or shapes differ from those given to the optimizer: {', '.join(sorted(unlike))}"
             )
         self.tensor_names = list(fragments.names)
+        self._fragments = fragments
+        self.statistics = torch.full(
+            (len(fragments.names), len(STATISTICS)), math.nan, device=fragments.device
+        )
+        """fp32 [T, S]: rows by tensor_names, columns by STATISTICS; equal on all ranks, new after a step."""
+        pieces, row = fragments.parts(), 0
+        for piece in pieces:
+            part = self if piece is fragments else self._part(piece)
+            rows = slice(row, row + len(piece.names))
+            if self.tensor_names[rows] != piece.names:
+                raise FragmentError("the engine hands tensors over in another order than the model has them")
+            part.statistics, row = self.statistics[rows], rows.stop
+            part._attach()
+            self._parts.append(part)
+
+    def _part(self, piece: FragmentMap) -> FragmentOptimizer:
+        """An optimizer over some of the tensors, with all settings of this one."""
+        part: FragmentOptimizer = object.__new__(type(self))
+        part.__dict__.update(self.__dict__, _fragments=piece, _sliced={}, tensor_names=list(piece.names))
+        return part
+
+    def _attach(self) -> None:
+        """Lay out sums and state for the tensors of self.fragments."""
+        fragments = self.fragments
         columns = [self._choices[name] for name in fragments.names]
         device = fragments.device
-        self._fragments = fragments
         self._count = len(fragments.names)
         scales, decays = ([float(c[key]) for c in columns] for key in ("learning_rate_scale", "weight_decay"))
         self._learning_rate_scale = torch.tensor(scales, device=device)
@@ -151,8 +186,6 @@ class FragmentOptimizer(torch.optim.Optimizer):
         first = {"weight": (self._count,), "gradient": (self._count,), **self._first_sums()}
         self._first = Bucket(first, device)
         self._second = Bucket(dict.fromkeys(self._second_sums(), (self._count,)), device)
-        self.statistics = torch.full((self._count, len(STATISTICS)), math.nan, device=device)
-        """fp32 [T, S]: rows by tensor_names, columns by STATISTICS; equal on all ranks, new after a step."""
         self._allocate()
 
     def _new_slices(self, key: str, wanted: Callable[[int], bool] = lambda tensor: True) -> None:
@@ -185,32 +218,80 @@ class FragmentOptimizer(torch.optim.Optimizer):
             ):
                 self.fragments  # noqa: B018 - raises
             return
-        gradients = [fragment.gradient() for fragment in self._fragments.fragments]
-        weights = [fragment.values() for fragment in self._fragments.fragments]
-        first, second = self._first, self._second
+        part = self._part_to_step()
+        part.param_groups = self.param_groups  # the engine may have put another list there
+        fragments = part.fragments
+        gradients = [fragment.gradient() for fragment in fragments.fragments]
+        weights = [fragment.values() for fragment in fragments.fragments]
+        scaler = fragments.around.loss_scaler
+        if scaler is not None and (correction := scaler.correction()) != 1.0:
+            for gradient in gradients:
+                gradient.mul_(correction)
+        first, second = part._first, part._second
         first.flat.zero_()
-        self._add(first["weight"], squares(weights))
-        self._add_gradient_sums(first, gradients)
-        self._fragments.all_reduce(first.flat)
-        self._start_statistics(first)
-        self.last_update_applied = math.isfinite(self.global_grad_norm) or not self.skip_nonfinite
+        part._add(first["weight"], squares(weights))
+        part._add_gradient_sums(first, gradients)
+        fragments.all_reduce(first.flat)
+        if part is self._parts[0]:
+            self._decide(first)
+        part.updates, part.global_clip_factor = self.updates, self.global_clip_factor
+        part._start_statistics(first)
         if not self.last_update_applied:
-            self.skipped_updates += 1
             return
-        self.updates += 1
         second.flat.zero_()
-        self._prepare(first, gradients, weights, second)
-        self._fragments.all_reduce(second.flat)
-        self._apply(first, second, gradients, weights)
+        part._prepare(first, gradients, weights, second)
+        fragments.all_reduce(second.flat)
+        part._apply(first, second, gradients, weights)
+        if (
+            fragments.around.keeps_gradients
+        ):  # and adds the next ones to what it finds, where it overwrites nothing
+            for buffer in fragments.buffers:
+                buffer.grad.zero_()  # type: ignore[union-attr]
 
-    def _start_statistics(self, first: Bucket) -> None:
-        self.global_grad_norm = math.sqrt(float(first["gradient"].double().sum()))
+    def _part_to_step(self) -> FragmentOptimizer:
+        """The part whose turn it is. Raises RuntimeError when the engine hands over another one."""
+        part = self._parts[self._next_part]
+        self._next_part = (self._next_part + 1) % len(self._parts)
+        if self.fragments.around.in_parts:
+            held = [tensor for group in self.param_groups for tensor in group["params"]]
+            if len(held) != 1 or held[0] is not part.fragments.buffers[0]:
+                raise RuntimeError(
+                    "the engine calls step() for its sub-groups in another order than it has them"
+                )
+        return part
+
+    def _decide(self, first: Bucket) -> None:
+        """Is the update applied, and how much are gradients scaled down? The same on every rank.
+
+        The one number read back from the device is the gradient norm, and only where clipping is asked for or the
+        engine does not drop an infinite update itself.
+        """
+        around = self.fragments.around
+        if around.grad_norm is None:
+            self._global_grad_norm = first["gradient"].double().sum().sqrt()
+        else:
+            correction = 1.0 if around.loss_scaler is None else around.loss_scaler.correction()
+            self._global_grad_norm = around.grad_norm() * correction
+        looks = self.skip_nonfinite and not around.checks_finite
+        self.last_update_applied = not looks or math.isfinite(self.global_grad_norm)
         self.global_clip_factor = 1.0
         if self.clip_global_norm is not None and self.global_grad_norm > self.clip_global_norm:
             self.global_clip_factor = self.clip_global_norm / (self.global_grad_norm + 1e-6)
+        if self.last_update_applied:
+            self.updates += 1
+        else:
+            self.skipped_updates += 1
+
+    @property
+    def global_grad_norm(self) -> float:
+        """Norm of all gradients before clipping, of the last step. (Waits for the device.)"""
+        return float(self._global_grad_norm)
+
+    def _start_statistics(self, first: Bucket) -> None:
         self.statistics.fill_(math.nan)
         self._column("weight_square_sum").copy_(first["weight"])
         self._column("grad_square_sum").copy_(first["gradient"])
+        self._column("clipped_grad_square_sum").copy_(first["gradient"]).mul_(self.global_clip_factor**2)
         self._column("update_square_sum").zero_()
         self._column("numel").copy_(self._numel)
 
@@ -225,24 +306,37 @@ class FragmentOptimizer(torch.optim.Optimizer):
     # ---- state ---------------------------------------------------------------------------------------------
 
     def _replicated(self) -> dict[str, Tensor]:
-        """Views of the state that is the same on every rank, by unique key."""
+        """Views of the state that is the same on every rank, by "KEY|TENSOR"; of a part, those of its tensors."""
         return {}
+
+    def _all_replicated(self) -> dict[str, Tensor]:
+        return {key: value for part in self._parts for key, value in part._replicated().items()}
+
+    def _all_sliced(self) -> list[tuple[str, Fragment, Tensor]]:
+        """(state key, fragment, its values) of all parts."""
+        return [
+            (key, part.fragments.fragments[position], values)
+            for part in self._parts
+            for key, slices in part._sliced.items()
+            for position, values in slices.items()
+        ]
 
     def state_by_name(self) -> OptimizerState:
         """Views of the state, as a checkpoint stores it; independent of world size and ZeRO stage."""
-        sliced = [
-            (key, self.fragments.fragments[position].name, self.fragments.fragments[position].offset, values)
-            for key, slices in self._sliced.items()
-            for position, values in slices.items()
-        ]
-        counters = {"updates": self.updates, "skipped_updates": self.skipped_updates}
-        return OptimizerState(self._replicated(), sliced if self.fragments.writes else [], counters)
+        sliced = [(key, *fragment.stored, values) for key, fragment, values in self._all_sliced()]
+        counters: dict[str, float] = {"updates": self.updates, "skipped_updates": self.skipped_updates}
+        scaler = self.fragments.around.loss_scaler
+        counters |= scaler.numbers() if scaler is not None else {}
+        return OptimizerState(self._all_replicated(), sliced if self.fragments.writes else [], counters)
 
     def load_state_by_name(
-        self, replicated: Mapping[str, Tensor], counters: Mapping[str, int], read: ReadSlice
+        self, replicated: Mapping[str, Tensor], counters: Mapping[str, float], read: ReadSlice
     ) -> None:
-        """Take over saved state, of any world size. Raises StateError, before any change."""
-        own = self._replicated()
+        """Take over saved state, of any world size and stage. Raises StateError, before any change.
+
+        A loss scale is taken over if both runs have a dynamic one.
+        """
+        own = self._all_replicated()
         problems = [f"missing {key}" for key in own if key not in replicated]
         problems += [f"unexpected {key}" for key in replicated if key not in own]
         problems += [
@@ -257,16 +351,17 @@ class FragmentOptimizer(torch.optim.Optimizer):
             raise StateError(
                 "the saved state does not fit this optimizer's settings:\n  " + "\n  ".join(problems)
             )
-        loaded = []
-        for key, slices in self._sliced.items():
-            for position, values in slices.items():
-                fragment = self.fragments.fragments[position]
-                loaded.append((values, read(key, fragment.name, fragment.offset, fragment.length)))
+        loaded = [
+            (values, read(key, *fragment.stored, fragment.length))
+            for key, fragment, values in self._all_sliced()
+        ]
         for values, saved in loaded:
             values.copy_(saved)
         for key, value in own.items():
             value.copy_(replicated[key])
         self.updates, self.skipped_updates = int(counters["updates"]), int(counters["skipped_updates"])
+        if self.fragments.around.loss_scaler is not None:
+            self.fragments.around.loss_scaler.load(counters)
 
     def state_dict(self) -> dict[str, Any]:
         """Refused: a torch state dict of flat slices fits one world size only."""
@@ -287,40 +382,3 @@ def squares(tensors: list[Tensor]) -> list[Tensor]:
 def products(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
     """Σxy of each pair of flat tensors, 0-dimensional."""
     return [(x * y).sum() for x, y in zip(left, right, strict=True)]
-
-
-def refuse_unless(valid: Mapping[str, bool]) -> None:
-    """Raises ValueError with the texts of all conditions that do not hold, one a line."""
-    problems = [text for text, holds in valid.items() if not holds]
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def _choices_per_tensor(
-    names: list[str], weight_decay: float, per_tensor: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    choices = {
-        name: {"learning_rate_scale": 1.0, "weight_decay": weight_decay, "adapt": True} for name in names
-    }
-    problems = []
-    for pattern, settings in per_tensor.items():
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        problems += (
-            []
-            if matching
-            else [f"per_tensor pattern {pattern!r} matches no tensor; names are like {names[0]}"]
-        )
-        unknown = sorted(set(settings) - set(PER_TENSOR))
-        problems += [
-            f"per_tensor {pattern!r}: unknown {key!r}, expected {', '.join(PER_TENSOR)}" for key in unknown
-        ]
-        problems += [
-            f"per_tensor {pattern!r}: {key} is {settings[key]!r}, expected 0 or more"
-            for key in ("learning_rate_scale", "weight_decay")
-            if settings.get(key, 0) < 0
-        ]
-        for name in matching:
-            choices[name].update({key: settings[key] for key in settings if key in PER_TENSOR})
-    if problems:
-        raise ValueError("\n".join(problems))
-    return choices

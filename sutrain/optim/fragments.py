@@ -11,13 +11,18 @@ number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .logical import runs_of_parts, shapes_of_parts
+
+if TYPE_CHECKING:
+    from .loss_scale import LossScaler
 
 
 class FragmentError(ValueError):
@@ -40,6 +45,15 @@ class Fragment:
     length: int
     buffer: Tensor
     start: int
+    parameter: str = ""
+    """The model's parameter, where the tensor is a part of one (a third of a fused QKV); else empty."""
+    parameter_offset: int = 0
+    """Then: where in the flattened parameter the fragment begins."""
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """(name, offset) under which a checkpoint keeps these elements: those of the parameter."""
+        return (self.parameter, self.parameter_offset) if self.parameter else (self.name, self.offset)
 
     def values(self) -> Tensor:
         """Flat fp32 view of the master weights, [length]."""
@@ -53,33 +67,57 @@ class Fragment:
         return gradient.narrow(0, self.start, self.length).float()
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What the owner of the memory, an engine, does around a map; the defaults are those of a single process.
+
+    replicated: every rank owns everything (no ZeRO) and sums must not be reduced.
+    group: the ranks that share the tensors; None is the default group.
+    device: where the group can communicate, if that is not where the masters are (CPU offload under NCCL).
+    refresh: copies the fp32 masters into the weights the model computes with, on all ranks.
+    weights: the whole of a parameter the model computes with, by name; collective.
+    in_parts: the optimizer's step() is called once for each buffer (ZeRO-3), else once for all of them.
+    grad_norm: the global gradient norm before the first of such calls; the optimizer sees only parts.
+    checks_finite: the engine itself drops an update whose gradients are not finite, before any step().
+    keeps_gradients: gradient buffers outlive the step and are only overwritten (CPU offload).
+    loss_scaler: of fp16.
+    """
+
+    replicated: bool = True
+    group: dist.ProcessGroup | None = None
+    device: torch.device | None = None
+    refresh: Callable[[], None] = lambda: None
+    weights: Callable[[str], Tensor] | None = None
+    in_parts: bool = False
+    grad_norm: Callable[[], float] | None = None
+    checks_finite: bool = False
+    keeps_gradients: bool = False
+    loss_scaler: LossScaler | None = None
+
+
 class FragmentMap:
     """All fragments of one process, the names and shapes of all tensors, and how to sum over all owners."""
 
     def __init__(
         self,
-        shapes: dict[str, torch.Size],
+        shapes: Mapping[str, torch.Size],
         fragments: Iterable[Fragment],
         *,
         buffers: Sequence[Tensor],
-        replicated: bool,
-        group: dist.ProcessGroup | None = None,
-        refresh: Callable[[], None] = lambda: None,
+        around: Surroundings,
+        buffer_names: Sequence[Sequence[str]] | None = None,
     ):
         """
         shapes: every trainable tensor of the model, in model order; equal on all ranks.
         buffers: the flat fp32 tensors, as they stand in the optimizer's param_groups.
-        replicated: every rank owns everything (no ZeRO) and sums must not be reduced.
-        group: the ranks that share the tensors; None is the default group.
-        refresh: copies the fp32 masters into the weights the model computes with, on all ranks.
+        buffer_names: the tensors of each buffer, also those of which other ranks own all, if in_parts.
         """
         self.shapes = dict(shapes)
         self.names = list(self.shapes)
         self.fragments = sorted(fragments, key=lambda fragment: (fragment.tensor, fragment.offset))
         self.buffers = list(buffers)
-        self.replicated = replicated
-        self._group = group
-        self._refresh = refresh
+        self.around = around
+        self._buffer_names = buffer_names
         wrong = [buffer.dtype for buffer in self.buffers if buffer.dtype != torch.float32]
         if wrong:
             raise FragmentError(
@@ -88,32 +126,29 @@ class FragmentMap:
 
     @classmethod
     def from_engine(cls, engine: Any, verify: bool = True) -> FragmentMap:
-        """The map of a DeepSpeed engine (ZeRO 0, 1, 2; fp32 or bf16), checked element by element.
+        """The map of a DeepSpeed engine (ZeRO 0, 1, 2, 3; fp32, bf16, fp16), checked element by element.
 
         Collective: call it on all ranks. Raises FragmentError, with every reason, for an engine it cannot
         serve.
         """
         from .engines import map_engine  # DeepSpeed is imported only where there is an engine
 
-        fragments, parameters = map_engine(engine)
+        fragments = map_engine(engine)
         if verify:
             from .verification import verify_fragments
 
-            verify_fragments(fragments, parameters)
+            verify_fragments(fragments)
         return fragments
 
     @classmethod
     def whole(cls, named_parameters: Iterable[tuple[str, Tensor]]) -> FragmentMap:
         """One process, no engine: fragments are whole fp32 parameters. Frozen ones are left out."""
         parameters = {name: parameter for name, parameter in named_parameters if is_optimized(parameter)}
-        return cls.of_copies(parameters, parameters)
+        return cls.of_copies(parameters, parameters, Surroundings(weights=parameters.__getitem__))
 
     @classmethod
     def of_copies(
-        cls,
-        parameters: dict[str, Tensor],
-        masters: dict[str, Tensor],
-        refresh: Callable[[], None] = lambda: None,
+        cls, parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor], around: Surroundings
     ) -> FragmentMap:
         """Every process holds a whole fp32 master of every parameter."""
         scattered = [name for name, master in masters.items() if not master.is_contiguous()]
@@ -126,34 +161,83 @@ class FragmentMap:
             for index, (name, master) in enumerate(masters.items())
         ]
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        return cls(shapes, fragments, buffers=list(masters.values()), replicated=True, refresh=refresh)
+        return cls(shapes, fragments, buffers=list(masters.values()), around=around)
+
+    def split(self, rows: Mapping[str, Sequence[int]]) -> FragmentMap:
+        """The same memory with the parameters of `rows` seen as several tensors each (see logical.py)."""
+        if not rows:
+            return self
+        shapes = shapes_of_parts(self.shapes, rows)
+        index = {name: position for position, name in enumerate(shapes)}
+        fragments = []
+        for whole in self.fragments:
+            if whole.name not in rows:
+                fragments.append(replace(whole, tensor=index[whole.name]))
+                continue
+            runs = runs_of_parts(whole.shape, rows[whole.name], whole.offset, whole.length)
+            for part, offset, length, before in runs:
+                name = f"{whole.name}#{part}"
+                place = (offset, length, whole.buffer, whole.start + before)
+                stored = (whole.name, whole.offset + before)
+                fragments.append(Fragment(name, index[name], shapes[name], *place, *stored))
+        names = self._buffer_names and [
+            list(shapes_of_parts({name: self.shapes[name] for name in held}, rows))
+            for held in self._buffer_names
+        ]
+        return FragmentMap(shapes, fragments, buffers=self.buffers, around=self.around, buffer_names=names)
+
+    def parts(self) -> list[FragmentMap]:
+        """The maps of what the engine hands over in one step(): of every buffer by itself, or this one."""
+        if not self.around.in_parts:
+            return [self]
+        assert self._buffer_names is not None
+        found = []
+        for buffer, names in zip(self.buffers, self._buffer_names, strict=True):
+            index = {name: position for position, name in enumerate(names)}
+            own = [replace(f, tensor=index[f.name]) for f in self.fragments if f.buffer is buffer]
+            shapes = {name: self.shapes[name] for name in names}
+            found.append(FragmentMap(shapes, own, buffers=[buffer], around=self.around))
+        return found
 
     @property
     def device(self) -> torch.device:
         return self.buffers[0].device
 
     @property
+    def replicated(self) -> bool:
+        """Does every rank own everything?"""
+        return self.around.replicated
+
+    @property
     def world_size(self) -> int:
         """Ranks over which one tensor may be spread."""
-        return 1 if self.replicated or not dist.is_initialized() else dist.get_world_size(self._group)
+        return 1 if self.replicated or not dist.is_initialized() else dist.get_world_size(self.around.group)
 
     @property
     def rank(self) -> int:
         """Rank among those that hold the model, also where it is replicated."""
-        return dist.get_rank(self._group) if dist.is_initialized() else 0
+        return dist.get_rank(self.around.group) if dist.is_initialized() else 0
 
     def all_reduce(self, sums: Tensor) -> None:
         """Add up partial sums of all owners, in place. Nothing to do where each rank owns everything."""
         if self.world_size > 1:
-            dist.all_reduce(sums, group=self._group)
+            there = self._where_the_group_is(sums)
+            dist.all_reduce(there, group=self.around.group)
+            if there is not sums:
+                sums.copy_(there)
 
     def all_gather(self, local: Tensor) -> list[Tensor]:
         """`local` of every rank in rank order; it must have the same shape everywhere."""
         if self.world_size == 1:
             return [local]
-        gathered = [torch.empty_like(local) for _ in range(self.world_size)]
-        dist.all_gather(gathered, local, group=self._group)
-        return gathered
+        there = self._where_the_group_is(local)
+        gathered = [torch.empty_like(there) for _ in range(self.world_size)]
+        dist.all_gather(gathered, there, group=self.around.group)
+        return [values.to(local.device) for values in gathered]
+
+    def _where_the_group_is(self, values: Tensor) -> Tensor:
+        """NCCL does not take what lies on the CPU: itself, or a copy where the group can communicate."""
+        return values if self.around.device is None else values.to(self.around.device)
 
     def master_slices(self) -> Iterator[tuple[str, int, Tensor]]:
         """(name, offset, flat fp32 view): what this rank has to save. Over all ranks every element comes
@@ -163,7 +247,7 @@ class FragmentMap:
         """
         if self.writes:
             for fragment in self.fragments:
-                yield fragment.name, fragment.offset, fragment.values()
+                yield *fragment.stored, fragment.values()
 
     @property
     def writes(self) -> bool:
@@ -197,7 +281,12 @@ class FragmentMap:
     def refresh_model_weights(self) -> None:
         """Make the model compute with the fp32 masters: round, gather from all ranks. Collective."""
         with torch.no_grad():
-            self._refresh()
+            self.around.refresh()
+
+    def model_weight(self, name: str) -> Tensor:
+        """The parameter the model computes with, whole, on every rank. Collective under ZeRO-3."""
+        assert self.around.weights is not None, "a map without a model"
+        return self.around.weights(name)
 
     def describe(self) -> str:
         """A table, one line a fragment: tensor, shape, elements owned by this rank, place in the buffer."""
@@ -214,6 +303,11 @@ class FragmentMap:
         return "\n".join(lines)
 
 
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter; under ZeRO-3 it stands empty while it is not in use, and remembers its shape."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def is_optimized(parameter: Tensor) -> bool:
     """Trainable and not empty: the parameters DeepSpeed hands to an optimizer."""
-    return parameter.requires_grad and parameter.numel() > 0
+    return parameter.requires_grad and whole_shape(parameter).numel() > 0

@@ -20,12 +20,11 @@ class OptimizerState:
     """What an optimizer has to save.
 
     replicated: small tensors, the same on every rank ("row_mean|NAME"), to be saved once.
-    sliced: (state key, tensor name, offset, flat fp32 values), what this rank has to save; over all ranks
-    every
-        element comes once.
-    counters: numbers that advance with the updates.
+    sliced: (state key, parameter, offset in it, flat fp32 values), what this rank has to save; over all ranks
+        every element comes once.
+    counters: numbers that advance with the updates, and those of fp16's loss scaler.
     """
 
     replicated: dict[str, Tensor]
     sliced: list[tuple[str, str, int, Tensor]]
-    counters: dict[str, int]
+    counters: dict[str, float]

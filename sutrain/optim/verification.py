@@ -15,13 +15,10 @@ from .fragments import FragmentError, FragmentMap
 _BASE = 256  # ids are written digit by digit: 0..255 is exact in bf16 and fp16
 
 
-def verify_fragments(fragments: FragmentMap, parameters: dict[str, Tensor]) -> None:
-    """Raises FragmentError on every rank when any rank's map is wrong; else leaves all weights as they were.
-
-    parameters: what the model computes with, by name; 16-bit copies of the masters or the masters themselves.
-    """
+def verify_fragments(fragments: FragmentMap) -> None:
+    """Raises FragmentError on every rank when any rank's map is wrong; else leaves all weights as they were."""
     _verify_coverage(fragments)
-    _verify_element_ids(fragments, parameters)
+    _verify_element_ids(fragments)
 
 
 def _verify_coverage(fragments: FragmentMap) -> None:
@@ -53,7 +50,7 @@ def _verify_coverage(fragments: FragmentMap) -> None:
 
 
 @torch.no_grad()
-def _verify_element_ids(fragments: FragmentMap, parameters: dict[str, Tensor]) -> None:
+def _verify_element_ids(fragments: FragmentMap) -> None:
     sizes = [shape.numel() for shape in fragments.shapes.values()]
     first_ids = [sum(sizes[:tensor]) for tensor in range(len(sizes))]
     saved = [buffer.detach().clone() for buffer in fragments.buffers]
@@ -69,7 +66,9 @@ def _verify_element_ids(fragments: FragmentMap, parameters: dict[str, Tensor]) -
             fragments.refresh_model_weights()
             for tensor, name in enumerate(fragments.names):
                 expected = _digits(first_ids[tensor], sizes[tensor], digit, fragments.device)
-                wrong = parameters[name].detach().reshape(-1).float() != expected
+                wrong = (
+                    fragments.model_weight(name).detach().reshape(-1).float().to(expected.device) != expected
+                )
                 if problem is None and wrong.any():
                     problem = f"{name}: element {int(wrong.nonzero()[0])} is not where the map has it"
     finally:

@@ -30,11 +30,13 @@ def run(case: str, steps: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
             statistics[name] = {
                 "weight_square_sum": (theta**2).sum(),
                 "grad_square_sum": raw[name],
+                "clipped_grad_square_sum": (gradients[name] ** 2).sum(),
                 "update_square_sum": ((new - theta) ** 2).sum(),
                 "numel": theta.size,
                 "update_rms": NAN,
                 "clip_factor": NAN,
                 "trust_ratio": NAN,
+                "guard_factor": NAN,
             } | extra
             weights[name] = new
         history.append(statistics)

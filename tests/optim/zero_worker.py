@@ -172,13 +172,12 @@ def refusals():
     engine.destroy()
     engine, optimizer = make_engine("stage1_bf16", ours("adafactor"))
     fragments = FragmentMap.from_engine(engine)
-    parameters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     before = [buffer.detach().clone() for buffer in fragments.buffers]
     complete = list(fragments.fragments)
 
     def judged(changed):
         fragments.fragments = changed
-        return message(lambda: verify_fragments(fragments, parameters))
+        return message(lambda: verify_fragments(fragments))
 
     def altered(position, **fields):
         changed = list(complete)
@@ -195,7 +194,7 @@ def refusals():
     said["shift"] = judged(altered(0, start=shifted.start + 1) if RANK == 0 else complete)
     said["restored"] = str(all(torch.equal(a, b) for a, b in zip(before, fragments.buffers, strict=True)))
     fragments.fragments = complete
-    verify_fragments(fragments, parameters)
+    verify_fragments(fragments)
     said["state_dict"] = message(optimizer.state_dict)
     engine.destroy()
     for name, overrides in {
