@@ -35,11 +35,12 @@ def make_cleaner(section: CleaningSection) -> Callable[[str], tuple[str, str]]:
     longest = section.max_characters or float("inf")
 
     def clean(text: str) -> tuple[str, str]:
-        if not text.isprintable():
+        plain = text.isprintable()  # then the only white space is U+0020
+        if not plain:
             text = unwanted.sub("", text)
         if form and not text.isascii():
             text = unicodedata.normalize(form, text)
-        if section.collapse_whitespace:
+        if section.collapse_whitespace and (not plain or "  " in text or text[:1] == " " or text[-1:] == " "):
             text = " ".join(text.split())
         if not text or text.isspace():
             return "", "empty"

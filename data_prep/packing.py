@@ -30,12 +30,6 @@ class Documents:
     origin: np.ndarray
 
 
-def take_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Indices of the ranges [start, start + length) one after the other, int64 [sum of lengths]."""
-    stops = np.cumsum(lengths)
-    return np.repeat(starts - (stops - lengths), lengths) + np.arange(int(stops[-1]) if len(stops) else 0)
-
-
 class RowPacker:
     """Turns documents into blocks of `block_rows` rows of `row_tokens` tokens."""
 

@@ -29,12 +29,13 @@ from .tokenizer import read_model
 from .words import segmenter_identity
 
 WORK_PREFIX = ".sutrain-"
-_WORK_VERSION = 1  # of the intermediate files; another program must not take up what it cannot read
+_WORK_VERSION = 2  # of the intermediate files; another program must not take up what it cannot read
 _MIN_TASK_BYTES, _MAX_TASK_BYTES = BLOCK_BYTES, 1024**3
 _TASKS_PER_RUN = 64
 _RATIO = 4  # assumed ratio of compressed input, for estimates and for grouping
 # Rough sizes per byte of text, for the estimate only (16-bit ids, Chinese statutes).
 _SPILL_SHARE, _OUTPUT_SHARE = 0.35, 0.3
+_MIN_FRAME_BYTES, _MAX_FRAME_BYTES = 16 * 1024, 512 * 1024
 _PROGRAM_BYTES = 350 * 1024**2
 
 
@@ -115,6 +116,15 @@ class Plan:
             [[segment.file, segment.first_block, segment.stop_block] for segment in segments]
             for segments in self.tasks
         ]
+
+
+def frame_bytes(plan: Plan) -> int:
+    """Size of a frame of the spill files. Frames that lie across the border of two shards are read twice, so a run
+    has eight of them for each shard, as long as they stay worth a read.
+    """
+    run_bytes = min(plan.config.resources.worker_memory_bytes, plan.spill_bytes // max(1, len(plan.tasks)))
+    shards = max(1, plan.output_bytes // plan.config.shards.target_bytes)
+    return min(max(run_bytes // (8 * shards), _MIN_FRAME_BYTES), _MAX_FRAME_BYTES)
 
 
 def tool_versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from .executor import Executor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
 from .owned import adopt_plan, finished, only_run, remove_leftovers, remove_work
-from .plan import Plan, make_plan
+from .plan import Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_share, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
@@ -155,6 +155,8 @@ def run_scatter(
             segmenter=config.words.segmenter,
             validation_share=config.shards.validation_share,
             memory_bytes=config.resources.worker_memory_bytes,
+            frame_bytes=frame_bytes(plan),
+            codec="zstd",
         )
         for number, segments in enumerate(plan.tasks)
     ]
@@ -218,7 +220,7 @@ def run_gather(
             run_hash=plan.run_hash,
             tokenizer_sha256=tokenizer["sha256"],
             spill_folder=str(plan.work_path / "scatter"),
-            spills=len(plan.tasks),
+            spills=range(len(plan.tasks)),
             output_folder=str(config.output_path),
             work_folder=str(plan.work_path / "gather"),
             source_of_file=[file.corpus for file in plan.files],

@@ -32,8 +32,8 @@ from .tokenizer import Tokenizer, load_tokenizer
 from .words import word_start_characters
 
 _ENCODE_BYTES = 1024**2
-# A flush holds the records three times: as collected, joined, and one frame in order.
-_SPILL_SHARE = 4
+# What a worker fills with records; the rest is for the batch being read and encoded, and for one frame.
+_SPILL_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class ScatterTask:
     segmenter: str
     validation_share: float
     memory_bytes: int
+    frame_bytes: int
+    codec: str
 
 
 def manifest_path(folder: str | Path, number: int) -> Path:
@@ -99,7 +101,7 @@ def scatter(task: ScatterTask) -> dict[str, Any]:
     sums = {split: {"documents": 0, "tokens": 0, "document_sum": 0} for split in SPLITS}
     paths = [path(folder, task.number) for path in (spill_path, index_path, quarantine_path)]
     with atomic_file(paths[0]) as spill, atomic_file(paths[2]) as quarantine:
-        writer = SpillWriter(spill, task.memory_bytes // _SPILL_SHARE)
+        writer = SpillWriter(spill, int(task.memory_bytes * _SPILL_SHARE), task.frame_bytes, task.codec)
         for segment in task.segments:
             for records, side in _segment_records(
                 task, segment, tokenizer, books[str(segment.input.corpus)], quarantine
@@ -223,14 +225,8 @@ def tokenise(
 
     Raises DataPrepError when the pieces of a text do not add up to its characters.
     """
-    ids, lengths, counts = tokenizer.encode(texts)
-    characters = np.diff(np.cumsum(lengths)[np.cumsum(counts) - 1], prepend=0)
-    changed = np.flatnonzero(characters != np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)))
-    if len(changed):
-        raise DataPrepError(
-            f"the tokenizer changes text: {texts[changed[0]][:40]!r} (file {file}, block {block}, record "
-            f"{records[changed[0]]}) came back with {characters[changed[0]]} characters; train it with data_prep"
-        )
+    ids, lengths, counts = tokenizer.encode(texts, exact=segmenter != "none")
+    _check_characters(texts, lengths, counts, f"file {file}, block {block}", records)
     document_lengths = counts + 2
     stops = np.cumsum(document_lengths)
     inner = np.ones(int(stops[-1]), dtype=bool)
@@ -253,6 +249,18 @@ def tokenise(
         "length": document_lengths.astype(np.uint32),
     }
     return Records(columns, tokens, words)
+
+
+def _check_characters(
+    texts: list[str], lengths: np.ndarray, counts: np.ndarray, where: str, records: np.ndarray
+) -> None:
+    characters = np.diff(np.cumsum(lengths)[np.cumsum(counts) - 1], prepend=0)
+    changed = np.flatnonzero(characters != np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)))
+    if len(changed):
+        raise DataPrepError(
+            f"the tokenizer changes text: {texts[changed[0]][:40]!r} ({where}, record {records[changed[0]]}) came "
+            f"back with {characters[changed[0]]} characters; train it with data_prep"
+        )
 
 
 def split_of(texts: list[str], seed: int, validation_share: float) -> np.ndarray:

@@ -1,27 +1,32 @@
 """The intermediate file between the passes: records sorted by key, in frames that an index can find.
 
 A map task writes one spill file, a sequence of frames, and an index with the key range of every frame, so
-that pass 2 reads any range of keys with a few range reads. Memory is bounded: when the budget is full, what
-is there is sorted and written as a run, and the task goes on.
+that pass 2 reads any range of keys with a few range reads. Memory is bounded in bytes: when the budget is
+full, what is there is sorted and written as a run, and the task goes on.
 
-Frame (zstd-1 over): key u64 [n], file, block, record, tokens of each u32 [n], ids [T],
-word starts as packed bits. Shapes: n records, T tokens.
+A record is a row of columns and a payload: the ids of a document, or the bytes of a line. Payloads are put in
+order by `pyarrow.take`, one memcpy a record, which costs short lines no Python object and no index per byte.
+
+Frame: key u64 [n], then the other columns u32 [n], payload [T], word starts as packed bits; stored plain, or
+behind lz4 or zstd-1 as a whole. Shapes: n records, T tokens (or bytes).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 import zstandard
 
-from .packing import take_ranges
 from .shards import SPLITS
 
-FRAME_TOKENS = 128 * 1024
+CODECS = ("none", "lz4", "zstd")
 # Sorted by (split, run, key). bytes: in the spill file, raw_bytes: after decompression.
 FRAME_INDEX = np.dtype(
     [
@@ -34,31 +39,85 @@ FRAME_INDEX = np.dtype(
         ("documents", "<u4"),
         ("tokens", "<u4"),
         ("run", "<u4"),
-        ("split", "<u4"),
+        ("split", "<u2"),
+        ("codec", "<u2"),
     ]
 )
-_COLUMNS = (
-    ("key", "<u8"),
-    ("file", "<u4"),
-    ("block", "<u4"),
-    ("record", "<u4"),
-    ("length", "<u4"),
-)
-_RECORD_BYTES = sum(np.dtype(kind).itemsize for _, kind in _COLUMNS)
+ORIGIN = ("file", "block", "record")
+# What a record takes while a run is sorted and written, beside its payload: its columns twice, its place in the
+# order, and its offsets.
+RECORD_OVERHEAD_BYTES = 72
+# A line of text output has no lineage; its key and length are all that travels with it.
+TEXT_OVERHEAD_BYTES = 48
+_SORT_BYTES = 2 * 1024**2  # payload put in order at a time
 
 
 @dataclass
 class Records:
-    """n tokenised records in columns; tokens of all in a row [T], word starts bool [T] or None."""
+    """n records in columns (key uint64, length uint32, and where they come from); payloads of all in a row
+    [T], word starts bool [T] or None.
+    """
 
     columns: dict[str, np.ndarray]
     tokens: np.ndarray
     words: np.ndarray | None
 
-    @property
-    def memory_bytes(self) -> int:
-        words = 0 if self.words is None else len(self.words)
-        return len(self.columns["key"]) * _RECORD_BYTES + self.tokens.nbytes + words
+    def __len__(self) -> int:
+        return len(self.columns["key"])
+
+
+class Items:
+    """Payloads of different lengths behind one another, to be taken in any order."""
+
+    def __init__(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
+        offsets *= values.itemsize
+        self._dtype = values.dtype
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(values)]
+        self._array = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(lengths), buffers)
+
+    def take(self, order: np.ndarray) -> np.ndarray:
+        """The payloads at positions `order`, in a row; a copy."""
+        if not len(order):
+            return np.empty(0, dtype=self._dtype)
+        _, offsets, data = self._array.take(pa.array(order)).buffers()
+        stop = int(np.frombuffer(offsets, np.int64, len(order) + 1)[-1])
+        if not stop:
+            return np.empty(0, dtype=self._dtype)
+        return np.frombuffer(data, self._dtype, stop // self._dtype.itemsize)
+
+
+def portions(records: Records, order: np.ndarray, portion_bytes: int | None = None) -> Iterator[Records]:
+    """The records at positions `order`, in that order, in portions of about `portion_bytes` of payload."""
+    portion_bytes = portion_bytes or _SORT_BYTES
+    lengths = records.columns["length"]
+    tokens = Items(records.tokens, lengths)
+    words = None if records.words is None else Items(records.words, lengths)
+    filled = np.cumsum(lengths[order], dtype=np.int64) * records.tokens.itemsize
+    # A record that is larger than a portion goes alone.
+    cuts = np.flatnonzero(np.diff(filled // portion_bytes)) + 1
+    for chosen in np.split(order, cuts) if len(order) else []:
+        columns = {name: column[chosen] for name, column in records.columns.items()}
+        yield Records(columns, tokens.take(chosen), None if words is None else words.take(chosen))
+
+
+def sort_order(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """The order of the output, int64 [n]: by key; ties, which are next to impossible, by file (which stands for
+    the source too), block and record, or by place where records carry no origin.
+    """
+    order = np.argsort(columns["key"])
+    sorted_keys = columns["key"][order]
+    if np.any(sorted_keys[1:] == sorted_keys[:-1]):
+        ties = [columns[name] for name in reversed(ORIGIN) if name in columns]
+        order = np.lexsort((*ties, columns["key"]))
+    return order
+
+
+def column_kinds(has_origin: bool) -> tuple[tuple[str, str], ...]:
+    """Names and dtypes of the columns of a frame, in order."""
+    names = ("length", *ORIGIN) if has_origin else ("length",)
+    return (("key", "<u8"), *((name, "<u4") for name in names))
 
 
 def spill_path(folder: str | Path, number: int) -> Path:
@@ -72,73 +131,103 @@ def index_path(folder: str | Path, number: int) -> Path:
 class SpillWriter:
     """Collects records up to a budget, then writes them as a run of frames sorted by split and key."""
 
-    def __init__(self, file: BinaryIO, budget_bytes: int) -> None:
-        self._file, self._budget_bytes = file, budget_bytes
-        self._compressor = zstandard.ZstdCompressor(level=1)
-        self._parts: list[tuple[Records, np.ndarray]] = []
-        self._used_bytes = self._offset = self._runs = 0
+    def __init__(self, file: BinaryIO, budget_bytes: int, frame_bytes: int, codec: str) -> None:
+        self._file, self._budget_bytes, self._frame_bytes = file, budget_bytes, frame_bytes
+        self._codec = CODECS.index(codec)
+        self._compress = _compressor(codec)
+        self._payload = np.empty(budget_bytes, dtype=np.uint8)  # pages are only taken when they are written
+        self._words: np.ndarray | None = None
+        self._dtype = np.dtype(np.uint8)
+        self._columns: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+        self._used_bytes = self._filled_bytes = self._offset = self._runs = 0
         self._frames: list[tuple[Any, ...]] = []
+        self.raw_bytes = 0
 
     def add(self, records: Records, split: np.ndarray) -> None:
-        self._parts.append((records, split))
-        self._used_bytes += records.memory_bytes
-        if self._used_bytes >= self._budget_bytes:
-            self._flush()
+        """Take records, each with the number of its split; writes a run first when they do not fit any more."""
+        payload = np.ascontiguousarray(records.tokens).view(np.uint8)
+        overhead = RECORD_OVERHEAD_BYTES if ORIGIN[0] in records.columns else TEXT_OVERHEAD_BYTES
+        words = 0 if records.words is None else len(records.words)
+        size = len(payload) + words + overhead * len(records)
+        if self._used_bytes + size > self._budget_bytes:
+            self.flush()
+            if size > self._budget_bytes:  # larger than the budget by itself: a run of its own, not copied
+                self._write_run(records, split)
+                return
+        self._dtype = records.tokens.dtype
+        begin = self._filled_bytes
+        self._payload[begin : begin + len(payload)] = payload
+        if records.words is not None:
+            if self._words is None:
+                self._words = np.empty(self._budget_bytes // self._dtype.itemsize, dtype=bool)
+            start = begin // self._dtype.itemsize
+            self._words[start : start + words] = records.words
+        self._columns.append((records.columns, split))
+        self._filled_bytes += len(payload)
+        self._used_bytes += size
 
     def finish(self) -> np.ndarray:
         """Write what is left; returns the index of frames [FRAME_INDEX]."""
-        self._flush()
+        self.flush()
         frames = np.array(self._frames, dtype=FRAME_INDEX)
         return frames[np.lexsort((frames["first_key"], frames["run"], frames["split"]))]
 
-    def _flush(self) -> None:
-        if not self._parts:
+    def flush(self) -> None:
+        """Write what is there as a run."""
+        if not self._columns:
             return
-        records = [part for part, _ in self._parts]
-        split = np.concatenate([number for _, number in self._parts])
-        columns = {name: np.concatenate([r.columns[name] for r in records]) for name, _ in _COLUMNS}
-        tokens = np.concatenate([r.tokens for r in records])
-        words = (
-            None
-            if records[0].words is None
-            else np.concatenate([r.words for r in records if r.words is not None])
-        )
-        self._parts = []
-        starts = np.cumsum(columns["length"], dtype=np.int64) - columns["length"]
+        parts, self._columns = self._columns, []
+        columns = {name: np.concatenate([part[name] for part, _ in parts]) for name in parts[0][0]}
+        split = np.concatenate([number for _, number in parts])
+        del parts
+        tokens = self._payload[: self._filled_bytes].view(self._dtype)
+        words = None if self._words is None else self._words[: len(tokens)]
+        self._write_run(Records(columns, tokens, words), split)
+        self._used_bytes = self._filled_bytes = 0
+
+    def _write_run(self, records: Records, split: np.ndarray) -> None:
+        order = sort_order(records.columns)
         for number in range(len(SPLITS)):
-            chosen = np.flatnonzero(split == number)
-            chosen = chosen[sort_order({name: column[chosen] for name, column in columns.items()})]
-            before = np.cumsum(columns["length"][chosen], dtype=np.int64) - columns["length"][chosen]
-            cuts = np.flatnonzero(np.diff(before // FRAME_TOKENS, prepend=-1))
-            for frame in np.split(chosen, cuts[1:]) if len(chosen) else []:
-                positions = take_ranges(starts[frame], columns["length"][frame].astype(np.int64))
-                part = {name: column[frame] for name, column in columns.items()}
-                self._write(
-                    number, Records(part, tokens[positions], None if words is None else words[positions])
-                )
+            self.write_sorted(
+                number, records, order[split[order] == number] if split.any() or number else order
+            )
+        self.end_run()
+
+    def write_sorted(self, split: int, records: Records, order: np.ndarray) -> None:
+        """Append the records at positions `order` to the run as frames; they must follow what it holds."""
+        for portion in portions(records, order, self._frame_bytes):
+            self._write(split, portion)
+
+    def end_run(self) -> None:
+        """What comes next starts from the smallest key again."""
         self._runs += 1
-        self._used_bytes = 0
 
     def _write(self, split: int, records: Records) -> None:
-        raw = b"".join(records.columns[name].astype(kind, copy=False).tobytes() for name, kind in _COLUMNS)
-        raw += records.tokens.tobytes()
+        kinds = column_kinds(ORIGIN[0] in records.columns)
+        parts = [np.ascontiguousarray(records.columns[name], dtype=kind) for name, kind in kinds]
+        parts.append(records.tokens)
         if records.words is not None:
-            raw += np.packbits(records.words).tobytes()
-        data = self._compressor.compress(raw)
+            parts.append(np.packbits(records.words))
+        raw = b"".join(part.view(np.uint8).data for part in parts)
+        data = self._compress(raw)
         self._file.write(data)
         key = records.columns["key"]
         sizes = (self._offset, len(data), len(raw), xxhash.xxh3_64_intdigest(data))
-        self._frames.append((key[0], key[-1], *sizes, len(key), len(records.tokens), self._runs, split))
+        counts = (len(key), len(records.tokens), self._runs, split, self._codec)
+        self._frames.append((key[0], key[-1], *sizes, *counts))
         self._offset += len(data)
+        self.raw_bytes += len(raw)
 
 
-def decode_frame(data: bytes, frame: np.void, dtype: np.dtype, has_words: bool) -> Records:
+def decode_frame(
+    data: bytes, frame: np.void, dtype: np.dtype, has_words: bool, has_origin: bool = True
+) -> Records:
     """The records of a frame. Raises ValueError when it is damaged."""
     if xxhash.xxh3_64_intdigest(data) != int(frame["xxh3"]):
         raise ValueError("checksum differs from the index")
-    raw = zstandard.ZstdDecompressor().decompress(data)
+    raw = _decompress(data, CODECS[int(frame["codec"])], int(frame["raw_bytes"]))
     columns, offset, n = {}, 0, int(frame["documents"])
-    for name, kind in _COLUMNS:
+    for name, kind in column_kinds(has_origin):
         columns[name] = np.frombuffer(raw, kind, n, offset)
         offset += columns[name].nbytes
     tokens = np.frombuffer(raw, dtype, int(frame["tokens"]), offset)
@@ -149,6 +238,27 @@ def decode_frame(data: bytes, frame: np.void, dtype: np.dtype, has_words: bool) 
     return Records(columns, tokens, words)
 
 
-def sort_order(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """The order of the output: by key, ties by file (which stands for the source too), block and record."""
-    return np.lexsort((columns["record"], columns["block"], columns["file"], columns["key"]))
+def read_frame(descriptor: int, frame: np.void) -> bytes:
+    """The stored bytes of a frame. Raises ValueError when the file ends before."""
+    data = os.pread(descriptor, int(frame["bytes"]), int(frame["offset"]))
+    if len(data) != int(frame["bytes"]):
+        raise ValueError("truncated")
+    return data
+
+
+def _compressor(codec: str) -> Any:
+    if codec == "zstd":
+        return zstandard.ZstdCompressor(level=1).compress
+    if codec == "lz4":
+        lz4 = pa.Codec("lz4")
+        return lambda raw: lz4.compress(raw, asbytes=True)
+    return lambda raw: raw
+
+
+def _decompress(data: bytes, codec: str, raw_bytes: int) -> bytes:
+    if codec == "zstd":
+        return zstandard.ZstdDecompressor().decompress(data)
+    if codec == "lz4":
+        raw: bytes = pa.Codec("lz4").decompress(data, raw_bytes, asbytes=True)
+        return raw
+    return data

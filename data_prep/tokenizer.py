@@ -12,7 +12,6 @@ import io
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +58,22 @@ class Tokenizer:
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
         self._unknown_id = SPECIAL_IDS["[UNK]"]
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of all texts in a row (int64 [T]), characters behind each id (int64 [T]), ids of each text
+    def encode(self, texts: list[str], exact: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of all texts in a row (int32 [T]), characters behind each id (int64 [T]), ids of each text
         (int64 [N]).
 
-        The character counts of a text add up to its length; an unknown piece may stand for several
-        characters.
+        The character counts of a text add up to its length; an unknown piece may stand for several characters.
+        Where a text has more than one, the counts of its pieces are right only with `exact`, which costs time.
         """
-        encoded = self._processor.encode(texts, num_threads=1)
+        encoded = self._processor.encode(texts, return_type="numpy", num_threads=1)
         counts = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=int(counts.sum()))
+        ids = np.concatenate(encoded) if encoded else np.empty(0, np.int32)
         lengths = self._lengths[ids]
-        self._measure_unknown(texts, ids, lengths, counts)
+        self._measure_unknown(texts, ids, lengths, counts, exact)
         return ids, lengths, counts
 
     def _measure_unknown(
-        self, texts: list[str], ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray
+        self, texts: list[str], ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray, exact: bool
     ) -> None:
         """Fill in, in place, the lengths of unknown pieces: what the others leave, or by asking where there
         are more.
@@ -83,18 +82,17 @@ class Tokenizer:
         if not len(unknown):
             return
         stops = np.cumsum(counts)
-        owners = np.searchsorted(stops, unknown, side="right")
-        for text_number in np.unique(owners):
-            stop = int(stops[text_number])
-            start = stop - int(counts[text_number])
-            mine = unknown[owners == text_number]
-            text = texts[text_number]
-            if len(mine) == 1:
-                lengths[mine] = 0
-                lengths[mine] = len(text) - lengths[start:stop].sum()
-            else:
-                offsets = self._processor.encode(text, return_type="offset_mapping")["offsets"]
-                lengths[start:stop] = [end - begin for begin, end in offsets]
+        owners, firsts, times = np.unique(
+            np.searchsorted(stops, unknown, side="right"), return_index=True, return_counts=True
+        )
+        lengths[unknown] = 0
+        sums = np.concatenate([[0], np.cumsum(lengths)])
+        known = sums[stops[owners]] - sums[stops[owners] - counts[owners]]
+        lengths[unknown[firsts]] = [len(texts[owner]) for owner in owners.tolist()] - known
+        for owner in owners[times > 1].tolist() if exact else ():
+            offsets = self._processor.encode(texts[owner], return_type="offset_mapping")["offsets"]
+            part = slice(int(stops[owner] - counts[owner]), int(stops[owner]))
+            lengths[part] = [end - begin for begin, end in offsets]
 
 
 def changes_of_text(serialized: bytes) -> list[str]:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from data_prep.packing import Documents, RowPacker, take_ranges
+from data_prep.packing import Documents, RowPacker
 from data_prep.shards import Block, document_numbers
 
 
@@ -69,8 +69,3 @@ def test_portions_cannot_be_seen():
 def test_document_numbers_count_pieces_in_each_row():
     blocks = pack([[2, 9, 3], [2, 9, 9, 9, 3], [2, 9, 3]], 8, 2, [])
     assert document_numbers(blocks[0]).tolist() == [[1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0, 0]]
-
-
-def test_take_ranges():
-    assert take_ranges(np.array([5, 0, 9]), np.array([2, 3, 0])).tolist() == [5, 6, 0, 1, 2]
-    assert take_ranges(np.array([], dtype=int), np.array([], dtype=int)).tolist() == []

@@ -65,10 +65,10 @@ def documents_of(output: Path, split: str) -> list[tuple[tuple[int, int, int], l
 )
 def test_workers_memory_and_tasks_change_no_byte(corpus, prepared, tmp_path, monkeypatch, workers, resources):
     if workers == 1:  # in this process: frames and sub-ranges so small that there are many of each
-        monkeypatch.setattr("data_prep.spill.FRAME_TOKENS", 500)
-        monkeypatch.setattr("data_prep.gather._COPIES", 4096)
-        monkeypatch.setattr("data_prep.gather._SORT_TOKENS", 700)
-        monkeypatch.setattr("data_prep.scatter._SPILL_SHARE", 1024)
+        monkeypatch.setattr("data_prep.run.frame_bytes", lambda plan: 1000)
+        monkeypatch.setattr("data_prep.merge._LOADED_SHARE", 1 / 4096)
+        monkeypatch.setattr("data_prep.spill._SORT_BYTES", 1400)
+        monkeypatch.setattr("data_prep.scatter._SPILL_SHARE", 1 / 1024)
         monkeypatch.setattr("data_prep.scatter._ENCODE_BYTES", 5000)
         monkeypatch.setattr("data_prep.sources.CHUNK_BYTES", 3000)
     output = tmp_path / "out"
