@@ -264,6 +264,10 @@ class ShardReader:
         self.blocks: list[dict[str, Any]] = json.loads(index)["blocks"]
         self.first_rows = np.array([block["first_row"] for block in self.blocks], dtype=np.int64)
 
+    def read_range(self, offset: int, length: int) -> bytes:
+        """Bytes of the shard's file; a subclass may take them from elsewhere."""
+        return _read(self.path, offset, length)
+
     def read(self, number: int) -> Block:
         """Decode block `number` with one range read. Raises ShardError when its content is not what was
         written.
@@ -271,7 +275,7 @@ class ShardReader:
         entry = self.blocks[number]
         members = [name for name in ("tokens", "words", "documents") if name in entry]
         first, (last, last_bytes) = entry[members[0]][0], entry[members[-1]]
-        data = _read(self.path, first, last + last_bytes - first)
+        data = self.read_range(first, last + last_bytes - first)
         contents, checksum = {}, xxhash.xxh3_64()
         try:
             for name in members:
@@ -306,6 +310,10 @@ class SplitReader:
         self.manifest = Manifest.load(directory)
         if split not in self.manifest.splits:
             raise ShardError(f"{directory}: no split {split!r}; there are {', '.join(self.manifest.splits)}")
+        if self.manifest.config["shards"].get("content") == "text":
+            raise ShardError(
+                f"{directory}: holds shuffled text, not rows of tokens; prepare it with content: tokens"
+            )
         self.split = split
         self._entries = self.manifest.splits[split].shards
         self._stops = np.cumsum([entry.rows for entry in self._entries], dtype=np.int64)
@@ -343,9 +351,13 @@ class SplitReader:
             np.concatenate([batch.document_NL[rows] for batch, rows in parts]),
         )
 
+    def open_shard(self, entry: ShardEntry) -> ShardReader:
+        """The reader of one shard; a subclass may read it from elsewhere."""
+        return ShardReader(self.manifest, self.split, entry)
+
     def _reader(self, shard: int) -> ShardReader:
         if shard not in self._shards:
-            self._shards[shard] = ShardReader(self.manifest, self.split, self._entries[shard])
+            self._shards[shard] = self.open_shard(self._entries[shard])
             if len(self._shards) > _OPEN_INDEXES:
                 self._shards.popitem(last=False)
         return self._shards[shard]
