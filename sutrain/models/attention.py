@@ -1,6 +1,6 @@
-"""Multi-head attention with rotary positions.
+"""Multi-head attention.
 
-B batch, L sequence length, D hidden size, H heads, K head size, E value size.
+B batch, L sequence length, D hidden size, H heads, K size of a head's query and key, E of its value.
 """
 
 import math
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration import EncoderConfig
+from .documents import Documents
 from .init import Linear
 from .rotary import rotate
 from .visibility import Visibility
@@ -24,60 +25,161 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        inner = config.num_heads * config.head_size
-        self.head_size, self.dropout = config.head_size, config.attention_dropout
-        self.query = Linear("query", config.hidden_size, inner, config.biases)
-        self.key = Linear("key", config.hidden_size, inner, config.biases)
-        self.value = Linear("value", config.hidden_size, inner, config.biases)
-        self.output = Linear("output", inner, config.hidden_size, config.biases)
+        keys, values = config.num_heads * config.head_size, config.num_heads * config.value_size
+        self.heads, self.dropout = config.num_heads, config.attention_dropout
+        self.half_split = config.positions == "rotary_half"
+        self.squared = config.score_normaliser.startswith("relu_squared")
+        self.query = Linear("query", config.hidden_size, keys, config.biases)
+        self.key = Linear("key", config.hidden_size, keys, config.biases)
+        self.value = Linear("value", config.hidden_size, values, config.biases)
+        self.output = Linear("output", values, config.hidden_size, config.biases)
+        mixes = ("none", "scores", "both").index(config.talking_heads)
+        self.score_mix = nn.Parameter(torch.eye(config.num_heads)) if mixes > 0 else None
+        self.probability_mix = nn.Parameter(torch.eye(config.num_heads)) if mixes > 1 else None
+
+    def reset_parameters(self) -> None:
+        """Talking heads start by talking to themselves."""
+        for mix in (self.score_mix, self.probability_mix):
+            if mix is not None:
+                nn.init.eye_(mix)
 
     def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
         """Mix the tokens of each document; [B, L, D] in and out."""
         query_BHLK, key_BHLK = self.query_key(x_BLD, visible)
-        value_BHLK = self._heads(self.value(x_BLD)).transpose(1, 2)
+        value_BHLE = self._heads(self.value(x_BLD)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        mixed_BHLK = attend(query_BHLK, key_BHLK, value_BHLK, visible.mask, dropout)
-        return self.output(mixed_BHLK.transpose(1, 2).flatten(2))
+        mixes = (self.score_mix, self.probability_mix)
+        mixed_BHLE = attend(query_BHLK, key_BHLK, value_BHLE, visible, dropout, self.squared, mixes)
+        return self.output(mixed_BHLE.transpose(1, 2).flatten(2))
 
     def query_key(self, x_BLD: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
         """Query and key as the scores see them, [B, H, L, K]: rotated, any scale of the scores in the query."""
         query, key = (
-            rotate(self._heads(project(x_BLD)), visible.rotary) for project in (self.query, self.key)
+            rotate(self._heads(project(x_BLD)), visible.rotary, self.half_split)
+            for project in (self.query, self.key)
         )
         if visible.score_scale is not None:  # folded into the query, so that any attention kernel can follow
             query = (query * visible.score_scale).to(key.dtype)
         return query.transpose(1, 2), key.transpose(1, 2)
 
+    def attention(self, x_BLD: Tensor, visible: Visibility) -> Tensor | None:
+        """How attention spreads, fp32 [B, H, L, L] with rows that sum to 1; None if it is no distribution."""
+        if self.squared or visible.mask is None:
+            return None
+        query_BHLK, key_BHLK = self.query_key(x_BLD, visible)
+        return probabilities(query_BHLK, key_BHLK, visible.mask, score_mix=self.score_mix)
+
     def _heads(self, x_BLI: Tensor) -> Tensor:
-        return x_BLI.unflatten(-1, (-1, self.head_size))
+        return x_BLI.unflatten(-1, (self.heads, -1))
 
 
 FUSED_FROM_TOKENS = 256
 """Row length from which the fused kernel is the faster one on a CPU also in bf16."""
 
+NO_MIX = (None, None)
+
 
 def attend(
-    query_BHLK: Tensor, key_BHLK: Tensor, value_BHLE: Tensor, mask_B1LL: Tensor, dropout: float
+    query_BHLK: Tensor,
+    key_BHLK: Tensor,
+    value_BHLE: Tensor,
+    visible: Visibility,
+    dropout: float = 0.0,
+    squared: bool = False,
+    mixes: tuple[Tensor | None, Tensor | None] = NO_MIX,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(K) + mask) v -> [B, H, L, E], with `dropout` on the probabilities.
+    """A v -> [B, H, L, E] with A = softmax(q k^T / sqrt(K)), or relu(q k^T / sqrt(K))^2, of what is visible.
 
-    Two ways to the same numbers. The fused kernel is the best wherever it exists in full; on a CPU it takes up
-    to three times as long as plain products for short rows in bf16 (benchmarks/attention_cpu.py), it has no
-    dropout, and it wants E = K.
+    Rows are computed as they are under a mask, or document by document where they were taken apart.
+
+    Args:
+        dropout: share of A that is dropped.
+        squared: relu(.)^2 in place of the softmax; its divisor is in the query.
+        mixes: [H, H] maps between the heads of the scores and of A, or None.
+    """
+    if visible.documents is None:
+        return _attend(query_BHLK, key_BHLK, value_BHLE, visible.mask, dropout, squared, mixes)
+    if query_BHLK.device.type == "cuda" and varlen_serves(visible.documents, dropout, squared, mixes):
+        return _attend_varlen(query_BHLK, key_BHLK, value_BHLE, visible.documents)
+    return _attend_each(query_BHLK, key_BHLK, value_BHLE, visible.documents, dropout, squared, mixes)
+
+
+@torch.compiler.disable  # lengths change with every batch; compiled, each would be a program of its own
+def _attend_each(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool, mixes
+) -> Tensor:
+    pieces = []
+    for (start, end), mask in zip(documents.spans(), documents.masks, strict=True):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        pieces.append(_attend(q, k, v, mask, dropout, squared, mixes))
+    return torch.cat(pieces, dim=2)
+
+
+def varlen_serves(documents: Documents, dropout: float, squared: bool, mixes) -> bool:
+    """Can torch's varlen flash attention compute this? It has no dropout, no masks and no other normaliser."""
+    plain = dropout == 0.0 and not squared and mixes == NO_MIX
+    return plain and all(mask is None for mask in documents.masks)
+
+
+def _attend_varlen(query_1HTK: Tensor, key_1HTK: Tensor, value_1HTE: Tensor, documents: Documents) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # not in every torch that can load an exported model
+
+    boundaries = F.pad(documents.sizes().cumsum(0), (1, 0)).to(torch.int32)
+    longest = max(documents.lengths)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query_1HTK, key_1HTK, value_1HTE))
+    mixed_THE = varlen_attn(q, k, v, boundaries, boundaries, longest, longest)
+    assert isinstance(mixed_THE, Tensor)  # nothing else was asked for
+    return mixed_THE.transpose(0, 1).unsqueeze(0)
+
+
+def _attend(
+    query_BHLK: Tensor,
+    key_BHLK: Tensor,
+    value_BHLE: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    squared: bool,
+    mixes: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """Two ways to the same numbers.
+
+    The fused kernel is the best wherever it exists in full; on a CPU it takes up to three times as long as plain
+    products for short rows in bf16 (benchmarks/attention_cpu.py), it has no dropout, and it wants E = K. It knows
+    one normaliser and nothing of talking heads.
     """
     on_cpu = query_BHLK.device.type == "cpu"
     same_size = value_BHLE.shape[-1] == query_BHLK.shape[-1]
     short_bf16 = query_BHLK.dtype != torch.float32 and query_BHLK.shape[2] < FUSED_FROM_TOKENS
-    if same_size and not (on_cpu and (dropout > 0.0 or short_bf16)):
+    plain_softmax = not squared and mixes == NO_MIX
+    if plain_softmax and same_size and not (on_cpu and (dropout > 0.0 or short_bf16)):
         return F.scaled_dot_product_attention(
-            query_BHLK, key_BHLK, value_BHLE, attn_mask=mask_B1LL, dropout_p=dropout
+            query_BHLK, key_BHLK, value_BHLE, attn_mask=mask, dropout_p=dropout
         )
-    probabilities_BHLL = probabilities(query_BHLK, key_BHLK, mask_B1LL).to(value_BHLE.dtype)
-    return torch.matmul(F.dropout(probabilities_BHLL, dropout), value_BHLE)
+    weights_BHLL = probabilities(query_BHLK, key_BHLK, mask, squared, mixes[0])
+    weights_BHLL = F.dropout(weights_BHLL.to(value_BHLE.dtype), dropout)
+    if mixes[1] is not None:
+        weights_BHLL = _mix(weights_BHLL, mixes[1])
+    return torch.matmul(weights_BHLL, value_BHLE)
 
 
-def probabilities(query_BHLK: Tensor, key_BHLK: Tensor, mask_B1LL: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K) + mask), fp32 [B, H, L, L]."""
+def probabilities(
+    query_BHLK: Tensor,
+    key_BHLK: Tensor,
+    mask: Tensor | None,
+    squared: bool = False,
+    score_mix: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(K) + mask), or relu(q k^T / sqrt(K) + mask)^2; fp32 [B, H, L, L]."""
     scale = 1.0 / math.sqrt(query_BHLK.shape[-1])
-    scores_BHLL = torch.matmul(query_BHLK * scale, key_BHLK.transpose(-1, -2)) + mask_B1LL
+    scores_BHLL = torch.matmul(query_BHLK * scale, key_BHLK.transpose(-1, -2))
+    if score_mix is not None:
+        scores_BHLL = _mix(scores_BHLL, score_mix)
+    if mask is not None:
+        scores_BHLL = scores_BHLL + mask
+    if squared:
+        return F.relu(scores_BHLL.float()).square()
     return torch.softmax(scores_BHLL, dim=-1, dtype=torch.float32)
+
+
+def _mix(x_BHLL: Tensor, mix_HH: Tensor) -> Tensor:
+    return torch.einsum("gh,bhij->bgij", mix_HH.to(x_BHLL.dtype), x_BHLL)

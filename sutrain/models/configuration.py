@@ -1,12 +1,15 @@
-"""What an encoder is made of, and two numbers that follow from it: its parameters and its FLOPs.
+"""What an encoder is made of.
 
 Torch-free, so that plans, configuration checks and tests can read it anywhere. The defaults are RoFormerV2
-base (kexue.fm/archives/8998); GAU-alpha (kexue.fm/archives/9052) and DeepNet (arXiv 2203.00555) are other
-values of the same fields.
+base (kexue.fm/archives/8998); GAU-alpha (kexue.fm/archives/9052), FLASH (arXiv 2202.10447), DeepNet
+(arXiv 2203.00555) and BERT (arXiv 1810.04805) are other values of the same fields. Which values make no sense
+together, and why, is in composition.py.
 """
 
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from .composition import find_problems
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 
@@ -34,45 +37,99 @@ class EncoderConfig:
     num_layers: int = _setting(
         12, "layers; one is attention + feed-forward, or a single GAU (two of those weigh as much)"
     )
-    mixer: Literal["attention", "gau"] = _setting(
+    mixer: Literal["attention", "gau", "flash"] = _setting(
         "attention",
-        "what moves information between tokens: multi-head attention, or gated attention (arXiv 2202.10447)",
+        "what moves information between tokens: multi-head attention, gated attention (gau), or gated attention "
+        "inside chunks plus linear attention between them (flash); the last two: arXiv 2202.10447",
+    )
+    context: Literal["bidirectional", "causal", "unilm"] = _setting(
+        "bidirectional",
+        "what a token sees of its document: all of it; itself and what precedes it; or (unilm) the whole prefix and "
+        "what precedes it, where token type 1 marks what follows the prefix (kexue.fm/archives/7427)",
     )
     num_heads: int = _setting(12, "attention heads (mixer attention only)")
     head_size: int = _setting(
-        64, "features of a head's query, key and value; need not be hidden_size / num_heads"
+        64, "features of a head's query and key; need not be hidden_size / num_heads (kexue.fm/archives/7325)"
+    )
+    value_head_size: int = _setting(0, "features of a head's value; 0: head_size (mixer attention only)")
+    talking_heads: Literal["none", "scores", "both"] = _setting(
+        "none",
+        "mix the heads' scores before the softmax, or also the probabilities after it (kexue.fm/archives/7325, "
+        "arXiv 2003.02436; mixer attention only)",
     )
     feed_forward_size: int = _setting(3072, "inner features of the feed-forward block (mixer attention only)")
     activation: Literal["relu", "gelu", "silu", "swiglu", "geglu"] = _setting(
         "relu", "feed-forward activation; the *glu ones have a third matrix, a gate (mixer attention only)"
     )
     gau_expansion_size: int = _setting(
-        1536, "features of a GAU's gate and value, normally 2 x hidden_size (mixer gau only)"
+        1536, "features of a gated unit's gate and value, normally 2 x hidden_size (mixers gau and flash)"
     )
-    gau_key_size: int = _setting(128, "features of a GAU's shared query and key (mixer gau only)")
-    residual: Literal["post", "pre", "deepnorm"] = _setting(
+    gau_key_size: int = _setting(
+        128, "features of a gated unit's shared query and key (mixers gau and flash)"
+    )
+    flash_chunk_size: int = _setting(
+        256, "tokens of a chunk, counted from the start of a document (mixer flash)"
+    )
+    score_normaliser: Literal["softmax", "softmax_plus", "relu_squared", "relu_squared_n2"] = _setting(
+        "softmax",
+        "softmax_plus multiplies scores by log_512 of the visible tokens n (kexue.fm/archives/8823); relu_squared is "
+        "relu(s)^2 / n with s = q k / sqrt(key size) (kexue.fm/archives/8934), relu_squared_n2 is relu(q k / n)^2 "
+        "(arXiv 2202.10447); mixer flash takes the last two with the chunk size for n",
+    )
+    positions: Literal["rotary", "rotary_half", "learned", "none"] = _setting(
+        "rotary",
+        "rotary turns neighbouring features as pairs (kexue.fm/archives/8265), rotary_half pairs feature i with "
+        "i + half, for imported weights; learned adds one of max_row_tokens vectors",
+    )
+    rotary_base: float = _setting(10000.0, "base of the rotary angles (rotary positions only)")
+    hierarchical_alpha: float = _setting(
+        0.0,
+        "learned positions only: 0.4 makes n learned vectors serve n^2 positions, 0 does not (kexue.fm/archives/7947)",
+    )
+    residual: Literal["post", "pre", "deepnorm", "ramp", "rezero"] = _setting(
         "post",
-        "post: norm(x + f(x)); pre: x + f(norm(x)); deepnorm: norm(alpha x + f(x)), alpha from the depth",
+        "post: norm(x + f(x)); pre: x + f(norm(x)); deepnorm: norm(alpha x + f(x)), alpha from depth and "
+        "initialisation; ramp: norm(x + r f(x)), r from 0 to 1 over ramp_steps; rezero: x + a f(x), a learned from 0",
     )
+    ramp_steps: int = _setting(0, "optimizer updates after which the branches of residual ramp count in full")
     norm: Literal["rms", "rms_gain", "layer_norm"] = _setting(
         "rms", "rms has no parameters (RoFormerV2); rms_gain adds a gain, layer_norm also a mean and a shift"
     )
     norm_epsilon: float = _setting(1e-12, "added to the mean square inside the root (1e-12 as in RoFormerV2)")
-    initialisation: Literal["roformer_v2", "gau_alpha", "deepnorm", "bert"] = _setting(
+    initialisation: Literal[
         "roformer_v2",
-        "roformer_v2: std layers^-1/2 / sqrt(fan_in); gau_alpha: layers^-1/3 instead; "
-        "deepnorm: Xavier with gain beta; bert: 0.02 cut at two deviations",
+        "gau_alpha",
+        "deepnorm",
+        "su_sgd",
+        "su_adam",
+        "su_lamb",
+        "plain",
+        "bert",
+        "auto",
+    ] = _setting(
+        "roformer_v2",
+        "roformer_v2: std layers^-1/2 / sqrt(fan); gau_alpha: layers^-1/3 instead; deepnorm: the paper's alpha and "
+        "beta; su_sgd, su_adam, su_lamb: alpha and gain by depth and optimizer family (kexue.fm/archives/8978); auto: "
+        "the su_ row of the optimizer that trains it; plain: 1 / sqrt(fan); bert: 0.02 cut at two deviations",
+    )
+    fan_average: Literal["published", "fan_in", "arithmetic", "geometric", "quadratic"] = _setting(
+        "published",
+        "the fan of a non-square matrix (kexue.fm/archives/8725); published: fan_in, and for deepnorm arithmetic, "
+        "which is Xavier",
     )
     biases: bool = _setting(False, "give the linear maps a bias (RoFormerV2 and GAU-alpha have none)")
-    rotary_base: float = _setting(10000.0, "base of the rotary angles (kexue.fm/archives/8265)")
-    score_normaliser: Literal["softmax", "softmax_plus"] = _setting(
-        "softmax",
-        "softmax_plus multiplies scores by log_512 of the document's length (kexue.fm/archives/8823)",
-    )
     token_types: int = _setting(2, "rows of the token type embedding; 0 for none")
+    embedding_dropout: Literal["before_norm", "after_norm"] = _setting(
+        "before_norm", "where the embeddings' dropout stands: before the norm (RoFormerV2) or after it (BERT)"
+    )
+    head: Literal["plain", "bert"] = _setting(
+        "plain",
+        "plain: dropout, then the product with the embedding (RoFormerV2); bert: linear map, GELU and norm before "
+        "it, a bias behind it",
+    )
     tied_head: bool = _setting(True, "predict with the token embedding itself instead of a second matrix")
     hidden_dropout: float = _setting(
-        0.1, "share of embedding, branch and head features dropped while training"
+        0.1, "share of embedding, branch and (plain) head features dropped while training"
     )
     attention_dropout: float = _setting(0.1, "share of attention probabilities dropped while training")
     max_row_tokens: int = _setting(
@@ -85,118 +142,63 @@ class EncoderConfig:
     )
 
     def __post_init__(self) -> None:
-        problems = _type_problems(self)
-        if not problems:  # comparisons below need the right types
-            problems = _range_problems(self) + _combination_problems(self)
+        problems = find_problems(self)
         if problems:
             raise EncoderConfigError("\n".join(f"model.{problem}" for problem in problems))
 
     @property
-    def num_branches(self) -> int:
-        """Residual branches of the stack: S = 2N for N attention layers (each two), S = N for GAU layers."""
-        return self.num_layers * (1 if self.mixer == "gau" else 2)
+    def gated(self) -> bool:
+        """Are the layers gated attention units, which need no feed-forward block?"""
+        return self.mixer != "attention"
 
     @property
-    def rotary_size(self) -> int:
-        """Features of a query or key that rotary positions turn."""
-        return self.gau_key_size if self.mixer == "gau" else self.head_size
+    def num_branches(self) -> int:
+        """Residual branches of the stack: S = 2N for N attention layers (each two), S = N for gated units."""
+        return self.num_layers * (1 if self.gated else 2)
 
+    @property
+    def key_size(self) -> int:
+        """Features of a query or key, all of which rotary positions turn."""
+        return self.gau_key_size if self.gated else self.head_size
 
-def _type_problems(config: EncoderConfig) -> list[str]:
-    problems = []
-    for spec in fields(config):
-        value: Any = getattr(config, spec.name)
-        expected: Any = spec.type
-        if get_origin(expected) is Literal:
-            choices = get_args(expected)
-            if value not in choices:
-                problems.append(f"{spec.name}: found {value!r}, expected one of {', '.join(choices)}")
-        elif expected is float and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, spec.name, float(value))  # 10000 means 10000.0
-        elif not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-            problems.append(f"{spec.name}: found {value!r}, expected {expected.__name__}")
-    return problems
+    @property
+    def value_size(self) -> int:
+        """Features of a head's value (mixer attention)."""
+        return self.value_head_size or self.head_size
 
-
-def _range_problems(config: EncoderConfig) -> list[str]:
-    problems = []
-    may_be_zero = {"token_types", "pad_token_id"}
-    for spec in fields(config):
-        value = getattr(config, spec.name)
-        if spec.type is int:
-            least = 0 if spec.name in may_be_zero else 1
-            if value < least:
-                problems.append(f"{spec.name}: found {value}, expected at least {least}")
-    for name in ("hidden_dropout", "attention_dropout"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            problems.append(f"{name}: found {getattr(config, name)}, expected a share in [0, 1)")
-    if not 0.0 < config.norm_epsilon < 1.0:
-        problems.append(
-            f"norm_epsilon: found {config.norm_epsilon}, expected a small positive number such as 1e-12"
-        )
-    if not config.rotary_base > 1.0:
-        problems.append(f"rotary_base: found {config.rotary_base}, expected more than 1, such as 10000")
-    if config.pad_token_id >= config.vocab_size:
-        problems.append(
-            f"pad_token_id: found {config.pad_token_id}, expected an id below vocab_size {config.vocab_size}"
-        )
-    return problems
-
-
-# Settings that only one mixer reads. A value other than the default under the other mixer would be ignored
-# silently.
-_ONLY_ATTENTION = ("num_heads", "head_size", "feed_forward_size", "activation")
-_ONLY_GAU = ("gau_expansion_size", "gau_key_size")
-
-
-def _combination_problems(config: EncoderConfig) -> list[str]:
-    problems = []
-    foreign = _ONLY_ATTENTION if config.mixer == "gau" else _ONLY_GAU
-    defaults = {spec.name: spec.default for spec in fields(config) if spec.default is not MISSING}
-    for name in foreign:
-        if getattr(config, name) != defaults[name]:
-            problems.append(
-                f"{name}: found {getattr(config, name)!r}, which mixer {config.mixer} does not use; remove it"
-            )
-    if config.rotary_size % 2:
-        name = "gau_key_size" if config.mixer == "gau" else "head_size"
-        problems.append(
-            f"{name}: found {config.rotary_size}, expected an even number (rotary positions turn pairs)"
-        )
-    if (config.residual == "deepnorm") != (config.initialisation == "deepnorm"):
-        problems.append(
-            f"residual: found {config.residual} with initialisation {config.initialisation}; deepnorm "
-            "needs both (alpha on the skip, beta in the weights): set both to deepnorm or neither"
-        )
-    if config.initialisation == "gau_alpha" and config.mixer != "gau":
-        problems.append(
-            "initialisation: found gau_alpha with mixer attention; its exponent 1/3 is for "
-            "three matrices in a branch and an attention branch has two: use roformer_v2"
-        )
-    return problems
+    @property
+    def rotary(self) -> bool:
+        """Do positions enter by turning queries and keys?"""
+        return self.positions in ("rotary", "rotary_half")
 
 
 def parameter_count(config: EncoderConfig) -> int:
-    """Trainable parameters of the masked language model, a tied head counted once."""
+    """Trainable parameters of the language model, a tied head counted once."""
     hidden, bias = config.hidden_size, int(config.biases)
 
     def linear(fan_in: int, fan_out: int) -> int:
         return fan_in * fan_out + bias * fan_out
 
     norm = {"rms": 0, "rms_gain": hidden, "layer_norm": 2 * hidden}[config.norm]
-    if config.mixer == "gau":
+    around_branch = 1 if config.residual == "rezero" else norm  # rezero has a factor in place of the norm
+    if config.gated:
         expansion, key = config.gau_expansion_size, config.gau_key_size
-        mixer = linear(hidden, 2 * expansion + key) + linear(expansion, hidden) + 2 * key * (1 + bias)
-        layer = mixer + norm
+        queries_and_keys = 4 if config.mixer == "flash" else 2
+        layer = linear(hidden, 2 * expansion + key) + linear(expansion, hidden)
+        layer += queries_and_keys * key * (1 + bias) + around_branch
     else:
-        inner = config.num_heads * config.head_size
+        keys, values = config.num_heads * config.head_size, config.num_heads * config.value_size
         ups = 2 if config.activation in GATED_ACTIVATIONS else 1
         wide = config.feed_forward_size
-        feed_forward = ups * linear(hidden, wide) + linear(wide, hidden)
-        layer = 3 * linear(hidden, inner) + linear(inner, hidden) + feed_forward + 2 * norm
-    embeddings = (config.vocab_size + config.token_types) * hidden + norm
+        layer = 2 * linear(hidden, keys) + linear(hidden, values) + linear(values, hidden)
+        layer += {"none": 0, "scores": 1, "both": 2}[config.talking_heads] * config.num_heads**2
+        layer += ups * linear(hidden, wide) + linear(wide, hidden) + 2 * around_branch
+    learned = config.max_row_tokens if config.positions == "learned" else 0
+    embeddings = (config.vocab_size + config.token_types + learned) * hidden + norm
     final_norm = norm if config.residual == "pre" else 0
     head = 0 if config.tied_head else config.vocab_size * hidden
+    if config.head == "bert":
+        head += linear(hidden, hidden) + norm + config.vocab_size
     return embeddings + config.num_layers * layer + final_norm + head
 
 
@@ -205,24 +207,38 @@ def flops_per_token(config: EncoderConfig, row_tokens: int, masked_share: float)
 
     A product of [m, k] and [k, n] costs 2mkn; the backward pass costs twice the forward pass (one product for
     the input, one for the weight), and nothing is counted for recomputation. Per token, forward:
-        attention layer   2 * (4 D H K  +  2 D F [3 D F when gated]  +  2 L H K)
-        GAU layer         2 * (D (2E + S)  +  E D  +  L S  +  L E)
-        head              2 * D V * masked_share, because only the masked positions are predicted
-    with row length L, hidden D, heads H, head size K, feed-forward F, GAU expansion E, GAU key size S,
-    vocabulary V. Scores are counted over the whole row, which is what is computed, also when it holds several
-    documents.
+        attention layer   2 * (2 D H K + 2 D H E  +  2 D F [3 D F when gated]  +  L H (K + E) [+ L H^2 a mix])
+        GAU layer         2 * (D (2X + S)  +  X D  +  L S  +  L X)
+        FLASH layer       2 * (D (2X + S)  +  X D  +  C S  +  C X  +  2 S X  +  G S X / C)
+        head              2 * D V [+ D^2 for BERT's] * masked_share, because only the masked positions are predicted
+    with row length L, hidden D, heads H, head size K and value size E, feed-forward F, gated expansion X and key size
+    S, chunk C of which the row has G, vocabulary V. Scores are counted over the whole row, also when it holds several
+    documents, and in full for causal models.
 
     Args:
         row_tokens: length of a row, tokens.
-        masked_share: share of the tokens that are predicted, in [0, 1] (about 0.15).
+        masked_share: share of the tokens that are predicted, in [0, 1] (about 0.15; 1 for causal models).
     """
     hidden = config.hidden_size
-    if config.mixer == "gau":
+    if config.gated:
         expansion, key = config.gau_expansion_size, config.gau_key_size
-        products = hidden * (2 * expansion + key) + expansion * hidden + row_tokens * (key + expansion)
+        products: float = hidden * (2 * expansion + key) + expansion * hidden
+        if config.mixer == "gau":
+            products += row_tokens * (key + expansion)
+        else:
+            chunk = config.flash_chunk_size
+            chunks = -(-row_tokens // chunk)
+            padded = chunks * chunk / row_tokens  # a last chunk is computed as a whole
+            linear = 2 * key * expansion + chunks * key * expansion / chunk
+            products += padded * (chunk * (key + expansion) + linear)
     else:
-        inner = config.num_heads * config.head_size
+        keys, values = config.num_heads * config.head_size, config.num_heads * config.value_size
         matrices = 3 if config.activation in GATED_ACTIVATIONS else 2
-        products = 4 * hidden * inner + matrices * hidden * config.feed_forward_size + 2 * row_tokens * inner
-    forward = 2 * (config.num_layers * products + masked_share * hidden * config.vocab_size)
+        products = 2 * hidden * (keys + values) + matrices * hidden * config.feed_forward_size
+        products += row_tokens * (keys + values)
+        products += (
+            {"none": 0, "scores": 1, "both": 2}[config.talking_heads] * row_tokens * config.num_heads**2
+        )
+    head = hidden * config.vocab_size + (hidden**2 if config.head == "bert" else 0)
+    forward = 2 * (config.num_layers * products + masked_share * head)
     return 3.0 * forward

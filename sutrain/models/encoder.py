@@ -1,7 +1,7 @@
 """The encoder: embeddings, then layers of mixer and feed-forward branches, each joined by a residual rule.
 
-B batch, L sequence length, D hidden size. RoFormerV2, GAU-alpha and DeepNet are values of `EncoderConfig`;
-there are no subclasses.
+B batch, L sequence length, D hidden size. RoFormerV2, GAU-alpha, FLASH, DeepNet and BERT are values of
+`EncoderConfig`; there are no subclasses.
 """
 
 from functools import partial
@@ -12,48 +12,74 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiHeadAttention
 from .configuration import EncoderConfig
+from .documents import Documents, find_documents, worthwhile
 from .feed_forward import FeedForward
+from .flash import MixedChunkAttention
 from .gau import GatedAttentionUnit
 from .init import Embedding, initialise
-from .norms import build_norm
+from .norms import build_branch_norm, build_norm
+from .positions import LearnedPositions, positions_in_documents
 from .residual import Residual
-from .visibility import Visibility, build_visibility
+from .visibility import Visibility, build_visibility, build_visibility_of_documents
+
+_MIXERS = {"attention": MultiHeadAttention, "gau": GatedAttentionUnit, "flash": MixedChunkAttention}
 
 
 class Embeddings(nn.Module):
-    """norm(dropout(token + token type)): dropout before the norm, as in RoFormerV2; positions are rotary."""
+    """norm(dropout(token + token type + learned position)): dropout before the norm as in RoFormerV2, or after it."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.token = Embedding(config.vocab_size, config.hidden_size)
         self.token_type = Embedding(config.token_types, config.hidden_size) if config.token_types else None
+        self.position = LearnedPositions(config) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout_first = config.embedding_dropout == "before_norm"
         self.norm = build_norm(config)
 
-    def forward(self, tokens_BL: Tensor, token_types_BL: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        token_types_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+        row_tokens: int = 0,
+    ) -> Tensor:
         x_BLD = self.token(tokens_BL)
         if self.token_type is not None:  # no types given means type 0, which is how the models are pretrained
             types = self.token_type.weight[0] if token_types_BL is None else self.token_type(token_types_BL)
             x_BLD = x_BLD + types
-        return self.norm(self.dropout(x_BLD))
+        if self.position is not None:
+            x_BLD = x_BLD + self.position(positions_BL, row_tokens)
+        return self.norm(self.dropout(x_BLD)) if self.dropout_first else self.dropout(self.norm(x_BLD))
 
 
 class Layer(nn.Module):
-    """One mixer branch and, unless the mixer is a GAU, one feed-forward branch."""
+    """One mixer branch and, unless the mixer is a gated unit, one feed-forward branch."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.residual = Residual(config)
-        self.mixer = GatedAttentionUnit(config) if config.mixer == "gau" else MultiHeadAttention(config)
-        self.mixer_norm = build_norm(config)
-        self.feed_forward = None if config.mixer == "gau" else FeedForward(config)
-        self.feed_forward_norm = None if config.mixer == "gau" else build_norm(config)
+        self.mixer = _MIXERS[config.mixer](config)
+        self.mixer_norm = build_branch_norm(config)
+        self.feed_forward = None if config.gated else FeedForward(config)
+        self.feed_forward_norm = None if config.gated else build_branch_norm(config)
+        rezero = config.residual == "rezero"
+        self.mixer_scale = nn.Parameter(torch.zeros(1)) if rezero else None
+        self.feed_forward_scale = nn.Parameter(torch.zeros(1)) if rezero and not config.gated else None
+
+    def reset_parameters(self) -> None:
+        """The factors of rezero start at 0."""
+        for scale in (self.mixer_scale, self.feed_forward_scale):
+            if scale is not None:
+                nn.init.zeros_(scale)
 
     def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
-        dtype = visible.mask.dtype
-        x_BLD = self.residual(x_BLD, self.mixer_norm, partial(self.mixer, visible=visible), dtype)
+        dtype, ramp = visible.dtype, visible.ramp
+        mix = partial(self.mixer, visible=visible)
+        x_BLD = self.residual(x_BLD, self.mixer_norm, mix, dtype, ramp, self.mixer_scale)
         if self.feed_forward is not None:
-            x_BLD = self.residual(x_BLD, self.feed_forward_norm, self.feed_forward, dtype)
+            norm, scale = self.feed_forward_norm, self.feed_forward_scale
+            x_BLD = self.residual(x_BLD, norm, self.feed_forward, dtype, ramp, scale)
         return x_BLD
 
 
@@ -63,7 +89,10 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # recompute each layer in the backward pass to save memory
+        self.gradient_checkpointing = False  # recompute layers in the backward pass to save memory ...
+        self.checkpoint_layers = 1  # ... that many at a time
+        self.take_rows_apart = True  # skip padding and other documents where that saves work
+        self.ramp = 1.0  # residual ramp: how much of a branch counts; grows from 0 to 1 while training
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = build_norm(config) if config.residual == "pre" else nn.Identity()
@@ -76,30 +105,78 @@ class Encoder(nn.Module):
         token_types_BL: Tensor | None = None,
         layer_outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """Hidden vectors [B, L, D] in the dtype of the weights.
+        """Hidden vectors [B, L, D] in the dtype of the weights; those at padding are of no meaning.
 
         Args:
             tokens_BL: token ids.
             document_BL: 0 for padding; positions with equal numbers see each other and nothing else. None means
                 one document a row: every token that is not `pad_token_id`.
-            token_types_BL: None means type 0 everywhere.
+            token_types_BL: None means type 0 everywhere. In context unilm, type 1 marks what follows the prefix.
             layer_outputs: if given, the embeddings' output and every layer's is appended to it.
         """
         if document_BL is None:
             document_BL = (tokens_BL != self.config.pad_token_id).long()
-        x_BLD = self.embeddings(tokens_BL, token_types_BL)
-        dtype = x_BLD.dtype
-        visible = build_visibility(document_BL, self.config, dtype)
+        positions_BL = positions_in_documents(document_BL) if self.config.positions == "learned" else None
+        documents = self._documents(document_BL)
+        dtype = self.embeddings.token.weight.dtype
+        if documents is None:
+            visible = build_visibility(document_BL, self.config, dtype, token_types_BL)
+        else:
+            visible = build_visibility_of_documents(documents, self.config, dtype, token_types_BL)
+            tokens_BL = documents.take(tokens_BL)
+            token_types_BL = None if token_types_BL is None else documents.take(token_types_BL)
+            positions_BL = None if positions_BL is None else documents.take(positions_BL)
+        if self.config.residual == "ramp":
+            visible = visible._replace(ramp=torch.tensor(self.ramp, device=document_BL.device))
+
+        types_BL = token_types_BL if self.embeddings.token_type is not None else None
+        x_BLD = self.embeddings(tokens_BL, types_BL, positions_BL, row_tokens=document_BL.shape[1])
         if self.config.fp32_residual:
             x_BLD = x_BLD.float()
-        for layer in self.layers:
+        at_a_time = 1 if layer_outputs is not None else self.checkpoint_layers
+        for start in range(0, len(self.layers), at_a_time):
             if layer_outputs is not None:
-                layer_outputs.append(x_BLD.to(dtype))
+                layer_outputs.append(_in_rows(x_BLD, documents, len(document_BL)).to(dtype))
+            end = min(start + at_a_time, len(self.layers))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BLD = checkpoint(layer, x_BLD, visible, use_reentrant=False)
+                x_BLD = checkpoint(self._run, x_BLD, visible, start, end, use_reentrant=False)
             else:
-                x_BLD = layer(x_BLD, visible)
-        x_BLD = self.final_norm(x_BLD).to(dtype)
+                x_BLD = self._run(x_BLD, visible, start, end)
+        x_BLD = _in_rows(self.final_norm(x_BLD).to(dtype), documents, len(document_BL))
         if layer_outputs is not None:
             layer_outputs.append(x_BLD)
         return x_BLD
+
+    def _run(self, x_BLD: Tensor, visible: Visibility, start: int, end: int) -> Tensor:
+        """The layers from `start` up to `end`."""
+        for number in range(start, end):
+            x_BLD = self.layers[number](x_BLD, visible)
+        return x_BLD
+
+    def _documents(self, document_BL: Tensor) -> Documents | None:
+        """The documents of the batch if it is to be computed without padding, else None."""
+        if not self.take_rows_apart or self.config.mixer == "flash" or torch.compiler.is_compiling():
+            return None
+        if document_BL.device.type == "cuda":
+            if not self._varlen_serves():
+                return None
+            return find_documents(document_BL)
+        if document_BL.device.type != "cpu":
+            return None
+        documents = find_documents(document_BL)
+        if documents is None or not worthwhile(documents, len(document_BL), self.config):
+            return None
+        return documents
+
+    def _varlen_serves(self) -> bool:
+        """Would every layer take torch's varlen attention, which a GPU needs to gain anything by documents?"""
+        config = self.config
+        half = self.embeddings.token.weight.dtype in (torch.bfloat16, torch.float16)
+        plain = config.score_normaliser in ("softmax", "softmax_plus") and config.talking_heads == "none"
+        undropped = config.attention_dropout == 0.0 or not self.training
+        same_size = config.mixer == "attention" and config.value_size == config.head_size <= 256
+        return half and plain and undropped and same_size and config.context == "bidirectional"
+
+
+def _in_rows(x_BLD: Tensor, documents: Documents | None, rows: int) -> Tensor:
+    return x_BLD if documents is None else documents.put_back(x_BLD, rows)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import attend
+from .attention import attend, probabilities
 from .configuration import EncoderConfig
 from .init import Linear
 from .rotary import rotate
@@ -25,6 +25,8 @@ class GatedAttentionUnit(nn.Module):
         super().__init__()
         expansion, key = config.gau_expansion_size, config.gau_key_size
         self.parts, self.dropout = (expansion, expansion, key), config.attention_dropout
+        self.half_split = config.positions == "rotary_half"
+        self.squared = config.score_normaliser.startswith("relu_squared")
         self.input = Linear("gau_input", config.hidden_size, sum(self.parts), config.biases, parts=self.parts)
         self.query_scale = nn.Parameter(torch.ones(key))
         self.key_scale = nn.Parameter(torch.ones(key))
@@ -45,19 +47,26 @@ class GatedAttentionUnit(nn.Module):
         gate_BLE, value_BLE, shared_BLS = F.silu(self.input(x_BLD)).split(self.parts, dim=-1)
         query_B1LS, key_B1LS = self._query_key(shared_BLS, visible)
         dropout = self.dropout if self.training else 0.0
-        mixed_B1LE = attend(query_B1LS, key_B1LS, value_BLE.unsqueeze(1), visible.mask, dropout)
+        mixed_B1LE = attend(query_B1LS, key_B1LS, value_BLE.unsqueeze(1), visible, dropout, self.squared)
         return self.output(gate_BLE * mixed_B1LE.squeeze(1))
 
     def query_key(self, x_BLD: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
         """Query and key as the scores see them, [B, 1, L, S]: rotated, any scale of the scores in the query."""
         return self._query_key(F.silu(self.input(x_BLD)).split(self.parts, dim=-1)[2], visible)
 
+    def attention(self, x_BLD: Tensor, visible: Visibility) -> Tensor | None:
+        """How attention spreads, fp32 [B, 1, L, L] with rows that sum to 1; None if it is no distribution."""
+        if self.squared or visible.mask is None:
+            return None
+        query_B1LS, key_B1LS = self.query_key(x_BLD, visible)
+        return probabilities(query_B1LS, key_B1LS, visible.mask)
+
     def _query_key(self, shared_BLS: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
         query, key = shared_BLS * self.query_scale, shared_BLS * self.key_scale
         if self.query_offset is not None and self.key_offset is not None:
             query, key = query + self.query_offset, key + self.key_offset
-        query = rotate(query.unsqueeze(2), visible.rotary)  # the axis of its only head
-        key = rotate(key.unsqueeze(2), visible.rotary)
+        query = rotate(query.unsqueeze(2), visible.rotary, self.half_split)  # the axis of its only head
+        key = rotate(key.unsqueeze(2), visible.rotary, self.half_split)
         if visible.score_scale is not None:
             query = (query * visible.score_scale).to(key.dtype)
         return query.transpose(1, 2), key.transpose(1, 2)

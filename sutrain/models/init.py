@@ -9,7 +9,7 @@ import math
 from torch import Tensor, nn
 
 from .configuration import EncoderConfig
-from .residual import deepnorm_beta
+from .depth import depth_rule
 
 # Cutting a normal distribution at two standard deviations shrinks its standard deviation by the square root of
 # 0.7737413; widening it by the inverse restores the wanted one (kexue.fm/archives/8620).
@@ -19,6 +19,10 @@ TRUNCATION_CORRECTION = 1.1368472
 # shape a softmax, and the gate of a GAU keeps its size so that two factors remain, value and output, as the
 # theory counts.
 _DEEPNORM_SCALED = {"value", "output", "up", "gate", "down"}
+
+# The weights along a branch in the rules by optimizer family: two of them, also where a feed-forward block is gated,
+# and in a gated unit three, gate, value and output, as GAU-alpha counts.
+_SU_SCALED = {"value", "output", "up", "down"}
 
 
 class Linear(nn.Linear):
@@ -41,6 +45,20 @@ def truncated_normal_(weight: Tensor, std: float) -> None:
     nn.init.trunc_normal_(weight, std=wide, a=-2 * wide, b=2 * wide)
 
 
+def average_fan(fan_in: int, fan_out: int, average: str) -> float:
+    """The m in std = gain / sqrt(m) of a matrix from `fan_in` to `fan_out` features (kexue.fm/archives/8725).
+
+    fan_in keeps the size of what goes forward; arithmetic is Xavier; geometric keeps the size through a map up and a
+    map down, forward and backward; quadratic is the least squares compromise within one matrix.
+    """
+    return {
+        "fan_in": float(fan_in),
+        "arithmetic": (fan_in + fan_out) / 2,
+        "geometric": math.sqrt(fan_in * fan_out),
+        "quadratic": (fan_in**2 + fan_out**2) / (fan_in + fan_out),
+    }[average]
+
+
 def initialise(module: nn.Module, config: EncoderConfig) -> None:
     """Set the weights that `module` itself holds (not its children's) to their initial values."""
     if isinstance(module, Linear | Embedding):
@@ -51,23 +69,34 @@ def initialise(module: nn.Module, config: EncoderConfig) -> None:
         reset()  # norms and the scales of a GAU: ones and zeros
 
 
-def _roformer_v2(module: Linear | Embedding, config: EncoderConfig, order: int = 2) -> None:
-    """std = layers^(-1/order) / sqrt(fan_in), also for queries and keys (kexue.fm/archives/8998, bert4keras).
+def _scaled(module: Linear | Embedding, config: EncoderConfig, gain: float) -> None:
+    """Cut normal of std gain / sqrt(fan) for every matrix, fused ones part by part where the fan depends on it."""
+    average = "fan_in" if config.fan_average == "published" else config.fan_average
+    if module.role in ("embedding", "head") or average == "fan_in":
+        truncated_normal_(module.weight, gain / math.sqrt(module.weight.shape[1]))
+        return
+    for part in module.weight.split(module.parts) if module.parts else (module.weight,):
+        truncated_normal_(part, gain / math.sqrt(average_fan(part.shape[1], part.shape[0], average)))
 
-    `order` is the number of matrices multiplied along a branch, which thus starts at 1/layers of the stream.
-    That bounds the first updates of an optimizer whose steps are relative to the size of a weight.
+
+def _roformer_v2(module: Linear | Embedding, config: EncoderConfig) -> None:
+    """std = layers^(-1/2) / sqrt(fan_in), also for queries, keys and embeddings (kexue.fm/archives/8998, bert4keras).
+
+    Two is the number of matrices multiplied along a branch, which thus starts at 1/layers of the stream. That bounds
+    the first updates of an optimizer whose steps are relative to the size of a weight. GAU-alpha's is the same with
+    three, gate, value and output (kexue.fm/archives/9052).
     """
-    truncated_normal_(module.weight, config.num_layers ** (-1 / order) / math.sqrt(module.weight.shape[1]))
+    _scaled(module, config, depth_rule(config).gain)
 
 
-def _gau_alpha(module: Linear | Embedding, config: EncoderConfig) -> None:
-    """The same with three matrices in a branch: gate, value and output (kexue.fm/archives/9052)."""
-    _roformer_v2(module, config, order=3)
+def _plain(module: Linear | Embedding, config: EncoderConfig) -> None:
+    """std = 1 / sqrt(fan) whatever the depth: LeCun's with the fan_in, Xavier's with the arithmetic mean."""
+    _scaled(module, config, 1.0)
 
 
 def _deepnorm(module: Linear | Embedding, config: EncoderConfig) -> None:
     """Xavier normal; gain beta for value, output and feed-forward, 1 for query and key (arXiv 2203.00555)."""
-    beta = deepnorm_beta(config.num_branches)
+    beta = depth_rule(config).gain
     if module.role in ("embedding", "head"):  # not part of the theory; 1/sqrt(D) makes logits of unit size
         nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
     elif (
@@ -79,9 +108,29 @@ def _deepnorm(module: Linear | Embedding, config: EncoderConfig) -> None:
         nn.init.xavier_normal_(module.weight, gain=beta if module.role in _DEEPNORM_SCALED else 1.0)
 
 
+def _su(module: Linear | Embedding, config: EncoderConfig) -> None:
+    """1 / sqrt(fan), times the gain of depth.py along the branches (kexue.fm/archives/8978)."""
+    gain = depth_rule(config).gain
+    if module.role == "gau_input":
+        average = "fan_in" if config.fan_average == "published" else config.fan_average
+        for part, part_gain in zip(module.weight.split(module.parts), (gain, gain, 1.0), strict=True):
+            truncated_normal_(part, part_gain / math.sqrt(average_fan(part.shape[1], part.shape[0], average)))
+    else:
+        _scaled(module, config, gain if module.role in _SU_SCALED else 1.0)
+
+
 def _bert(module: Linear | Embedding, config: EncoderConfig) -> None:
     """BERT's own: normal with deviation 0.02 cut at 0.04, which leaves 0.0176 (kexue.fm/archives/8747)."""
     truncated_normal_(module.weight, 0.02 / TRUNCATION_CORRECTION)
 
 
-_INITIALISERS = {"roformer_v2": _roformer_v2, "gau_alpha": _gau_alpha, "deepnorm": _deepnorm, "bert": _bert}
+_INITIALISERS = {
+    "roformer_v2": _roformer_v2,
+    "gau_alpha": _roformer_v2,
+    "deepnorm": _deepnorm,
+    "su_sgd": _su,
+    "su_adam": _su,
+    "su_lamb": _su,
+    "plain": _plain,
+    "bert": _bert,
+}

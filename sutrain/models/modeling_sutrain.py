@@ -1,14 +1,16 @@
 """The encoder behind the Hugging Face interface; the model itself is defined in encoder.py and masked_lm.py.
 
-B batch, L sequence length, D hidden size, V vocabulary. In a file of `SutrainForMaskedLM` a weight has the
-name it was trained under, after the prefix `model.`.
+B batch, L sequence length, D hidden size, V vocabulary. In a file of `SutrainForMaskedLM` or `SutrainForCausalLM` a
+weight has the name it was trained under, after the prefix `model.`.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput
 
 from .configuration_sutrain import SutrainConfig
 from .encoder import Encoder
@@ -55,7 +57,7 @@ def _encode(
 class SutrainModel(SutrainPreTrainedModel):
     """The encoder alone: token ids to hidden vectors."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?head\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?(head|head_bias|transform)(\.|$)"]  # noqa: RUF012
 
     def __init__(self, config: SutrainConfig) -> None:
         super().__init__(config)
@@ -84,7 +86,8 @@ class SutrainModel(SutrainPreTrainedModel):
             input_ids: token ids [B, L].
             attention_mask: [B, L], 0 for padding and 1 for tokens; several documents packed in a row get the
                 numbers 1, 2, ... and do not see each other. None means every id that is not the padding id.
-            token_type_ids: [B, L]; the models are pretrained with 0 everywhere, which None means too.
+            token_type_ids: [B, L]; the models are pretrained with 0 everywhere, which None means too. In context
+                unilm 1 marks what follows a document's prefix.
             output_hidden_states: also return the embeddings' and each layer's output.
         """
         output = _encode(
@@ -98,8 +101,8 @@ class SutrainModel(SutrainPreTrainedModel):
         return output if as_dict else output.to_tuple()
 
 
-class SutrainForMaskedLM(SutrainPreTrainedModel):
-    """The encoder with its head, which predicts the masked tokens."""
+class SutrainWithHead(SutrainPreTrainedModel):
+    """What the models that predict tokens share."""
 
     def __init__(self, config: SutrainConfig) -> None:
         super().__init__(config)
@@ -121,6 +124,21 @@ class SutrainForMaskedLM(SutrainPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the head's own matrix."""
         self.model.head = value
+
+    def resize_token_embeddings(self, *arguments: Any, **keywords: Any) -> nn.Embedding:
+        """Change the vocabulary; a bias of the head follows, 0 for new tokens."""
+        embedding = super().resize_token_embeddings(*arguments, **keywords)
+        bias = self.model.head_bias
+        if bias is not None and len(bias) != embedding.num_embeddings:
+            grown = bias.new_zeros(embedding.num_embeddings)
+            kept = min(len(bias), len(grown))
+            grown[:kept] = bias.detach()[:kept]
+            self.model.head_bias = nn.Parameter(grown)
+        return embedding
+
+
+class SutrainForMaskedLM(SutrainWithHead):
+    """The encoder with its head, which predicts the masked tokens."""
 
     def forward(
         self,
@@ -150,5 +168,54 @@ class SutrainForMaskedLM(SutrainPreTrainedModel):
         if labels is not None:
             loss = F.cross_entropy(logits_BLV.flatten(0, 1).to(torch.float32), labels.flatten())
         output = MaskedLMOutput(loss=loss, logits=logits_BLV, hidden_states=encoded.hidden_states)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+
+class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
+    """A causal model with its head, which predicts the next token. Generation computes the whole text every step."""
+
+    def __init__(self, config: SutrainConfig) -> None:
+        if config.encoder_config().context == "bidirectional":
+            raise ValueError(
+                "context: found bidirectional; a model that sees what follows cannot predict it: load it with "
+                "AutoModelForMaskedLM"
+            )
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        **unused: Any,  # generation offers caches, which this model does not keep
+    ) -> CausalLMOutput | tuple[Tensor, ...]:
+        """Scores of the token behind each position, [B, L, V], and with `labels` the loss.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, output_hidden_states: see `SutrainModel.forward`.
+            labels: [B, L], as `input_ids`, or -100 where nothing is predicted; position i is scored on label i + 1,
+                and the loss is the mean.
+            logits_to_keep: scores of the last positions only; 0: of all.
+        """
+        encoded = _encode(
+            self.model.encoder,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        hidden_BLD = encoded.last_hidden_state
+        assert hidden_BLD is not None
+        logits_BLV = self.model.logits(hidden_BLD[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            scores = logits_BLV[:, :-1].flatten(0, 1).to(torch.float32)
+            loss = F.cross_entropy(scores, labels[:, 1:].flatten())
+        output = CausalLMOutput(loss=loss, logits=logits_BLV, hidden_states=encoded.hidden_states)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()

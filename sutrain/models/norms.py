@@ -38,6 +38,11 @@ class LayerNorm(nn.LayerNorm):
         )
 
 
+def build_branch_norm(config: EncoderConfig) -> nn.Module:
+    """The norm around one branch; rezero has none."""
+    return nn.Identity() if config.residual == "rezero" else build_norm(config)
+
+
 def build_norm(config: EncoderConfig) -> nn.Module:
     """The norm that `config.norm` names, over `config.hidden_size` features."""
     if config.norm == "layer_norm":

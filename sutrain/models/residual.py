@@ -9,20 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import EncoderConfig
-
-
-def deepnorm_alpha(num_branches: int) -> float:
-    """Weight of the skip in DeepNorm, encoder only: S^(1/4), which is (2N)^(1/4) for N transformer layers.
-
-    arXiv 2203.00555, written in residual branches S so that a stack of GAU layers (S = N) needs no second
-    formula.
-    """
-    return num_branches**0.25
-
-
-def deepnorm_beta(num_branches: int) -> float:
-    """Gain of the initial value, output and feed-forward weights: (4S)^(-1/4), which is (8N)^(-1/4)."""
-    return (4 * num_branches) ** -0.25
+from .depth import depth_rule
 
 
 class Residual(nn.Module):
@@ -30,7 +17,9 @@ class Residual(nn.Module):
 
         post       norm(x + f(x))            BERT, RoFormerV2
         pre        x + f(norm(x))            the stream needs one more norm at its end
-        deepnorm   norm(alpha x + f(x))      arXiv 2203.00555
+        deepnorm   norm(alpha x + f(x))      arXiv 2203.00555; alpha: see depth.py
+        ramp       norm(x + r f(x))          r grows from 0 to 1 while training (kexue.fm/archives/8998)
+        rezero     x + a f(x)                a learned, 0 at first (arXiv 2003.04887); no norm at all
 
     The stream may be fp32 while the weights are bf16 (`fp32_residual`); a branch is fed the
     weights' dtype.
@@ -39,14 +28,30 @@ class Residual(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.pre = config.residual == "pre"
-        self.alpha = deepnorm_alpha(config.num_branches) if config.residual == "deepnorm" else 1.0
+        self.ramp = config.residual == "ramp"
+        self.alpha = depth_rule(config).alpha if config.residual == "deepnorm" else 1.0
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, x_BLD: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor], dtype: torch.dtype
+        self,
+        x_BLD: Tensor,
+        norm: nn.Module,
+        branch: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        ramp: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """The stream after the branch; same shape and dtype as `x_BLD`."""
+        """The stream after the branch; same shape and dtype as `x_BLD`.
+
+        Args:
+            ramp: the r of residual ramp, see `Encoder.ramp`.
+            scale: the a of rezero, [1].
+        """
         if self.pre:
             return x_BLD + self.dropout(branch(norm(x_BLD).to(dtype)))
         change_BLD = self.dropout(branch(x_BLD.to(dtype)))
+        if scale is not None:
+            return x_BLD + scale.to(x_BLD.dtype) * change_BLD
+        if self.ramp and ramp is not None:
+            change_BLD = ramp.to(change_BLD.dtype) * change_BLD
         return norm((x_BLD if self.alpha == 1.0 else self.alpha * x_BLD) + change_BLD)

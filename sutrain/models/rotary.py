@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE, kexue.fm/archives/8265) in the interleaved layout of RoFormer.
+"""Rotary positions (RoPE, kexue.fm/archives/8265), in the interleaved layout of RoFormer or the half-split one.
 
 B batch, L sequence length, H heads, K rotary size (a head's size, or a GAU's key size). The pair (x_2i,
 x_2i+1) at position p is turned by the angle p * base^(-2i/K), so that the product of a query at i and a key
@@ -32,12 +32,23 @@ def rotary_table(length: int, size: int, base: float, device: torch.device) -> T
     return _cached_table(whole, size, base, device)[:length]
 
 
-def rotate(x_BLHK: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs of `x_BLHK` by the angles of `table` [L, K/2, 2], in fp32; the dtype comes back."""
+def rotate(x_BLHK: Tensor, table: Tensor | None, half: bool = False) -> Tensor:
+    """Turn the pairs of `x_BLHK` by the angles of `table` [L, K/2, 2], in fp32; the dtype comes back.
+
+    Without a table nothing is turned. `half` pairs feature i with i + K/2, as most decoders outside the RoFormer
+    family do: their weights are these with the rows of query and key in another order.
+    """
+    if table is None:
+        return x_BLHK
     # The complex product is one pass and four times as fast on a CPU; compilers for accelerators fuse the other.
     turn = turn_complex if x_BLHK.device.type == "cpu" else turn_real
-    pairs = x_BLHK.float().unflatten(-1, (-1, 2))
-    return turn(pairs, table.unsqueeze(-3)).flatten(-2).to(x_BLHK.dtype)  # the same angles for all heads
+    pairs = (
+        x_BLHK.float().unflatten(-1, (2, -1)).transpose(-1, -2)
+        if half
+        else x_BLHK.float().unflatten(-1, (-1, 2))
+    )
+    turned = turn(pairs, table.unsqueeze(-3))  # the same angles for all heads
+    return (turned.transpose(-1, -2) if half else turned).flatten(-2).to(x_BLHK.dtype)
 
 
 def turn_complex(pairs: Tensor, table: Tensor) -> Tensor:

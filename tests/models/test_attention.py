@@ -8,8 +8,8 @@ from sutrain.models.visibility import build_visibility
 from tests.models.tiny import CONFIGS
 
 
-def mask_of(documents):
-    return build_visibility(torch.tensor(documents), CONFIGS["roformer_v2"], torch.float32).mask
+def visible(documents, dtype=torch.float32):
+    return build_visibility(torch.tensor(documents), CONFIGS["roformer_v2"], dtype)
 
 
 def plain(query, key, value, mask):
@@ -19,19 +19,19 @@ def plain(query, key, value, mask):
 
 @pytest.mark.parametrize("value_size", [8, 24])
 def test_attend_is_softmax_attention_under_a_mask(value_size):
-    mask = mask_of([[1, 1, 1, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
+    seen = visible([[1, 1, 1, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
     query, key = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
     value = torch.randn(2, 3, 6, value_size)
-    torch.testing.assert_close(attend(query, key, value, mask, 0.0), plain(query, key, value, mask))
+    torch.testing.assert_close(attend(query, key, value, seen), plain(query, key, value, seen.mask))
 
 
 def test_the_bf16_path_agrees_to_bf16_precision_with_gradients():
-    mask = mask_of([[1] * 20 + [2] * 10 + [0] * 2] * 2)
+    documents = [[1] * 20 + [2] * 10 + [0] * 2] * 2
     inputs = [torch.randn(2, 3, 32, 8) for _ in range(3)]
     half = [x.bfloat16().requires_grad_() for x in inputs]
     full = [x.detach().float().requires_grad_() for x in half]
-    found = attend(*half, mask.bfloat16(), 0.0)
-    expected = plain(*full, mask)
+    found = attend(*half, visible(documents, torch.bfloat16))
+    expected = plain(*full, visible(documents).mask)
     assert found.dtype == torch.bfloat16
     found.float().square().sum().backward()
     expected.square().sum().backward()
@@ -40,10 +40,10 @@ def test_the_bf16_path_agrees_to_bf16_precision_with_gradients():
 
 
 def test_dropout_drops_probabilities_and_keeps_the_mean():
-    mask = mask_of([[1] * 64])
+    seen = visible([[1] * 64])
     query = key = torch.zeros(1, 1, 64, 8)  # uniform attention
     value = torch.ones(1, 1, 64, 8)
-    outputs = torch.stack([attend(query, key, value, mask, 0.25) for _ in range(200)])
+    outputs = torch.stack([attend(query, key, value, seen, 0.25) for _ in range(200)])
     assert abs(outputs.mean().item() - 1) < 0.01
     kept = outputs[0, 0, 0, :, 0] * 64 * 0.75  # how many keys each query kept
     torch.testing.assert_close(kept, kept.round(), atol=1e-3, rtol=0)

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sutrain.models.residual import Residual, deepnorm_alpha, deepnorm_beta
+from sutrain.models.depth import deepnorm_alpha, deepnorm_beta
+from sutrain.models.residual import Residual
 from tests.models.tiny import CONFIGS
 
 
