@@ -25,6 +25,7 @@ from .fingerprint import document_sum
 from .plan import differences
 from .progress import RunProgress
 from .shards import SPECIAL_IDS, Block, Manifest, ShardEntry, ShardError, ShardReader
+from .text import verify_text
 from .tokenizer import Tokenizer, read_model
 
 _READ_BYTES = 4 * 1024**2
@@ -50,9 +51,8 @@ def verify(
     problems = _check_config(manifest, config) if config else []
     problems += _check_listing(manifest) + _check_quarantine(manifest)
     try:
-        tokenizer = Tokenizer(read_model(Path(directory) / manifest.tokenizer["file"]))
-        if tokenizer.sha256 != manifest.tokenizer["sha256"]:
-            problems.append(f"{manifest.tokenizer['file']}: not the model of the manifest (sha256 differs)")
+        if manifest.vocab_size:
+            problems += _check_tokenizer(manifest)
     except ValueError as error:
         problems.append(str(error))
     tasks = [
@@ -93,6 +93,8 @@ def verify_shard(task: VerifyTask) -> dict[str, Any]:
     """Check one shard; the result lists its problems, and its counts for the totals."""
     manifest = Manifest.load(task.directory)
     entry = manifest.splits[task.split].shards[task.shard]
+    if not manifest.vocab_size:
+        return verify_text(manifest, task.split, entry)
     result: dict[str, Any] = {
         "split": task.split,
         "problems": [],
@@ -222,6 +224,13 @@ class _DocumentCheck:
         self.documents += len(firsts)
         self.tokens += len(tokens)
         self.sum = (self.sum + document_sum(tokens, stops - starts, pieces[2:5, firsts])) % (1 << 64)
+
+
+def _check_tokenizer(manifest: Manifest) -> list[str]:
+    tokenizer = Tokenizer(read_model(Path(manifest.directory) / manifest.tokenizer["file"]))
+    if tokenizer.sha256 == manifest.tokenizer["sha256"]:
+        return []
+    return [f"{manifest.tokenizer['file']}: not the model of the manifest (sha256 differs)"]
 
 
 def _check_config(manifest: Manifest, config: PrepareConfig) -> list[str]:

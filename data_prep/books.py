@@ -58,7 +58,7 @@ def close_books(
         total = sum(result["splits"][split]["document_sum"] for result in scattered) % (1 << 64)
         rows = sum(shard.rows for shard in shards)
         splits[split] = SplitEntry(rows, expected["documents"], expected["tokens"], f"{total:016x}", shards)
-        if split == "train":
+        if split == "train" and tokenizer["vocab_size"]:
             for number in range(len(shards)):
                 counts += np.fromfile(counts_path(plan.work_path / "gather", split, number), dtype="<u8")
     books = merge_books(plan, scattered)
@@ -76,7 +76,7 @@ def close_books(
         block_rows=max(1, config.shards.block_bytes // row_bytes),
         vocab_size=tokenizer["vocab_size"],
         special_ids=SPECIAL_IDS,
-        has_words=config.words.segmenter != "none",
+        has_words=config.words.segmenter != "none" and tokenizer["vocab_size"] > 0,
         tokenizer={"file": tokenizer["file"], "sha256": tokenizer["sha256"]},
         token_counts={"file": "token_counts.bin", "xxh3": xxhash.xxh3_128_hexdigest(data)},
         splits=splits,

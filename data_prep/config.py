@@ -127,9 +127,24 @@ class WordsSection(Section):
     )
 
 
+class ShuffleSection(Section):
+    """The order of the output."""
+
+    algorithm: Literal["key", "stripe"] = Field(
+        default="key",
+        description="key: sort by a random key, exactly uniform; stripe: every group of 1,024 neighbours is dealt "
+        "over the whole output, one to a stripe (stratified, NOT uniform; for comparison)",
+    )
+
+
 class ShardsSection(Section):
     """The layout of the output."""
 
+    content: Literal["tokens", "text"] = Field(
+        default="tokens",
+        description="tokens: webdataset shards of ids; text: the cleaned texts, shuffled, a line each",
+    )
+    compress_text: bool = Field(default=True, description="content text: zstd frames, or plain text")
     row_tokens: int = Field(default=512, ge=8, le=2**20, description="length of a row [tokens]")
     target_bytes: int = Field(
         default=256 * MEBIBYTE,
@@ -166,8 +181,12 @@ class ResourcesSection(Section):
         ge=1,
         description="input of one task; none: between 64 MiB and 1 GiB by the size of the corpus",
     )
+    spill: Literal["auto", "none", "lz4", "zstd"] = Field(
+        default="auto",
+        description="compression of the intermediate files; auto: by what the disk of work_dir does in a probe",
+    )
     log_seconds: float = Field(
-        default=10.0, gt=0, description="seconds between progress lines when not on a terminal"
+        default=60.0, gt=0, description="seconds between progress lines when not on a terminal"
     )
 
 
@@ -189,6 +208,7 @@ class PrepareConfig(Section):
     cleaning: CleaningSection = CleaningSection()
     tokenizer: TokenizerSection = TokenizerSection()
     words: WordsSection = WordsSection()
+    shuffle: ShuffleSection = ShuffleSection()
     shards: ShardsSection = ShardsSection()
     resources: ResourcesSection = ResourcesSection()
 
@@ -198,6 +218,17 @@ class PrepareConfig(Section):
         double = sorted({name for name in names if names.count(name) > 1})
         if double:
             raise ValueError(f"two corpora are called {double[0]!r}; each needs a name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _a_text_is_a_line(self) -> PrepareConfig:
+        if self.shards.content == "text" and not self.cleaning.collapse_whitespace:
+            for number, corpus in enumerate(self.corpora):
+                if corpus.format != "txt":
+                    raise ValueError(
+                        f"corpora.{number}.format: with shards.content=text a text must be one line; take "
+                        "cleaning.collapse_whitespace=true, or format: txt"
+                    )
         return self
 
     @property

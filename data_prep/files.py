@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +85,26 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def write_speed(folder: Path, size_bytes: int = 48 * 1024**2) -> float:
+    """Bytes a second that the disk of a folder takes, measured with a file that is written, synced and removed."""
+    while not folder.is_dir():
+        folder = folder.parent
+    data = os.urandom(1024**2)
+    path = folder / f".probe{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}"
+    started = time.monotonic()
+    try:
+        with path.open("wb") as file:
+            for _ in range(size_bytes // len(data)):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return size_bytes / (time.monotonic() - started)
+    except OSError:
+        return math.nan
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def size_or_none(path: Path) -> int | None:

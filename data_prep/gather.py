@@ -8,7 +8,6 @@ bytes of the shard.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,19 @@ import numpy as np
 
 from .files import atomic_file, size_or_none, write_bytes, write_json
 from .keys import key_range
+from .measure import TaskMeter
 from .merge import SpillSet, sorted_records
 from .packing import Documents, RowPacker
 from .shards import SPLITS, ShardWriter, index_name, shard_name, token_dtype
 from .spill import ORIGIN
+from .text import gather_text
 
 
 @dataclass(frozen=True)
 class GatherTask:
-    """One shard of pass 2 and all it needs to know. source_of_file: corpus number of every file."""
+    """One shard of pass 2 and all it needs to know. source_of_file: corpus number of every file; vocab_size: 0 for
+    text.
+    """
 
     split: str
     shard: int
@@ -72,7 +75,21 @@ def finished_gather(task: GatherTask) -> dict[str, Any] | None:
 
 def gather(task: GatherTask) -> dict[str, Any]:
     """Make one shard and return its manifest; running it again gives the same bytes."""
-    started, cpu_started = time.monotonic(), time.process_time()
+    meter = TaskMeter()
+    made = _gather_tokens(task) if task.vocab_size else gather_text(task)
+    result = {
+        "split": task.split,
+        "shards": task.shards,
+        "run": task.run_hash,
+        "tokenizer": task.tokenizer_sha256,
+        **made,
+        **meter.finish(),
+    }
+    write_json(result_path(task.work_folder, task.split, task.shard), result)
+    return result
+
+
+def _gather_tokens(task: GatherTask) -> dict[str, Any]:
     name = shard_name(task.shard)
     path = Path(task.output_folder) / task.split / name
     dtype = token_dtype(task.vocab_size)
@@ -92,18 +109,11 @@ def gather(task: GatherTask) -> dict[str, Any]:
         index, hashes = writer.finish()
     write_bytes(path.with_name(index_name(name)), index)
     write_bytes(counts_path(task.work_folder, task.split, task.shard), counts.astype("<u8").tobytes())
-    result = {
-        "split": task.split,
-        "shards": task.shards,
-        "run": task.run_hash,
-        "tokenizer": task.tokenizer_sha256,
+    return {
         "shard": {"name": name, "rows": writer.rows, "documents": documents, "tokens": tokens, **hashes},
         "index_bytes": len(index),
-        "seconds": time.monotonic() - started,
-        "cpu_seconds": time.process_time() - cpu_started,
+        "written_bytes": hashes["file_bytes"] + len(index),
     }
-    write_json(result_path(task.work_folder, task.split, task.shard), result)
-    return result
 
 
 def sorted_documents(task: GatherTask, dtype: np.dtype) -> Iterator[Documents]:
@@ -120,9 +130,10 @@ def sorted_documents(task: GatherTask, dtype: np.dtype) -> Iterator[Documents]:
 
 
 def _sizes(task: GatherTask, result: dict[str, Any]) -> dict[str, int]:
+    """The files of a finished shard and their sizes."""
     shard = Path(task.output_folder) / task.split / result["shard"]["name"]
-    return {
-        str(shard): result["shard"]["file_bytes"],
-        str(shard.with_name(index_name(shard.name))): result["index_bytes"],
-        str(counts_path(task.work_folder, task.split, task.shard)): task.vocab_size * 8,
-    }
+    sizes = {str(shard): result["shard"]["file_bytes"]}
+    if task.vocab_size:
+        sizes[str(shard.with_name(index_name(shard.name)))] = result["index_bytes"]
+        sizes[str(counts_path(task.work_folder, task.split, task.shard))] = task.vocab_size * 8
+    return sizes

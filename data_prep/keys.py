@@ -13,6 +13,8 @@ import numpy as np
 import xxhash
 
 _MASK = (1 << 64) - 1
+STRIPES = 1024
+_STRIPE_SHIFT = 64 - 10
 
 
 def philox_words(seed: int, stream: int, counter: int, n: int) -> np.ndarray:
@@ -25,6 +27,19 @@ def philox_words(seed: int, stream: int, counter: int, n: int) -> np.ndarray:
     )
     skip = counter % 4
     return generator.random_raw(n + skip)[skip:]
+
+
+def stripe_words(seed: int, stream: int, counter: int, n: int) -> np.ndarray:
+    """Keys of the stratified method, uint64 [n]: every group of STRIPES neighbours has one record in each of
+    STRIPES equal ranges of keys. Not a uniform shuffle: two neighbours in the output rarely come from one group.
+    (jianlin.su, kexue.fm/8662: files are shuffled one by one, then dealt out a line from each in turn.)
+    """
+    first, stop = counter // STRIPES, -(-(counter + n) // STRIPES)
+    words = philox_words(seed, stream, first * STRIPES, (stop - first) * STRIPES).reshape(-1, STRIPES)
+    ranks = np.argsort(np.argsort(words, axis=1), axis=1).astype(np.uint64)
+    inside = words & np.uint64((1 << _STRIPE_SHIFT) - 1)
+    keys = ((ranks << np.uint64(_STRIPE_SHIFT)) | inside).reshape(-1)
+    return keys[counter - first * STRIPES :][:n]
 
 
 def stream_id(*parts: str | int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
+from .measure import TaskMeter
 from .shards import SPLITS
 from .spill import (
     FRAME_INDEX,
@@ -191,7 +191,7 @@ def finished_merge(task: MergeTask) -> dict[str, Any] | None:
 
 def merge(task: MergeTask) -> dict[str, Any]:
     """Run one task of the pass between; returns its manifest. Running it again gives the same records."""
-    started, cpu_started = time.monotonic(), time.process_time()
+    meter = TaskMeter()
     paths = [path(task.folder, task.number) for path in (spill_path, index_path)]
     read_bytes = sum(spill_path(task.spills.folder, n).stat().st_size for n in task.spills.numbers)
     with atomic_file(paths[0]) as file:
@@ -210,8 +210,7 @@ def merge(task: MergeTask) -> dict[str, Any]:
         "files": {path.name: path.stat().st_size for path in paths},
         "read_bytes": read_bytes,
         "written_bytes": sum(path.stat().st_size for path in paths),
-        "seconds": time.monotonic() - started,
-        "cpu_seconds": time.process_time() - cpu_started,
+        **meter.finish(),
     }
     write_json(merged_path(task.folder, task.number), manifest)
     return manifest

@@ -32,7 +32,7 @@ _FILES = (
     "tokenizer/tokenizer.model",
     "tokenizer/tokenizer.json",
 )
-_SHARD = re.compile(r"shard-\d{6,}\.(tar|index\.json)")
+_SHARD = re.compile(r"shard-\d{6,}\.(tar|index\.json)|part-\d{6,}\.txt(\.zst)?")
 _TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + "[0-9a-f]{12}$")
 _WORK = re.compile(re.escape(WORK_PREFIX) + "[0-9a-f]{16}")
 

@@ -21,11 +21,12 @@ from .executor import Executor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
 from .owned import adopt_plan, finished, only_run, remove_leftovers, remove_work
-from .plan import Plan, frame_bytes, make_plan
+from .plan import Plan, choose_codec, frame_bytes, make_plan
 from .progress import RunProgress
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_share, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import SPECIAL_IDS, SPLITS, Manifest, token_dtype
+from .text import leaves_text_alone
 from .tokenizer import Tokenizer, read_model
 
 # With fewer documents than this to a shard, a shard could come out empty.
@@ -94,6 +95,8 @@ def prepare_tokenizer(plan: Plan, executor: Executor, progress: RunProgress) -> 
     twice.
     """
     config = plan.config
+    if config.shards.content == "text":
+        return {"file": "", "sha256": "", "vocab_size": 0}
     folder = config.output_path / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         if config.tokenizer.load:
@@ -142,6 +145,7 @@ def run_scatter(
 ) -> list[dict[str, Any]]:
     """Pass 1; returns the manifests of all tasks in order."""
     config = plan.config
+    codec = choose_codec(plan)
     tasks = [
         ScatterTask(
             number=number,
@@ -150,13 +154,15 @@ def run_scatter(
             run_hash=plan.run_hash,
             seed=config.seed,
             cleaning=config.cleaning,
-            tokenizer_path=str(config.output_path / tokenizer["file"]),
+            tokenizer_path=str(config.output_path / tokenizer["file"]) if tokenizer["file"] else "",
             tokenizer_sha256=tokenizer["sha256"],
             segmenter=config.words.segmenter,
             validation_share=config.shards.validation_share,
             memory_bytes=config.resources.worker_memory_bytes,
             frame_bytes=frame_bytes(plan),
-            codec="zstd",
+            codec=codec,
+            as_it_is=leaves_text_alone(config.cleaning) and not config.shards.validation_share,
+            algorithm=config.shuffle.algorithm,
         )
         for number, segments in enumerate(plan.tasks)
     ]
@@ -183,7 +189,8 @@ def count_shards(plan: Plan, scattered: list[dict[str, Any]], vocab_size: int) -
     for split in SPLITS:
         documents = sum(result["splits"][split]["documents"] for result in scattered)
         tokens = sum(result["splits"][split]["tokens"] for result in scattered)
-        wanted = -(-tokens * token_dtype(vocab_size).itemsize // plan.config.shards.target_bytes)
+        item_bytes = token_dtype(vocab_size).itemsize if vocab_size else 1
+        wanted = -(-tokens * item_bytes // plan.config.shards.target_bytes)
         counts[split] = min(max(1, wanted), max(1, documents // _MIN_SHARD_DOCUMENTS)) if documents else 0
     if not counts["train"]:
         books = merge_books(plan, scattered)
@@ -210,8 +217,8 @@ def run_gather(
 ) -> list[dict[str, Any]]:
     """Pass 2; returns the manifests of all shards."""
     config = plan.config
-    dtype = token_dtype(tokenizer["vocab_size"])
-    row_bytes = config.shards.row_tokens * dtype.itemsize
+    vocab_size = tokenizer["vocab_size"]
+    row_bytes = config.shards.row_tokens * token_dtype(vocab_size).itemsize
     tasks = [
         GatherTask(
             split=split,
@@ -226,9 +233,9 @@ def run_gather(
             source_of_file=[file.corpus for file in plan.files],
             row_tokens=config.shards.row_tokens,
             block_rows=max(1, config.shards.block_bytes // row_bytes),
-            vocab_size=tokenizer["vocab_size"],
-            has_words=config.words.segmenter != "none",
-            zstd_level=config.shards.zstd_level,
+            vocab_size=vocab_size,
+            has_words=config.words.segmenter != "none" and vocab_size > 0,
+            zstd_level=config.shards.zstd_level if vocab_size or config.shards.compress_text else 0,
             memory_bytes=config.resources.worker_memory_bytes,
         )
         for split, shards in shard_counts.items()

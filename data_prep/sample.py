@@ -21,9 +21,9 @@ from .clean import make_cleaner
 from .config import CleaningSection, TrainSection
 from .files import atomic_file, read_json, size_or_none, write_bytes, write_json
 from .keys import philox_words, share_threshold, stream_id
-from .scatter import Segment, clean_texts, new_book
+from .scatter import Segment, clean_texts, new_book, segment_bytes
 from .shards import SPECIAL_IDS
-from .sources import BLOCK_BYTES, DamagedStreamError, InputFile, read_batches
+from .sources import DamagedStreamError, InputFile, read_batches
 from .tokenizer import Tokenizer, train
 
 # Assumed ratio of compressed files; a fixed guess, so that the sample stays a function of the input alone.
@@ -100,14 +100,6 @@ def collect_sample(task: SampleTask) -> dict[str, Any]:
     }
     write_json(path.with_suffix(".json"), result)
     return result
-
-
-def segment_bytes(segment: Segment) -> int:
-    """Bytes on disk that a segment reads."""
-    if segment.stop_block is None:
-        return segment.input.size_bytes
-    stop = min(segment.input.size_bytes, segment.stop_block * BLOCK_BYTES)
-    return stop - segment.first_block * BLOCK_BYTES
 
 
 def _sampled_lines(task: SampleTask, segment: Segment, clean: Any, book: dict[str, Any]) -> Iterator[bytes]:

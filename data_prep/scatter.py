@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,10 +23,12 @@ from .config import CleaningSection
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
 from .fingerprint import document_sum
-from .keys import philox_words, share_threshold, stream_id
+from .keys import philox_words, share_threshold, stream_id, stripe_words
+from .measure import TaskMeter
 from .shards import SPECIAL_IDS, SPLITS, token_dtype
-from .sources import DamagedStreamError, InputFile, RawBatch, parse, read_batches
-from .spill import Records, SpillWriter, index_path, spill_path
+from .sources import BLOCK_BYTES, DamagedStreamError, InputFile, RawBatch, parse, read_batches
+from .spill import ORIGIN, Records, SpillWriter, index_path, spill_path
+from .text import line_sum, read_lines, text_records
 from .tokenizer import Tokenizer, load_tokenizer
 from .words import word_start_characters
 
@@ -49,7 +50,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class ScatterTask:
-    """One task of pass 1 and all it needs to know."""
+    """One task of pass 1 and all it needs to know. Without a tokenizer_path it moves text; `as_it_is` says that
+    cleaning changes no ordinary line.
+    """
 
     number: int
     segments: list[Segment]
@@ -64,6 +67,16 @@ class ScatterTask:
     memory_bytes: int
     frame_bytes: int
     codec: str
+    as_it_is: bool = False
+    algorithm: str = "key"
+
+
+def segment_bytes(segment: Segment) -> int:
+    """Bytes on disk that a segment reads."""
+    if segment.stop_block is None:
+        return segment.input.size_bytes
+    stop = min(segment.input.size_bytes, segment.stop_block * BLOCK_BYTES)
+    return stop - segment.first_block * BLOCK_BYTES
 
 
 def manifest_path(folder: str | Path, number: int) -> Path:
@@ -94,9 +107,9 @@ def scatter(task: ScatterTask) -> dict[str, Any]:
     """Run one task of pass 1 and return its manifest. Running it again gives the same records in the same
     order.
     """
-    started, cpu_started = time.monotonic(), time.process_time()
     folder = Path(task.folder)
-    tokenizer = load_tokenizer(task.tokenizer_path, task.tokenizer_sha256)
+    tokenizer = load_tokenizer(task.tokenizer_path, task.tokenizer_sha256) if task.tokenizer_path else None
+    meter = TaskMeter()
     books = {str(segment.input.corpus): new_book() for segment in task.segments}
     sums = {split: {"documents": 0, "tokens": 0, "document_sum": 0} for split in SPLITS}
     paths = [path(folder, task.number) for path in (spill_path, index_path, quarantine_path)]
@@ -112,6 +125,7 @@ def scatter(task: ScatterTask) -> dict[str, Any]:
         index = writer.finish()
         with atomic_file(paths[1]) as file:
             np.save(file, index, allow_pickle=False)
+    spilled = [path.stat().st_size for path in paths]
     manifest = {
         "task": task.number,
         "run": task.run_hash,
@@ -120,9 +134,11 @@ def scatter(task: ScatterTask) -> dict[str, Any]:
         "books": books,
         "splits": sums,
         "input_bytes": sum(book["bytes"] for book in books.values()),
+        "read_bytes": sum(map(segment_bytes, task.segments)),
+        "written_bytes": sum(spilled),
+        "raw_spill_bytes": writer.raw_bytes,
         "records": sum(book["read"] for book in books.values()),
-        "seconds": time.monotonic() - started,
-        "cpu_seconds": time.process_time() - cpu_started,
+        **meter.finish(),
     }
     write_json(manifest_path(folder, task.number), manifest)
     return manifest
@@ -165,47 +181,52 @@ def clean_texts(
     return texts, numbers
 
 
-def record_keys(seed: int, corpus: str, relative: str, block: int, first: int, count: int) -> np.ndarray:
+def record_keys(
+    seed: int, corpus: str, relative: str, block: int, first: int, count: int, algorithm: str = "key"
+) -> np.ndarray:
     """Shuffle keys of raw records first .. first + count - 1 of a block, uint64 [count]."""
-    return philox_words(seed, stream_id("order", corpus, relative, block), first, count)
+    words = stripe_words if algorithm == "stripe" else philox_words
+    return words(seed, stream_id("order", corpus, relative, block), first, count)
 
 
 def _segment_records(
-    task: ScatterTask, segment: Segment, tokenizer: Tokenizer, book: dict[str, Any], quarantine: BinaryIO
+    task: ScatterTask,
+    segment: Segment,
+    tokenizer: Tokenizer | None,
+    book: dict[str, Any],
+    quarantine: BinaryIO,
 ) -> Iterator[tuple[Records, np.ndarray]]:
     """Yield Records and the split of each for every batch of a segment, and keep the book."""
     clean = make_cleaner(task.cleaning)
-    file = segment.input
-    batches = read_batches(file, segment.first_block, segment.stop_block, task.cleaning.max_record_bytes)
+    file, limit = segment.input, task.cleaning.max_record_bytes
+    blocks = segment.first_block, segment.stop_block
+
+    def keys_of(block: int, first: int, count: int) -> np.ndarray:
+        return record_keys(task.seed, segment.corpus_name, file.relative, block, first, count, task.algorithm)
+
+    def records_of(batch: RawBatch) -> Iterator[tuple[Records, np.ndarray]]:
+        book["read"] += len(batch.lines)
+        book["bytes"] += sum(len(line) + 1 for line in batch.lines if line is not None)
+        texts, numbers = clean_texts(segment, batch, np.arange(len(batch.lines)), clean, book, quarantine)
+        if not texts:
+            return
+        records = np.array(numbers, dtype=np.int64)
+        keys = keys_of(batch.block, batch.first_record, len(batch.lines))[records - batch.first_record]
+        for part in _portions(texts):
+            if tokenizer is None:
+                found = text_records(texts[part], keys[part])
+            else:
+                origin = segment.file, batch.block, records[part]
+                found = tokenise(texts[part], keys[part], *origin, tokenizer, task.segmenter)
+            yield found, split_of(texts[part], task.seed, task.validation_share)
+        book["written"] += len(texts)
+
     try:
-        for batch in batches:
-            book["read"] += len(batch.lines)
-            book["bytes"] += sum(len(line) + 1 for line in batch.lines if line is not None)
-            texts, numbers = clean_texts(segment, batch, np.arange(len(batch.lines)), clean, book, quarantine)
-            if not texts:
-                continue
-            keys = record_keys(
-                task.seed,
-                segment.corpus_name,
-                file.relative,
-                batch.block,
-                batch.first_record,
-                len(batch.lines),
-            )
-            records = np.array(numbers, dtype=np.int64)
-            chosen = keys[records - batch.first_record]
-            for part in _portions(texts):
-                documents = tokenise(
-                    texts[part],
-                    chosen[part],
-                    segment.file,
-                    batch.block,
-                    records[part],
-                    tokenizer,
-                    task.segmenter,
-                )
-                yield documents, split_of(texts[part], task.seed, task.validation_share)
-            book["written"] += len(texts)
+        if tokenizer is None and task.as_it_is and file.format == "txt" and not file.compression:
+            yield from read_lines(file, *blocks, limit, keys_of, book, lambda batch: list(records_of(batch)))
+        else:
+            for batch in read_batches(file, *blocks, limit):
+                yield from records_of(batch)
     except DamagedStreamError as damage:
         book["read"] += 1
         book["quarantined"][damage.reason] += 1
@@ -265,6 +286,8 @@ def _check_characters(
 
 def split_of(texts: list[str], seed: int, validation_share: float) -> np.ndarray:
     """0 train, 1 validation, uint8 [N], by the hash of the clean text: all copies of a text fall on one side."""
+    if not validation_share:
+        return np.zeros(len(texts), dtype=np.uint8)
     hashes = [xxhash.xxh3_64_intdigest(text.encode(), seed) for text in texts]
     return (np.array(hashes, dtype=np.uint64) < np.uint64(share_threshold(validation_share))).astype(np.uint8)
 
@@ -274,10 +297,14 @@ def _account(records: Records, mine: np.ndarray, total: dict[str, int]) -> None:
         return
     lengths = records.columns["length"].astype(np.int64)
     tokens = records.tokens if mine.all() else records.tokens[np.repeat(mine, lengths)]
-    lineage = np.stack([records.columns[name][mine] for name in ("file", "block", "record")])
+    if ORIGIN[0] in records.columns:
+        lineage = np.stack([records.columns[name][mine] for name in ORIGIN])
+        found = document_sum(tokens, lengths[mine], lineage)
+    else:
+        found = line_sum(tokens, lengths[mine])
     total["documents"] += int(mine.sum())
     total["tokens"] += len(tokens)
-    total["document_sum"] = (total["document_sum"] + document_sum(tokens, lengths[mine], lineage)) % (1 << 64)
+    total["document_sum"] = (total["document_sum"] + found) % (1 << 64)
 
 
 def _portions(texts: list[str]) -> list[slice]:

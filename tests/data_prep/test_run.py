@@ -20,7 +20,8 @@ import yaml
 import data_prep.gather as gather
 import data_prep.run as run_module
 from data_prep import plan as plan_module
-from data_prep import sample, sources
+from data_prep import scatter as scatter_module
+from data_prep import sources
 from data_prep.errors import AuditError, DataPrepError
 from data_prep.owned import only_run
 from data_prep.scatter import scatter
@@ -325,7 +326,7 @@ def test_a_truncated_file_costs_one_record_and_the_books_balance(tmp_path):
 
 
 def test_many_blocks_give_the_same_bytes_for_any_tasks_also_resumed(corpus, tmp_path, monkeypatch):
-    for module in (sources, plan_module, sample):
+    for module in (sources, plan_module, scatter_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
     tree = settings(tmp_path / "one", [corpus], resources={"task_bytes": 1})
     prepare(tree)

@@ -1,0 +1,61 @@
+"""What a task took: time, processor time, peak memory above the idle process, and bytes read and written.
+
+Memory and bytes come from /proc, so they are what the kernel saw, not what the task believes.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+_idle_bytes = 0  # of this worker process when its first task began
+
+
+class TaskMeter:
+    """Begins to measure when it is made; `finish` tells. One at a time in a process."""
+
+    def __init__(self) -> None:
+        global _idle_bytes
+        self._started, self._cpu_started = time.monotonic(), time.process_time()
+        _reset_peak()
+        self._io = _io_bytes()
+        _idle_bytes = _idle_bytes or memory_bytes("VmRSS")
+
+    def finish(self) -> dict[str, float]:
+        """seconds, cpu_seconds, peak_bytes above idle_bytes of resident memory, and what read and write calls
+        moved (proc_read_bytes, proc_written_bytes; 0 where /proc does not tell).
+        """
+        read, written = (after - before for after, before in zip(_io_bytes(), self._io, strict=True))
+        return {
+            "seconds": time.monotonic() - self._started,
+            "cpu_seconds": time.process_time() - self._cpu_started,
+            "idle_bytes": _idle_bytes,
+            "peak_bytes": max(0, memory_bytes("VmHWM") - _idle_bytes),
+            "proc_read_bytes": read,
+            "proc_written_bytes": written,
+        }
+
+
+def memory_bytes(name: str) -> int:
+    """A line of /proc/self/status: VmRSS is the resident memory now, VmHWM its peak; 0 where there is none."""
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from VmRSS again
+    except OSError:
+        pass  # the peak is then that of the process so far: never too small
+
+
+def _io_bytes() -> tuple[int, int]:
+    try:
+        found = re.findall(r"[rw]char: (\d+)", Path("/proc/self/io").read_text())
+    except OSError:
+        return 0, 0
+    return int(found[0]), int(found[1])

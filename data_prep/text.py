@@ -1,0 +1,284 @@
+"""Text output: the lines themselves are shuffled, and nothing is tokenised (`shards.content: text`).
+
+Where cleaning asks for nothing, plain text files go through without a Python object a line: line ends are found
+by numpy, the lines of a chunk stay where they are, and only keys and lengths are made. A chunk with anything
+unusual in it (a carriage return, a NUL, invalid UTF-8, a byte-order mark) takes the careful way of `scatter`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+import zstandard
+
+from .config import CleaningSection
+from .files import atomic_file
+from .keys import key_range
+from .merge import SpillSet, sorted_records
+from .shards import SPLITS, Manifest, ShardEntry
+from .sources import BLOCK_BYTES, InputFile, RawBatch, _check_unchanged
+from .spill import Items, Records
+
+_CHUNK_BYTES = 4 * 1024**2
+_LINE_END = 10
+# First bytes of a line that may be white space; of the longer characters the second byte decides.
+_MAY_BE_BLANK = np.zeros(256, dtype=bool)
+_MAY_BE_BLANK[:33] = True
+_MAY_BE_BLANK[[0xC2, 0xE1, 0xE2, 0xE3]] = True
+_SECOND_OF_BLANK = {0xC2: (0x85, 0xA0), 0xE1: (0x9A,), 0xE2: (0x80, 0x81), 0xE3: (0x80,)}
+_MIX = tuple(np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
+
+Careful = Callable[[RawBatch], list[tuple[Records, np.ndarray]]]
+
+
+def leaves_text_alone(cleaning: CleaningSection) -> bool:
+    """Does cleaning only take out NUL, carriage returns and empty lines?"""
+    asks = (cleaning.strip_control, cleaning.collapse_whitespace, cleaning.max_characters)
+    return cleaning.unicode == "none" and not any(
+        (*asks, cleaning.min_letter_share, cleaning.min_characters > 1)
+    )
+
+
+def line_name(number: int, level: int) -> str:
+    """File name of a text shard; level 0 is plain text."""
+    return f"part-{number:06d}.txt" + (".zst" if level else "")
+
+
+def text_records(texts: list[str], keys: np.ndarray) -> Records:
+    """Texts as lines, each with its line end."""
+    lines = [text.encode() + b"\n" for text in texts]
+    lengths = np.fromiter(map(len, lines), dtype=np.uint32, count=len(lines))
+    return Records({"key": keys, "length": lengths}, np.frombuffer(b"".join(lines), np.uint8), None)
+
+
+def read_lines(
+    file: InputFile,
+    first_block: int,
+    stop_block: int | None,
+    max_record_bytes: int,
+    keys_of: Callable[[int, int, int], np.ndarray],
+    book: dict[str, Any],
+    careful: Careful,
+) -> Iterator[tuple[Records, np.ndarray]]:
+    """The lines of blocks first_block .. stop_block - 1 of a plain file as they are, and their split (train);
+    `keys_of(block, first, count)` gives the keys. Keeps the book; chunks that are not plain text go to `careful`,
+    which keeps it itself.
+    """
+    limit = file.size_bytes if stop_block is None else stop_block * BLOCK_BYTES
+    block, number = first_block, 0
+    with open(file.path, "rb", buffering=0) as handle:
+        _check_unchanged(file, handle)
+        for data, position in _whole_lines(handle, first_block, limit, max_record_bytes):
+            values = np.frombuffer(data, np.uint8)
+            stops = np.flatnonzero(values == _LINE_END) + 1 if data else np.empty(0, np.int64)
+            if not len(stops) or stops[-1] != len(values):
+                stops = np.append(
+                    stops, len(values)
+                )  # a last line without an end, or a record that is too large
+            starts = np.concatenate([[0], stops[:-1]])
+            last = int(np.searchsorted(starts + position, limit))
+            begin = 0
+            while begin < last:
+                if (starts[begin] + position) // BLOCK_BYTES != block:
+                    block, number = int((starts[begin] + position) // BLOCK_BYTES), 0
+                end = min(last, int(np.searchsorted(starts + position, (block + 1) * BLOCK_BYTES)))
+                part = slice(begin, end)
+                lines = data[int(starts[begin]) : int(stops[end - 1])]
+                if _is_plain(lines, position == 0 and begin == 0):
+                    keys = keys_of(block, number, end - begin)
+                    records = _as_they_are(lines, np.diff(stops[part], prepend=starts[begin]), keys, book)
+                    if len(records):
+                        yield records, np.zeros(len(records), dtype=np.uint8)
+                else:
+                    yield from careful(
+                        _raw_batch(lines, block, number, starts[part] + position, max_record_bytes)
+                    )
+                number += end - begin
+                begin = end
+        _check_unchanged(file, handle)
+
+
+def _whole_lines(
+    handle: Any, first_block: int, limit: int, max_record_bytes: int
+) -> Iterator[tuple[bytes, int]]:
+    """(whole lines, position of the first byte) from the first line that starts in the block on. A record above
+    the limit comes alone, cut to one byte more than the limit, so that it can be told.
+    """
+    position = max(0, first_block * BLOCK_BYTES - 1)
+    handle.seek(position)
+    carry, skipping, large_at, head = b"", first_block > 0, -1, b""
+    while chunk := handle.read(_CHUNK_BYTES):
+        data, carry = carry + chunk, b""
+        if skipping:
+            end = data.find(b"\n")
+            if end < 0:
+                position += len(data)
+                if position >= limit:
+                    break
+                continue
+            if large_at >= 0:
+                yield head, large_at
+            data, position = data[end + 1 :], position + end + 1
+            skipping, large_at = False, -1
+        if position >= limit:
+            return
+        cut = data.rfind(b"\n") + 1
+        if cut:
+            yield data[:cut] if cut < len(data) else data, position
+            data, position = data[cut:], position + cut
+            if position >= limit:
+                return
+        if len(data) > max_record_bytes:
+            skipping, large_at, head = True, position, data[: max_record_bytes + 1]
+            position += len(data)
+        else:
+            carry = data
+    if large_at >= 0:
+        yield head, large_at
+    elif carry:
+        yield carry, position
+
+
+def _is_plain(data: bytes, at_start: bool) -> bool:
+    if (
+        b"\r" in data
+        or b"\0" in data
+        or data[-1:] != b"\n"
+        or (at_start and data.startswith(b"\xef\xbb\xbf"))
+    ):
+        return False
+    if data.isascii():
+        return True
+    text = pa.LargeStringArray.from_buffers(1, pa.py_buffer(np.array([0, len(data)])), pa.py_buffer(data))
+    try:
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _as_they_are(data: bytes, lengths: np.ndarray, keys: np.ndarray, book: dict[str, Any]) -> Records:
+    """The lines of plain UTF-8 text but the blank ones, which are dropped as empty."""
+    values = np.frombuffer(data, np.uint8)
+    book["read"] += len(lengths)
+    book["bytes"] += len(data)
+    records = Records({"key": keys, "length": lengths.astype(np.uint32)}, values, None)
+    starts = np.cumsum(lengths) - lengths
+    first = values[starts]
+    suspects = np.flatnonzero(_MAY_BE_BLANK[first])
+    blank = [
+        n
+        for n, byte in zip(suspects.tolist(), first[suspects].tolist(), strict=True)
+        if (byte < 33 or values[starts[n] + 1] in _SECOND_OF_BLANK[byte])
+        and not data[starts[n] : starts[n] + lengths[n]].decode().strip()
+    ]
+    if blank:
+        book["dropped"]["empty"] += len(blank)
+        kept = np.delete(np.arange(len(lengths)), blank)
+        columns = {name: column[kept] for name, column in records.columns.items()}
+        records = Records(columns, Items(values, lengths).take(kept), None)
+    book["written"] += len(records)
+    return records
+
+
+def _raw_batch(data: bytes, block: int, first: int, offsets: np.ndarray, max_record_bytes: int) -> RawBatch:
+    lines: list[bytes | None] = []
+    for line in data.removesuffix(b"\n").split(b"\n"):
+        too_large = len(line) > max_record_bytes
+        lines.append(None if too_large else line.removesuffix(b"\r"))
+    if offsets[0] == 0 and lines[0] is not None:
+        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+    return RawBatch(block, first, offsets, lines)
+
+
+def line_sum(data: np.ndarray, lengths: np.ndarray) -> int:
+    """Order-independent fingerprint of lines: the sum mod 2^64 of a mix of each line's length, first and last
+    eight bytes. What lies between is guarded by the checksums of frames and shards; a line that is lost or there
+    twice changes the sum.
+    """
+    if not len(lengths):
+        return 0
+    padded = np.concatenate([np.zeros(8, np.uint8), data, np.zeros(8, np.uint8)])
+    words: np.ndarray = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
+    stops = np.cumsum(lengths, dtype=np.int64) + 8
+    lengths = lengths.astype(np.uint64)
+    surplus = np.uint64(8) * (np.uint64(8) - np.minimum(lengths, np.uint64(8)))
+    heads = words[stops - lengths.astype(np.int64)] << surplus
+    tails = words[stops - 8] >> surplus
+    mixed = (heads * _MIX[0]) ^ (tails * _MIX[1]) ^ (lengths * _MIX[2])
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[1]
+    return int(np.sum(mixed ^ (mixed >> np.uint64(32)), dtype=np.uint64))
+
+
+def gather_text(task: Any) -> dict[str, Any]:
+    """Make one text shard of a GatherTask; running it again gives the same lines."""
+    path = Path(task.output_folder) / task.split / line_name(task.shard, task.zstd_level)
+    first, stop = key_range(task.shard, task.shards)
+    spills = SpillSet(task.spill_folder, task.spills, "|u1", False, False)
+    content, file_bytes, lines, size = xxhash.xxh3_128(), 0, 0, 0
+    compressor = zstandard.ZstdCompressor(level=task.zstd_level) if task.zstd_level else None
+    with atomic_file(path) as file:
+        early = _EarlyWriteBack(file)
+        for records in sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes):
+            content.update(records.tokens.data)
+            data = compressor.compress(records.tokens.data) if compressor else records.tokens.data
+            file.write(data)
+            early.wrote(len(data))
+            lines, size, file_bytes = lines + len(records), size + len(records.tokens), file_bytes + len(data)
+    shard = {"name": path.name, "rows": lines, "documents": lines, "tokens": size, "file_bytes": file_bytes}
+    return {
+        "shard": shard | {"content": content.hexdigest(), "file_xxh3": "", "index_xxh3": ""},
+        "written_bytes": file_bytes,
+    }
+
+
+def verify_text(manifest: Manifest, split: str, shard: ShardEntry) -> dict[str, Any]:
+    """Read a text shard again: counts, content hash and sum of its lines; its problems, one line each."""
+    path = Path(manifest.directory) / split / shard.name
+    content, lines, size, total, carry = xxhash.xxh3_128(), 0, 0, 0, b""
+    problems = []
+    try:
+        with path.open("rb") as file:
+            opened = (
+                zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+                if path.suffix == ".zst"
+                else file
+            )
+            while chunk := opened.read(_CHUNK_BYTES):
+                content.update(chunk)
+                size += len(chunk)
+                data = carry + chunk
+                cut = data.rfind(b"\n") + 1
+                values, carry = np.frombuffer(data[:cut], np.uint8), data[cut:]
+                lengths = np.diff(np.flatnonzero(values == _LINE_END) + 1, prepend=0)
+                lines, total = lines + len(lengths), (total + line_sum(values, lengths)) % (1 << 64)
+    except (OSError, zstandard.ZstdError) as error:
+        problems.append(f"{path}: cannot be read ({error})")
+    if not problems and (lines, size, content.hexdigest()) != (shard.documents, shard.tokens, shard.content):
+        problems.append(
+            f"{path}: {lines} lines of {size} bytes, the manifest says {shard.documents} of {shard.tokens}"
+            if (lines, size) != (shard.documents, shard.tokens)
+            else f"{path}: its content is not that of the manifest (hash differs)"
+        )
+    found = {"rows": lines, "documents": lines, "tokens": size, "document_sum": total, "counts": b""}
+    return {"split": split, "problems": problems, **found}
+
+
+class _EarlyWriteBack:
+    """Asks the kernel now and then to write what is in its cache, so that the disk works while we do."""
+
+    def __init__(self, file: BinaryIO, every_bytes: int = 32 * 1024**2) -> None:
+        self._file, self._every, self._pending = file, every_bytes, 0
+
+    def wrote(self, count: int) -> None:
+        self._pending += count
+        if self._pending >= self._every:
+            self._file.flush()
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._pending = 0
