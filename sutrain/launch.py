@@ -108,6 +108,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     differences = []
     for key, now in current.items():
         before = saved.get(key)
+        if key == "model" and isinstance(before, dict):  # settings younger than the checkpoint had their defaults
+            before = vars(EncoderConfig()) | before
         if isinstance(now, dict) and isinstance(before, dict):
             differences += [
                 f"{key}.{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} now"

@@ -13,7 +13,8 @@ Adam, α = 1 for LAMB; without one (pre) α is 1. For p = 2 that is the publishe
 SGD, (2N)^(1/2) and (2N)^(-1/2) for Adam, 1 and (2N)^(-1/2) for LAMB; for p = 3 the LAMB row is that of GAU-alpha.
 """
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from .configuration import EncoderConfig
 
@@ -71,3 +72,14 @@ def describe(config: EncoderConfig) -> str:
         f"residual {config.residual}, initialisation {config.initialisation}: skip alpha {rule.alpha:.4g}, "
         f"branch gain {rule.gain:.4g} ({config.num_branches} branches)"
     )
+
+
+def resolve_auto(config: EncoderConfig, family: Literal["sgd", "adam", "lamb"]) -> EncoderConfig:
+    """The model with the rule of an optimizer family in place of initialisation auto; others come back as they are.
+
+    Raises:
+        EncoderConfigError: when the rule does not go with the model's residual.
+    """
+    if config.initialisation != "auto":
+        return config
+    return replace(config, initialisation=f"su_{family}")  # type: ignore[arg-type]
