@@ -109,7 +109,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
     for key, now in current.items():
         before = saved.get(key)
         if key == "model" and isinstance(before, dict):  # settings younger than the checkpoint had their defaults
-            before = vars(EncoderConfig()) | before
+            before = {name: value for name, value in vars(EncoderConfig()).items() if name in now} | before
         if isinstance(now, dict) and isinstance(before, dict):
             differences += [
                 f"{key}.{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} now"

@@ -79,6 +79,14 @@ def test_everything_that_keeps_a_run_from_going_on_is_named():
     assert "hidden_size" not in text
 
 
+def test_a_setting_of_the_model_that_is_younger_than_the_checkpoint_had_its_default():
+    now = vars(EncoderConfig())
+    older = {name: value for name, value in now.items() if name != "talking_heads"}
+    check_same_run({"model": older}, {"model": now})
+    with pytest.raises(ConfigError, match=r"model\.talking_heads: 'none' in the checkpoint, 'scores' now"):
+        check_same_run({"model": older}, {"model": now | {"talking_heads": "scores"}})
+
+
 def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):
     held = hold_run_folder(tmp_path / "run")
     code = "import pathlib, sys; from sutrain.launch import hold_run_folder as hold; hold(pathlib.Path(sys.argv[1]))"
