@@ -14,23 +14,38 @@ averages Û, before α (as Su's does), and is kept in slices beside the master w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import FragmentOptimizer, products, refuse_unless, squares
-from .boxes import Box, boxes_of_run
+from .base import FragmentOptimizer
 from .bucket import Bucket
+from .kernels import Layout, build_kernels
+from .per_tensor import refuse_unless
 from .schedule import RelativeStep
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"relative_step": True},
     "bert4keras": {"min_dim_size_to_factor": 128, "factored_dimensions": "largest"},
+    "bert4keras_finetune": {
+        "min_dim_size_to_factor": 1_000_000,
+        "factored_dimensions": "largest",
+        "momentum": 0.9,
+    },
+    "torch": {
+        "epsilon_gradient": 0.0,
+        "epsilon_root": torch.finfo(torch.float32).eps,
+        "inverse_sqrt_cap": True,
+    },
 }
 """paper: the step size of the paper, min(0.01, 1/√t), times the learning rate, to be set to 1.
-bert4keras: Su's optimizer with an explicit learning rate (his default: 0.001)."""
+bert4keras: Su's optimizer with an explicit learning rate (his default: 0.001).
+bert4keras_finetune: what his fine-tuning on CLUE ran with: nothing factored, momentum; learning rate 5e-4.
+torch: torch.optim.Adafactor with its defaults (learning rate 0.01)."""
 
 
 class AdaFactor(FragmentOptimizer):
@@ -42,11 +57,13 @@ class AdaFactor(FragmentOptimizer):
         *,
         decay_exponent: float = 0.8,
         epsilon_gradient: float = 1e-30,
+        epsilon_root: float = 0.0,
         epsilon_scale: float = 1e-3,
         clip_threshold: float | None = 1.0,
         parameter_scale: bool = True,
         relative_step: bool = False,
         warmup_initialisation: bool = False,
+        inverse_sqrt_cap: bool = False,
         momentum: float = 0.0,
         min_dim_size_to_factor: int = 0,
         factored_dimensions: str = "last",
@@ -55,9 +72,11 @@ class AdaFactor(FragmentOptimizer):
         """
         decay_exponent: c of β̂2 = 1 - t^-c.
         epsilon_gradient: ε1, added to g². epsilon_scale: ε2, the least RMS(θ).
+        epsilon_root: least √V, and least mean(R); 0: none. (How torch.optim.Adafactor uses its ε1.)
         clip_threshold: d; None: no update clipping. parameter_scale: False: α = lr.
         relative_step: multiply the learning rate by min(0.01, 1/√t), or with warmup_initialisation
-            min(1e-6 t, 1/√t). momentum: β1, 0: none (and no memory for it).
+            min(1e-6 t, 1/√t). inverse_sqrt_cap: α takes min(lr, 1/√t) for lr, weight decay does not.
+        momentum: β1, 0: none (and no memory for it).
         min_dim_size_to_factor: factor only when both dimensions have at least this size; 0: always.
         factored_dimensions: "last" (the last two) or "largest" (the two largest) of three or more.
         shared: settings of every optimizer, see FragmentOptimizer.
@@ -66,7 +85,18 @@ class AdaFactor(FragmentOptimizer):
         refuse_unless(
             {
                 f"decay_exponent is {decay_exponent!r}, expected 0 < c <= 1": 0 < decay_exponent <= 1,
-                f"epsilon_gradient is {epsilon_gradient!r}, expected above 1e-37": epsilon_gradient > 1e-37,
+                f"epsilon_gradient is {epsilon_gradient!r}, expected above 1e-37, or 0 with epsilon_root": (
+                    epsilon_gradient > 1e-37 or (epsilon_gradient == 0 and epsilon_root > 0)
+                ),
+                f"epsilon_root is {epsilon_root!r}, expected 0 or 1e-18..1": (
+                    epsilon_root == 0 or 1e-18 <= epsilon_root <= 1
+                ),
+                "relative_step and inverse_sqrt_cap are both set: choose one": not (
+                    relative_step and inverse_sqrt_cap
+                ),
+                "warmup_initialisation has no effect without relative_step: set that too": (
+                    relative_step or not warmup_initialisation
+                ),
                 f"epsilon_scale is {epsilon_scale!r}, expected 0 or more": epsilon_scale >= 0,
                 f"clip_threshold is {clip_threshold!r}, expected a positive number or None": (
                     clip_threshold is None or clip_threshold > 0
@@ -79,7 +109,9 @@ class AdaFactor(FragmentOptimizer):
         )
         self.decay_exponent = decay_exponent
         self.epsilon_gradient = epsilon_gradient
+        self.epsilon_root = epsilon_root
         self.epsilon_scale = epsilon_scale
+        self.inverse_sqrt_cap = inverse_sqrt_cap
         self.clip_threshold = clip_threshold
         self.parameter_scale = parameter_scale
         self.momentum = momentum
@@ -93,63 +125,36 @@ class AdaFactor(FragmentOptimizer):
 
     def _first_sums(self) -> dict[str, tuple[int, ...]]:
         """Row and column sums of all factored tensors, end to end."""
-        self._factors = [
-            _Factors(index, shape, *pair)
-            for index, (name, shape) in enumerate(self.fragments.shapes.items())
-            if (pair := self._factored[name]) is not None
-        ]
-        return {
-            "row": (sum(f.row_shape.numel() for f in self._factors),),
-            "column": (sum(f.column_shape.numel() for f in self._factors),),
-        }
+        shapes = self.fragments.shapes
+        pairs = [self._factored[name] for name in shapes]
+        self._layout = Layout.of(self.fragments, pairs)
+        return {"row": (self._layout.rows,), "column": (self._layout.columns,)}
 
     def _second_sums(self) -> tuple[str, ...]:
         with_momentum = ("momentum", "momentum_update", "momentum_weight") if self.momentum else ()
         return ("update", "update_weight", *with_momentum)
 
     def _allocate(self) -> None:
-        device, first = self.fragments.device, self._first
+        device, first, factored = self.fragments.device, self._first, self._layout.factored
         self._row_mean, self._column_mean = torch.zeros_like(first["row"]), torch.zeros_like(first["column"])
-        row_sizes = [f.row_shape.numel() for f in self._factors]
-        column_sizes = [f.column_shape.numel() for f in self._factors]
         # A row sum has as many terms as there are columns, and the other way round.
-        self._row_terms = _repeat([f.shape[f.column] for f in self._factors], row_sizes, device)
-        self._column_terms = _repeat([f.shape[f.row] for f in self._factors], column_sizes, device)
-        parts = (first["row"], first["column"], self._row_mean, self._column_mean)
-        sizes = (row_sizes, column_sizes, row_sizes, column_sizes)
-        split = [part.split(size) for part, size in zip(parts, sizes, strict=True)]
-        self._by_tensor: list[_Factors | None] = [None] * self._count
-        for position, factors in enumerate(self._factors):
-            factors.row_sum = split[0][position].view(factors.row_shape)
-            factors.column_sum = split[1][position].view(factors.column_shape)
-            factors.row_mean = split[2][position].view(factors.row_shape)
-            factors.column_mean = split[3][position].view(factors.column_shape)
-            self._by_tensor[factors.tensor] = factors
-        self._boxes: list[list[Box]] = [
-            boxes_of_run(fragment.shape, fragment.offset, fragment.length)
-            for fragment in self.fragments.fragments
-        ]
-        self._new_slices("second_moment", lambda tensor: self._by_tensor[tensor] is None)
+        self._row_terms = _repeat([(f.shape[f.column], prod(f.row_shape)) for f in factored], device)
+        self._column_terms = _repeat([(f.shape[f.row], prod(f.column_shape)) for f in factored], device)
+        self._new_slices("second_moment", lambda tensor: self._layout.factors[tensor] is None)
+        moments = [self._sliced["second_moment"].get(i) for i in range(len(self._layout.fragments))]
         if self.momentum:
             self._new_slices("momentum")
+        momenta = self._slices("momentum") if self.momentum else None
+        self._passes = build_kernels(self.kernels, self._layout, device, moments, momenta)
 
     # ---- the two rounds ------------------------------------------------------------------------------------
 
-    def _add_gradient_sums(self, first: Bucket, gradients: list[Tensor]) -> None:
-        totals = []
-        for fragment, boxes, gradient in zip(self.fragments.fragments, self._boxes, gradients, strict=True):
-            squared = gradient.square()
-            totals.append(squared.sum())
-            factors = self._by_tensor[fragment.tensor]
-            if factors is None:
-                continue
-            for box in boxes:
-                part = box.of_flat(squared)
-                box.of_whole(factors.row_sum).add_(part.sum(factors.column, keepdim=True))
-                box.of_whole(factors.column_sum).add_(part.sum(factors.row, keepdim=True))
-        self._add(first["gradient"], totals)
+    def _add_first_sums(self, first: Bucket) -> None:
+        sums = self._passes.square_sums(first["row"], first["column"])
+        self._add(first["gradient"], sums[:, 0])
+        self._add(first["weight"], sums[:, 1])
 
-    def _prepare(self, first: Bucket, gradients: list[Tensor], weights: list[Tensor], second: Bucket) -> None:
+    def _prepare(self, first: Bucket, second: Bucket) -> None:
         new_share = float(self.updates) ** -self.decay_exponent  # 1 - β̂2
         clip, epsilon = self.global_clip_factor, self.epsilon_gradient
         for mean, sums, terms in (
@@ -157,60 +162,37 @@ class AdaFactor(FragmentOptimizer):
             (self._column_mean, first["column"], self._column_terms),
         ):
             mean.lerp_((sums / terms).mul_(clip * clip).add_(epsilon), new_share)
-        owned = zip(self.fragments.fragments, self._boxes, gradients, strict=True)
-        for position, (fragment, boxes, gradient) in enumerate(owned):
-            if clip != 1.0:
-                gradient.mul_(clip)
-            factors = self._by_tensor[fragment.tensor]
-            if factors is None:
-                moment = self._sliced["second_moment"][position]
-                moment.lerp_(gradient.square().add_(epsilon), new_share)
-                gradient.mul_(moment.rsqrt())
-                continue
-            row = (factors.row_mean / factors.row_mean.mean(factors.row, keepdim=True)).rsqrt_()
-            column = factors.column_mean.rsqrt()
-            for box in boxes:
-                box.of_flat(gradient).mul_(box.of_whole(row)).mul_(box.of_whole(column))
-        self._add(second["update"], squares(gradients))
-        if self._decays:
-            self._add(second["update_weight"], products(gradients, weights))
-        if self.momentum:
-            momenta = self._slices("momentum")
-            self._add(second["momentum"], squares(momenta))
-            self._add(second["momentum_update"], products(momenta, gradients))
-            if self._decays:
-                self._add(second["momentum_weight"], products(momenta, weights))
+        self._limit = 1.0 / self.epsilon_root if self.epsilon_root else math.inf
+        self._factors = self._passes.factors(self._row_mean, self._column_mean, self.epsilon_root)
+        weighted = self._decays and self._needs_update_norms
+        sums = self._passes.adafactor_sums(self._factors, clip, new_share, epsilon, self._limit, weighted)
+        for position, key in enumerate(self._second_sums()):
+            self._add(second[key], sums[:, position])
 
-    def _apply(self, first: Bucket, second: Bucket, directions: list[Tensor], weights: list[Tensor]) -> None:
+    def _apply(self, first: Bucket, second: Bucket) -> None:
         update_rms = (second["update"] / self._numel).sqrt()
         clip = torch.ones_like(update_rms)
         if self.clip_threshold is not None:
             clip = 1.0 / (update_rms / self.clip_threshold).clamp(min=1.0)
-        learning_rate = self.learning_rate * self._learning_rate_scale
-        if self._relative_step is not None:
-            learning_rate = learning_rate * self._relative_step(self.updates)
+        relative = 1.0 if self._relative_step is None else self._relative_step(self.updates)
+        learning_rate = self.learning_rate * relative * self._learning_rate_scale
         decay = learning_rate * self._weight_decay  # not multiplied by the parameter scale
+        if self.inverse_sqrt_cap:
+            learning_rate = learning_rate.clamp(max=1.0 / math.sqrt(self.updates))
         scale = torch.ones_like(learning_rate)
         if self.parameter_scale:
             weight_rms = (first["weight"] / self._numel).sqrt().clamp(min=self.epsilon_scale)
             scale = torch.where(self._adapt, weight_rms, scale)
-        step = learning_rate * scale
-        take = (1.0 - self.momentum) * clip
-        self._column("update_square_sum").copy_(self._update_square_sum(first, second, step, take, decay))
+        step, take = learning_rate * scale, (1.0 - self.momentum) * clip
+        if self._needs_update_norms:
+            guard = self._guarded(self._update_square_sum(first, second, step, take, decay))
+            step, decay = step * guard, decay * guard
         self._column("update_rms").copy_(update_rms)
         self._column("clip_factor").copy_(clip)
-
-        keep, numbers = self.momentum, torch.stack([step, take, decay]).tolist()
-        for position, (fragment, weight) in enumerate(zip(self.fragments.fragments, weights, strict=True)):
-            size, share, lost = (column[fragment.tensor] for column in numbers)
-            if lost:
-                weight.add_(weight, alpha=-lost)
-            if keep:
-                momentum = self._sliced["momentum"][position]
-                momentum.mul_(keep).add_(directions[position], alpha=share)
-                weight.add_(momentum, alpha=-size)
-            else:
-                weight.add_(directions[position], alpha=-size * share)
+        numbers = torch.stack([step, take, decay])
+        self._passes.adafactor_apply(
+            self._factors, self.global_clip_factor, self._limit, self.momentum, numbers
+        )
 
     def _update_square_sum(
         self, first: Bucket, second: Bucket, step: Tensor, take: Tensor, decay: Tensor
@@ -227,23 +209,9 @@ class AdaFactor(FragmentOptimizer):
         return squared.clamp_(min=0.0)
 
     def _replicated(self) -> dict[str, Tensor]:
-        names = self.fragments.names
-        rows = {f"row_mean|{names[f.tensor]}": f.row_mean for f in self._factors}
-        return rows | {f"column_mean|{names[f.tensor]}": f.column_mean for f in self._factors}
-
-
-class _Factors:
-    """Row and column statistics of one tensor; the dimension summed over is kept with size 1."""
-
-    row_sum: Tensor
-    column_sum: Tensor
-    row_mean: Tensor
-    column_mean: Tensor
-
-    def __init__(self, tensor: int, shape: torch.Size, row: int, column: int):
-        self.tensor, self.shape, self.row, self.column = tensor, shape, row, column
-        self.row_shape = torch.Size(1 if d == column else size for d, size in enumerate(shape))
-        self.column_shape = torch.Size(1 if d == row else size for d, size in enumerate(shape))
+        names, factored = self.fragments.names, self._layout.factored
+        rows = {f"row_mean|{names[f.tensor]}": f.rows(self._row_mean) for f in factored}
+        return rows | {f"column_mean|{names[f.tensor]}": f.columns(self._column_mean) for f in factored}
 
 
 def factored_pair(shape: Iterable[int], min_dim_size: int, dimensions: str) -> tuple[int, int] | None:
@@ -267,6 +235,6 @@ def settings_of_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**PRESETS.get(preset, {}), **given}
 
 
-def _repeat(values: list[int], times: list[int], device: torch.device) -> Tensor:
-    counts = torch.tensor(times, dtype=torch.int64)
-    return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts).to(device)
+def _repeat(values_and_times: list[tuple[int, int]], device: torch.device) -> Tensor:
+    table = torch.tensor(values_and_times, dtype=torch.int64).view(-1, 2)
+    return table[:, 0].float().repeat_interleave(table[:, 1]).to(device)

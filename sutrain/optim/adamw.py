@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import FragmentOptimizer, products, squares
+from .base import FragmentOptimizer
 from .bucket import Bucket
-from .lamb import advance_moments, check_moments
+from .lamb import check_moments, moment_passes
 
 
 class AdamW(FragmentOptimizer):
@@ -43,28 +43,25 @@ class AdamW(FragmentOptimizer):
         return ("direction", "direction_weight")
 
     def _allocate(self) -> None:
-        self._new_slices("first_moment")
-        self._new_slices("second_moment")
+        self._passes = moment_passes(self)
 
-    def _prepare(self, first: Bucket, gradients: list[Tensor], weights: list[Tensor], second: Bucket) -> None:
+    def _prepare(self, first: Bucket, second: Bucket) -> None:
         debias = [1.0 - beta**self.updates if self.bias_correction else 1.0 for beta in self.betas]
-        moments = zip(self._slices("first_moment"), self._slices("second_moment"), strict=True)
-        for gradient, (mean, square) in zip(gradients, moments, strict=True):
-            advance_moments(gradient, mean, square, self.betas, self.global_clip_factor)
-            torch.div(mean, square.sqrt().mul_(debias[1] ** -0.5).add_(self.epsilon), out=gradient)
-            gradient.div_(debias[0])
-        self._add(second["direction"], squares(gradients))
-        if self._decays:
-            self._add(second["direction_weight"], products(gradients, weights))
+        self._scales = (1.0 / debias[0], debias[1] ** -0.5)
+        no_decay = torch.zeros_like(self._weight_decay)
+        weighted = self._decays and self._needs_update_norms
+        sums = self._passes.moment_sums(
+            self.global_clip_factor, self.betas, self._scales, self.epsilon, no_decay, weighted
+        )
+        self._add(second["direction"], sums[:, 0])
+        self._add(second["direction_weight"], sums[:, 1])
 
-    def _apply(self, first: Bucket, second: Bucket, directions: list[Tensor], weights: list[Tensor]) -> None:
+    def _apply(self, first: Bucket, second: Bucket) -> None:
         step = self.learning_rate * self._learning_rate_scale
         decay = step * self._weight_decay
-        moved = step**2 * second["direction"] + 2 * step * decay * second["direction_weight"]
-        self._column("update_square_sum").copy_((moved + decay**2 * first["weight"]).clamp_(min=0.0))
-        numbers = torch.stack([step, decay]).tolist()
-        for fragment, direction, weight in zip(self.fragments.fragments, directions, weights, strict=True):
-            size, lost = (column[fragment.tensor] for column in numbers)
-            if lost:
-                weight.add_(weight, alpha=-lost)
-            weight.add_(direction, alpha=-size)
+        if self._needs_update_norms:
+            moved = step**2 * second["direction"] + 2 * step * decay * second["direction_weight"]
+            guard = self._guarded((moved + decay**2 * first["weight"]).clamp_(min=0.0))
+            step, decay = step * guard, decay * guard
+        no_decay = torch.zeros_like(self._weight_decay)
+        self._passes.moment_apply(self._scales, self.epsilon, no_decay, torch.stack([step, decay]))

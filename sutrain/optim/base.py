@@ -24,32 +24,22 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket
+from .columns import STATISTICS
 from .fragments import Fragment, FragmentError, FragmentMap, is_optimized, whole_shape
+from .guard import UpdateGuard
+from .kernels import KERNELS, CompiledKernels, EagerKernels
 from .logical import Parts, rows_of_parts, shapes_of_parts
 from .per_tensor import choices_per_tensor, refuse_unless
 from .state import OptimizerState, ReadSlice, StateError
-
-STATISTICS = (
-    "weight_square_sum",
-    "grad_square_sum",
-    "clipped_grad_square_sum",
-    "update_square_sum",
-    "numel",
-    "update_rms",
-    "clip_factor",
-    "trust_ratio",
-)
-"""Columns of `statistics`, each of the whole logical tensor. Weights are those the update started from;
-gradients those the engine handed over, unscaled, before any clipping (clipped_: after clipping by the global
-norm); the update is the fp32 difference applied, with learning rate and weight decay in it. update_rms (before
-clipping) and clip_factor are AdaFactor's, trust_ratio is LAMB's; else NaN."""
 
 
 class FragmentOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: `attach` a FragmentMap, then use as any torch optimizer.
 
-    step() uses the gradients up: their memory holds the update afterwards.
+    step() may use the gradients up: their memory is its scratch space.
     """
+
+    _passes: CompiledKernels | EagerKernels
 
     def __init__(
         self,
@@ -61,6 +51,10 @@ class FragmentOptimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = True,
         per_tensor: Mapping[str, Mapping[str, Any]] | None = None,
         logical_tensors: Mapping[str, Parts] | None = None,
+        update_guard: float | None = None,
+        guard_window: int = 100,
+        kernels: str = "auto",
+        statistics: bool = True,
     ):
         """
         learning_rate: first value of param_groups[0]["lr"], which a trainer sets before each step.
@@ -70,6 +64,8 @@ class FragmentOptimizer(torch.optim.Optimizer):
         per_tensor: {glob over tensor names: {learning_rate_scale, weight_decay, adapt}}, later ones win.
         logical_tensors: {glob over parameter names: a number of equal parts along the first dimension, or the rows
             of each}: a fused QKV (3) is three tensors, NAME#0, NAME#1 and NAME#2.
+        update_guard, guard_window: see UpdateGuard; None: off. kernels: see build_kernels.
+        statistics: False leaves the norms of updates NaN and saves what serves them alone.
         """
         refuse_unless(
             {
@@ -78,6 +74,13 @@ class FragmentOptimizer(torch.optim.Optimizer):
                 f"clip_global_norm is {clip_global_norm!r}, expected a positive number or None": (
                     clip_global_norm is None or clip_global_norm > 0
                 ),
+                f"update_guard is {update_guard!r}, expected a number above 1 or None": (
+                    update_guard is None or update_guard > 1
+                ),
+                f"guard_window is {guard_window!r}, expected a whole number, 1 or more": (
+                    guard_window == int(guard_window) and guard_window >= 1
+                ),
+                f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}": kernels in KERNELS,
             }
         )
         parameters = {name: parameter for name, parameter in named_parameters if is_optimized(parameter)}
@@ -88,10 +91,16 @@ class FragmentOptimizer(torch.optim.Optimizer):
         self.tensor_names = list(self._shapes)
         self.clip_global_norm = clip_global_norm
         self.skip_nonfinite = skip_nonfinite
+        self.kernels = kernels
+        self._guard_settings = None if update_guard is None else (update_guard, int(guard_window))
+        self._guard: UpdateGuard | None = None
+        self._needs_update_norms = statistics or update_guard is not None
         self.updates = 0
         """Updates applied; what β̂2 and bias corrections count."""
         self.skipped_updates = 0
         self.last_update_applied = False
+        self.gate: Callable[[float], bool] | None = None
+        """Asked with the global gradient norm whether the update is made; the same answer on every rank."""
         self.global_clip_factor = 1.0
         self._global_grad_norm: Tensor | float = math.nan
         self._choices = choices_per_tensor(self.tensor_names, weight_decay, per_tensor or {})
@@ -111,18 +120,22 @@ class FragmentOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _allocate(self) -> None:
-        """Create state, zeros, when the fragments are known."""
-
-    def _add_gradient_sums(self, first: Bucket, gradients: list[Tensor]) -> None:
-        """Add this rank's part of Σg², and of the further sums of round one."""
-        self._add(first["gradient"], squares(gradients))
-
-    def _prepare(self, first: Bucket, gradients: list[Tensor], weights: list[Tensor], second: Bucket) -> None:
-        """Advance state, turn gradients into directions in place, add this rank's part of round two."""
+        """Create state, zeros, and self._passes, when the fragments are known."""
         raise NotImplementedError
 
-    def _apply(self, first: Bucket, second: Bucket, directions: list[Tensor], weights: list[Tensor]) -> None:
-        """Change the weights and fill update_square_sum and the optimizer's own columns of `statistics`."""
+    def _add_first_sums(self, first: Bucket) -> None:
+        """Add this rank's part of Σθ² and Σg², and of the further sums of round one."""
+        nothing = torch.empty(0, device=first.flat.device)
+        sums = self._passes.square_sums(nothing, nothing)
+        self._add(first["gradient"], sums[:, 0])
+        self._add(first["weight"], sums[:, 1])
+
+    def _prepare(self, first: Bucket, second: Bucket) -> None:
+        """Advance state, add this rank's part of round two; gradients may be used up."""
+        raise NotImplementedError
+
+    def _apply(self, first: Bucket, second: Bucket) -> None:
+        """Change the weights by what _guarded() leaves, fill the optimizer's own columns of `statistics`."""
         raise NotImplementedError
 
     # ---- attaching -----------------------------------------------------------------------------------------
@@ -186,6 +199,8 @@ class FragmentOptimizer(torch.optim.Optimizer):
         first = {"weight": (self._count,), "gradient": (self._count,), **self._first_sums()}
         self._first = Bucket(first, device)
         self._second = Bucket(dict.fromkeys(self._second_sums(), (self._count,)), device)
+        if self._guard_settings is not None:
+            self._guard = UpdateGuard(*self._guard_settings, fragments.names, device)
         self._allocate()
 
     def _new_slices(self, key: str, wanted: Callable[[int], bool] = lambda tensor: True) -> None:
@@ -221,27 +236,27 @@ class FragmentOptimizer(torch.optim.Optimizer):
         part = self._part_to_step()
         part.param_groups = self.param_groups  # the engine may have put another list there
         fragments = part.fragments
-        gradients = [fragment.gradient() for fragment in fragments.fragments]
-        weights = [fragment.values() for fragment in fragments.fragments]
+        gradients = fragments.gradients()
         scaler = fragments.around.loss_scaler
         if scaler is not None and (correction := scaler.correction()) != 1.0:
             for gradient in gradients:
                 gradient.mul_(correction)
         first, second = part._first, part._second
         first.flat.zero_()
-        part._add(first["weight"], squares(weights))
-        part._add_gradient_sums(first, gradients)
+        part._passes.begin(gradients)
+        part._add_first_sums(first)
         fragments.all_reduce(first.flat)
         if part is self._parts[0]:
             self._decide(first)
         part.updates, part.global_clip_factor = self.updates, self.global_clip_factor
+        part.last_update_applied = self.last_update_applied
         part._start_statistics(first)
         if not self.last_update_applied:
             return
         second.flat.zero_()
-        part._prepare(first, gradients, weights, second)
+        part._prepare(first, second)
         fragments.all_reduce(second.flat)
-        part._apply(first, second, gradients, weights)
+        part._apply(first, second)
         if (
             fragments.around.keeps_gradients
         ):  # and adds the next ones to what it finds, where it overwrites nothing
@@ -274,6 +289,8 @@ class FragmentOptimizer(torch.optim.Optimizer):
             self._global_grad_norm = around.grad_norm() * correction
         looks = self.skip_nonfinite and not around.checks_finite
         self.last_update_applied = not looks or math.isfinite(self.global_grad_norm)
+        if self.last_update_applied and self.gate is not None:
+            self.last_update_applied = self.gate(self.global_grad_norm)
         self.global_clip_factor = 1.0
         if self.clip_global_norm is not None and self.global_grad_norm > self.clip_global_norm:
             self.global_clip_factor = self.clip_global_norm / (self.global_grad_norm + 1e-6)
@@ -292,16 +309,24 @@ class FragmentOptimizer(torch.optim.Optimizer):
         self._column("weight_square_sum").copy_(first["weight"])
         self._column("grad_square_sum").copy_(first["gradient"])
         self._column("clipped_grad_square_sum").copy_(first["gradient"]).mul_(self.global_clip_factor**2)
-        self._column("update_square_sum").zero_()
+        self._column("update_square_sum").fill_(math.nan if self.last_update_applied else 0.0)
         self._column("numel").copy_(self._numel)
 
     def _column(self, name: str) -> Tensor:
         return self.statistics[:, STATISTICS.index(name)]
 
-    def _add(self, sums: Tensor, values: list[Tensor]) -> None:
-        """Add one number per owned fragment to the sum of its tensor."""
-        if values:
-            sums.index_add_(0, self._owners, torch.stack(values))
+    def _add(self, sums: Tensor, values: Tensor) -> None:
+        """Add one number per owned fragment, [F], to the sum of its tensor."""
+        sums.index_add_(0, self._owners, values)
+
+    def _guarded(self, update_square_sum: Tensor) -> Tensor:
+        """Σ(Δθ)² of the update as it would be -> what the guard multiplies it with, both [T]; into the statistics."""
+        factor = torch.ones_like(update_square_sum)
+        if self._guard is not None:
+            factor = self._guard.factor(update_square_sum, self.learning_rate, self.updates)
+            self._column("guard_factor").copy_(factor)
+        self._column("update_square_sum").copy_(update_square_sum * factor**2)
+        return factor
 
     # ---- state ---------------------------------------------------------------------------------------------
 
@@ -310,7 +335,9 @@ class FragmentOptimizer(torch.optim.Optimizer):
         return {}
 
     def _all_replicated(self) -> dict[str, Tensor]:
-        return {key: value for part in self._parts for key, value in part._replicated().items()}
+        own = {key: value for part in self._parts for key, value in part._replicated().items()}
+        guards = [part._guard.state_by_name() for part in self._parts if part._guard is not None]
+        return own | {key: value for guard in guards for key, value in guard.items()}
 
     def _all_sliced(self) -> list[tuple[str, Fragment, Tensor]]:
         """(state key, fragment, its values) of all parts."""
@@ -372,13 +399,3 @@ class FragmentOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refused, as state_dict() is."""
         raise StateError("this optimizer loads its state by tensor name: use load_state_by_name()")
-
-
-def squares(tensors: list[Tensor]) -> list[Tensor]:
-    """Σx² of each flat tensor, 0-dimensional. (At 3e7 elements fp32 dot is off by 4e-4.)"""
-    return [tensor.square().sum() for tensor in tensors]
-
-
-def products(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
-    """Σxy of each pair of flat tensors, 0-dimensional."""
-    return [(x * y).sum() for x, y in zip(left, right, strict=True)]

@@ -59,13 +59,6 @@ class Fragment:
         """Flat fp32 view of the master weights, [length]."""
         return self.buffer.detach().view(-1).narrow(0, self.start, self.length)
 
-    def gradient(self) -> Tensor:
-        """Flat fp32 gradient of the same elements, [length]; zeros when the engine left none."""
-        if self.buffer.grad is None:
-            return torch.zeros(self.length, dtype=torch.float32, device=self.buffer.device)
-        gradient = self.buffer.grad.detach().contiguous().view(-1)
-        return gradient.narrow(0, self.start, self.length).float()
-
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -199,6 +192,18 @@ class FragmentMap:
             found.append(FragmentMap(shapes, own, buffers=[buffer], around=self.around))
         return found
 
+    def gradients(self) -> list[Tensor]:
+        """The gradient of every buffer, fp32 and contiguous; zeros where the engine left none."""
+        found = []
+        for buffer in self.buffers:
+            gradient = buffer.grad
+            if gradient is None:
+                gradient = torch.zeros_like(buffer, requires_grad=False)
+            elif gradient.dtype != torch.float32 or not gradient.is_contiguous():
+                gradient = gradient.detach().float().contiguous()
+            found.append(gradient)
+        return found
+
     @property
     def device(self) -> torch.device:
         return self.buffers[0].device
@@ -286,7 +291,7 @@ class FragmentMap:
     def model_weight(self, name: str) -> Tensor:
         """The parameter the model computes with, whole, on every rank. Collective under ZeRO-3."""
         assert self.around.weights is not None, "a map without a model"
-        return self.around.weights(name)
+        return self.around.weights(name).detach()
 
     def describe(self) -> str:
         """A table, one line a fragment: tensor, shape, elements owned by this rank, place in the buffer."""

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import FragmentOptimizer, refuse_unless, squares
+from .base import FragmentOptimizer
 from .bucket import Bucket
+from .kernels import CompiledKernels, EagerKernels, Layout, build_kernels
+from .per_tensor import refuse_unless
 
 
 class Lamb(FragmentOptimizer):
@@ -40,39 +42,33 @@ class Lamb(FragmentOptimizer):
         return ("direction",)
 
     def _allocate(self) -> None:
-        self._new_slices("first_moment")
-        self._new_slices("second_moment")
+        self._passes = moment_passes(self)
 
-    def _prepare(self, first: Bucket, gradients: list[Tensor], weights: list[Tensor], second: Bucket) -> None:
-        decays = self._weight_decay.tolist()
-        moments = zip(self._slices("first_moment"), self._slices("second_moment"), strict=True)
-        owned = zip(self.fragments.fragments, gradients, weights, moments, strict=True)
-        for fragment, gradient, weight, (mean, square) in owned:
-            advance_moments(gradient, mean, square, self.betas, self.global_clip_factor)
-            torch.div(mean, square.sqrt().add_(self.epsilon), out=gradient)
-            if decays[fragment.tensor]:
-                gradient.add_(weight, alpha=decays[fragment.tensor])
-        self._add(second["direction"], squares(gradients))
+    def _prepare(self, first: Bucket, second: Bucket) -> None:
+        sums = self._passes.moment_sums(
+            self.global_clip_factor, self.betas, (1.0, 1.0), self.epsilon, self._weight_decay, False
+        )
+        self._add(second["direction"], sums[:, 0])
 
-    def _apply(self, first: Bucket, second: Bucket, directions: list[Tensor], weights: list[Tensor]) -> None:
+    def _apply(self, first: Bucket, second: Bucket) -> None:
         adapts = self._adapt & (first["weight"] > 0) & (second["direction"] > 0)
         trust = torch.where(adapts, (first["weight"] / second["direction"]).sqrt(), 1.0)
         step = self.learning_rate * self._learning_rate_scale * trust
-        self._column("update_square_sum").copy_(step**2 * second["direction"])
+        if self._needs_update_norms:
+            step = step * self._guarded(step**2 * second["direction"])
         self._column("trust_ratio").copy_(trust)
-        steps = step.tolist()
-        for fragment, direction, weight in zip(self.fragments.fragments, directions, weights, strict=True):
-            weight.add_(direction, alpha=-steps[fragment.tensor])
+        numbers = torch.stack([step, torch.zeros_like(step)])
+        self._passes.moment_apply((1.0, 1.0), self.epsilon, self._weight_decay, numbers)
 
 
-def advance_moments(
-    gradient: Tensor, mean: Tensor, square: Tensor, betas: tuple[float, float], clip_factor: float
-) -> None:
-    """m and v of Adam, in place, after scaling the gradient by the global clip factor."""
-    if clip_factor != 1.0:
-        gradient.mul_(clip_factor)
-    mean.lerp_(gradient, 1.0 - betas[0])
-    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1.0 - betas[1])
+def moment_passes(optimizer: FragmentOptimizer) -> CompiledKernels | EagerKernels:
+    """Two moments in slices, and the passes over them; nothing is factored."""
+    fragments = optimizer.fragments
+    layout = Layout.of(fragments, [None] * len(fragments.names))
+    optimizer._new_slices("first_moment")
+    optimizer._new_slices("second_moment")
+    moments = optimizer._slices("first_moment"), optimizer._slices("second_moment")
+    return build_kernels(optimizer.kernels, layout, fragments.device, *moments)
 
 
 def check_moments(betas: tuple[float, float], epsilon: float) -> None:

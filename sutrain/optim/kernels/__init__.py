@@ -1,0 +1,38 @@
+"""The passes of the optimizers over weights, gradients and state, in two forms with the same methods."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from .compiled import CompiledKernels, KernelError
+from .eager import EagerKernels
+from .layout import Factors, Layout, State
+
+KERNELS = ("auto", "compiled", "eager")
+
+__all__ = ["KERNELS", "CompiledKernels", "EagerKernels", "Factors", "KernelError", "Layout", "build_kernels"]
+
+
+def build_kernels(
+    choice: str, layout: Layout, device: torch.device, first: State, second: State
+) -> CompiledKernels | EagerKernels:
+    """auto: compiled where the masters are on the CPU and a C++ compiler works (where it does not, a warning says so),
+    else eager. compiled: that or KernelError.
+
+    first, second: the optimizer's two kinds of state, see EagerKernels.
+    """
+    if choice == "compiled" and device.type != "cpu":
+        raise KernelError(f"kernels compiled is for masters on the CPU, these are on {device}: use auto")
+    if choice == "eager" or device.type != "cpu":
+        return EagerKernels(layout, first, second)
+    try:
+        return CompiledKernels(layout, first, second)
+    except KernelError as error:
+        if choice == "compiled":
+            raise
+        warnings.warn(
+            f"the optimizer runs without compiled kernels, several times slower: {error}", stacklevel=2
+        )
+        return EagerKernels(layout, first, second)

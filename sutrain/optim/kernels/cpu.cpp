@@ -1,0 +1,338 @@
+// The passes of the optimizers over weights and gradients, for the CPU. Plain C interface, no torch header: compiling
+// takes two seconds. sutrain/optim/kernels/compiled.py builds the tables and calls; eager.py has the same mathematics
+// in torch and is what this is tested against.
+//
+// Work is cut into chunks by the layout alone, every chunk leaves its own partial sums, and these are added up in
+// order. So results are the same bits for any number of threads.
+
+#include <cmath>
+#include <cstdint>
+
+namespace {
+
+enum Kind : int64_t { WHOLE = 0, ROW_CONSTANT = 1, ROW_VARIES = 2 };
+
+// One line of the fragment table. A "line" is a run along the last dimension of the tensor.
+struct Fragment {
+  int64_t kind;     // WHOLE: second moment kept in full; ROW_CONSTANT: a line has one row statistic;
+                    // ROW_VARIES: a line runs along rows and columns at once (a batch dimension is last)
+  int64_t tensor;   // index of its numbers in arrays by tensor
+  int64_t offset;   // first element, in the flattened tensor
+  int64_t length;
+  int64_t line;     // elements of a line
+  int64_t col_extent, col_inner;  // lines: [outer, col_extent (summed over for column sums), col_inner]
+  int64_t row_extent, row_inner;  // ROW_VARIES: the same for row sums
+  int64_t row_start, col_start;   // where its statistics begin in the flat arrays
+  int64_t row_count, col_count;
+  int64_t mean_extent, mean_inner;  // row statistics: [outer, mean_extent (averaged over), mean_inner]
+};
+
+struct Chunk {
+  int64_t fragment, begin, end;  // elements [begin, end) of the fragment
+  int64_t partial;               // where its column sums go in `partials`; -1: straight into the result
+};
+
+// Chunks [first_chunk, last_chunk) hold partial sums of `columns` column statistics from `start` on.
+struct Group {
+  int64_t first_chunk, last_chunk, start, columns;
+};
+
+constexpr int64_t BLOCK = 4096;  // elements summed in fp32 before they are added in fp64
+
+struct Line {  // elements [from, from + count) of the fragment, all in one line and at most BLOCK
+  int64_t from, count, row, column, inside;  // inside: index of `column` within the chunk's partial sums
+};
+
+template <class F>
+void for_each_line(const Fragment& f, int64_t begin, int64_t end, F&& body) {
+  for (int64_t at = begin; at < end;) {
+    const int64_t absolute = f.offset + at, index = absolute / f.line, k = absolute % f.line;
+    const int64_t rest = f.line - k < end - at ? f.line - k : end - at, count = rest < BLOCK ? rest : BLOCK;
+    const int64_t inside = index % f.col_inner * f.line + k;
+    const int64_t slab = index / (f.col_extent * f.col_inner) * f.col_inner * f.line;
+    const int64_t row = f.kind == ROW_CONSTANT
+                            ? index
+                            : (index / (f.row_extent * f.row_inner) * f.row_inner + index % f.row_inner) * f.line + k;
+    body(Line{at, count, f.row_start + row, f.col_start + slab + inside, inside});
+    at += count;
+  }
+}
+
+template <class F>
+void for_each_block(int64_t begin, int64_t end, F&& body) {
+  for (int64_t at = begin; at < end; at += BLOCK) body(at, end - at < BLOCK ? end - at : BLOCK);
+}
+
+double sum_of_squares(const float* x, int64_t count) {
+  double total = 0;
+  for_each_block(0, count, [&](int64_t at, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = at; k < at + n; ++k) sum += x[k] * x[k];
+    total += sum;
+  });
+  return total;
+}
+
+// Σ over the chunks of every fragment, in order; sums is [chunks, columns], result [fragments, columns].
+void add_up(const Chunk* chunks, int64_t count, int columns, const double* sums, double* result) {
+  for (int64_t c = 0; c < count; ++c)
+    for (int i = 0; i < columns; ++i) result[chunks[c].fragment * columns + i] += sums[c * columns + i];
+}
+
+inline float limited(float scale, float limit) { return scale < limit ? scale : limit; }
+
+// Calls body(k, scale) for elements k of a line; scale is 1/√V there. One loop a kind, so that each vectorises.
+#define OVER_LINE(f, l, row_factor, column_factor, limit, STATEMENTS)             \
+  {                                                                               \
+    const float* column = column_factor + l.column;                               \
+    if (f.kind == ROW_CONSTANT) {                                                 \
+      const float row = row_factor[l.row];                                        \
+      _Pragma(SIMD) for (int64_t k = 0; k < l.count; ++k) {                       \
+        const float scale = limited(row * column[k], limit);                      \
+        STATEMENTS                                                                \
+      }                                                                           \
+    } else {                                                                      \
+      const float* row = row_factor + l.row;                                      \
+      _Pragma(SIMD) for (int64_t k = 0; k < l.count; ++k) {                       \
+        const float scale = limited(row[k] * column[k], limit);                   \
+        STATEMENTS                                                                \
+      }                                                                           \
+    }                                                                             \
+  }
+
+}  // namespace
+
+extern "C" {
+
+// Σg² and Σθ² of every fragment ([F, 2]), and row and column sums of g² added into row_sums and column_sums.
+void square_sums(int64_t threads, const Fragment* fragments, const Chunk* chunks, int64_t chunk_count, const Group* groups,
+                 int64_t group_count, const float* const* gradients, const float* const* weights, float* row_sums,
+                 float* column_sums, float* partials, double* chunk_sums, double* result) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
+  for (int64_t c = 0; c < chunk_count; ++c) {
+    const Chunk& chunk = chunks[c];
+    const Fragment& f = fragments[chunk.fragment];
+    const float *gradient = gradients[chunk.fragment], *weight = weights[chunk.fragment];
+    double total = 0;
+    if (f.kind == WHOLE) {
+      total = sum_of_squares(gradient + chunk.begin, chunk.end - chunk.begin);
+    } else {
+      float* partial = chunk.partial < 0 ? nullptr : partials + chunk.partial;
+      if (partial)
+        for (int64_t k = 0; k < f.col_inner * f.line; ++k) partial[k] = 0;
+      for_each_line(f, chunk.begin, chunk.end, [&](const Line& l) {
+        const float* g = gradient + l.from;
+        float* column = partial ? partial + l.inside : column_sums + l.column;
+        float sum = 0;
+        if (f.kind == ROW_CONSTANT) {
+#pragma omp simd reduction(+ : sum)
+          for (int64_t k = 0; k < l.count; ++k) {
+            const float square = g[k] * g[k];
+            sum += square;
+            column[k] += square;
+          }
+          row_sums[l.row] += sum;
+        } else {
+          float* row = row_sums + l.row;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t k = 0; k < l.count; ++k) {
+            const float square = g[k] * g[k];
+            sum += square;
+            column[k] += square;
+            row[k] += square;
+          }
+        }
+        total += sum;
+      });
+    }
+    chunk_sums[2 * c] = total;
+    chunk_sums[2 * c + 1] = sum_of_squares(weight + chunk.begin, chunk.end - chunk.begin);
+  }
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
+  for (int64_t i = 0; i < group_count; ++i) {
+    const Group& group = groups[i];
+    float* column = column_sums + group.start;
+    for (int64_t c = group.first_chunk; c < group.last_chunk; ++c) {
+      const float* partial = partials + chunks[c].partial;
+#pragma omp simd
+      for (int64_t k = 0; k < group.columns; ++k) column[k] += partial[k];
+    }
+  }
+  add_up(chunks, chunk_count, 2, chunk_sums, result);
+}
+
+// 1/√V = row_factor · column_factor from row and column means: row_factor = (R / max(mean R, floor))^-1/2,
+// column_factor = C^-1/2, for the tensors of all fragments.
+void factors(int64_t threads, const Fragment* fragments, int64_t fragment_count, const float* row_mean,
+             const float* column_mean, float floor, float* row_factor, float* column_factor) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
+  for (int64_t i = 0; i < fragment_count; ++i) {
+    const Fragment& f = fragments[i];
+    if (f.kind == WHOLE) continue;
+    const int64_t slab = f.mean_extent * f.mean_inner;
+    for (int64_t outer = 0; outer < f.row_count; outer += slab)
+      for (int64_t inner = 0; inner < f.mean_inner; ++inner) {
+        const int64_t first = f.row_start + outer + inner;
+        double sum = 0;
+        for (int64_t n = 0; n < f.mean_extent; ++n) sum += row_mean[first + n * f.mean_inner];
+        const float average = static_cast<float>(sum / f.mean_extent), mean = average < floor ? floor : average;
+        for (int64_t n = 0; n < f.mean_extent; ++n) {
+          const int64_t at = first + n * f.mean_inner;
+          row_factor[at] = 1.0f / std::sqrt(row_mean[at] / mean);
+        }
+      }
+    for (int64_t k = f.col_start; k < f.col_start + f.col_count; ++k) column_factor[k] = 1.0f / std::sqrt(column_mean[k]);
+  }
+}
+
+#define SIMD "omp simd reduction(+ : uu, uw, mm, mu, mw)"
+// With U = clip · g / √V and the old momentum m: ΣU², ΣUθ, Σm², ΣmU, Σmθ of every fragment ([F, 5]). Advances the whole
+// second moments (moments[f] where the kind is WHOLE). Without `weighted` no Σ..θ; momenta may be null.
+void adafactor_sums(int64_t threads, const Fragment* fragments, const Chunk* chunks, int64_t chunk_count,
+                    const float* const* gradients, const float* const* weights, float* const* moments,
+                    const float* const* momenta, const float* row_factor, const float* column_factor, float clip,
+                    float new_share, float epsilon, float limit, int64_t weighted, double* chunk_sums, double* result) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
+  for (int64_t c = 0; c < chunk_count; ++c) {
+    const Chunk& chunk = chunks[c];
+    const Fragment& f = fragments[chunk.fragment];
+    const float *gradient = gradients[chunk.fragment], *weight = weights[chunk.fragment];
+    const float* momentum = momenta ? momenta[chunk.fragment] : nullptr;
+    double sums[5] = {0, 0, 0, 0, 0};
+    auto keep = [&](float uu, float uw, float mm, float mu, float mw) {
+      sums[0] += uu, sums[1] += uw, sums[2] += mm, sums[3] += mu, sums[4] += mw;
+    };
+    if (f.kind == WHOLE) {
+      for_each_block(chunk.begin, chunk.end, [&](int64_t at, int64_t count) {
+        const float *g = gradient + at, *w = weight + at, *m = momentum ? momentum + at : nullptr;
+        float* v = moments[chunk.fragment] + at;
+        float uu = 0, uw = 0, mm = 0, mu = 0, mw = 0;
+#pragma omp simd reduction(+ : uu, uw, mm, mu, mw)
+        for (int64_t k = 0; k < count; ++k) {
+          const float clipped = g[k] * clip;
+          v[k] += new_share * (clipped * clipped + epsilon - v[k]);
+          const float u = clipped * limited(1.0f / std::sqrt(v[k]), limit);
+          uu += u * u;
+          uw += u * w[k];
+          if (m) mm += m[k] * m[k], mu += m[k] * u, mw += m[k] * w[k];
+        }
+        keep(uu, uw, mm, mu, mw);
+      });
+    } else {
+      for_each_line(f, chunk.begin, chunk.end, [&](const Line& l) {
+        const float *g = gradient + l.from, *w = weight + l.from, *m = momentum ? momentum + l.from : nullptr;
+        float uu = 0, uw = 0, mm = 0, mu = 0, mw = 0;
+        if (!m && !weighted)
+          OVER_LINE(f, l, row_factor, column_factor, limit, const float u = g[k] * clip * scale; uu += u * u;)
+        else if (!m)
+          OVER_LINE(f, l, row_factor, column_factor, limit, const float u = g[k] * clip * scale; uu += u * u;
+                    uw += u * w[k];)
+        else
+          OVER_LINE(f, l, row_factor, column_factor, limit, const float u = g[k] * clip * scale; uu += u * u;
+                    uw += u * w[k]; mm += m[k] * m[k]; mu += m[k] * u; mw += m[k] * w[k];)
+        keep(uu, uw, mm, mu, mw);
+      });
+    }
+    for (int i = 0; i < 5; ++i) chunk_sums[5 * c + i] = sums[i];
+  }
+  add_up(chunks, chunk_count, 5, chunk_sums, result);
+}
+#undef SIMD
+
+#define SIMD "omp simd"
+// θ ← θ - lost · θ - size · (keep · m + share · U), and m ← keep · m + share · U where there is momentum; size, share
+// and lost by tensor. (1 - lost is not formed: at lr · decay = 1e-6 it would round the decay by 3 %.)
+void adafactor_apply(int64_t threads, const Fragment* fragments, const Chunk* chunks, int64_t chunk_count,
+                     const float* const* gradients, float* const* weights, const float* const* moments,
+                     float* const* momenta, const float* row_factor, const float* column_factor, float clip,
+                     float limit, float keep, const float* sizes, const float* shares, const float* losses) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
+  for (int64_t c = 0; c < chunk_count; ++c) {
+    const Chunk& chunk = chunks[c];
+    const Fragment& f = fragments[chunk.fragment];
+    const float* gradient = gradients[chunk.fragment];
+    float *weight = weights[chunk.fragment], *momentum = momenta ? momenta[chunk.fragment] : nullptr;
+    const float size = sizes[f.tensor], share = shares[f.tensor] * clip, lost = losses[f.tensor];
+    const float move = size * share;
+    if (f.kind == WHOLE) {
+      const float *g = gradient, *v = moments[chunk.fragment];
+      if (momentum) {
+#pragma omp simd
+        for (int64_t k = chunk.begin; k < chunk.end; ++k) {
+          momentum[k] = keep * momentum[k] + share * (g[k] * limited(1.0f / std::sqrt(v[k]), limit));
+          weight[k] -= lost * weight[k] + size * momentum[k];
+        }
+      } else {
+#pragma omp simd
+        for (int64_t k = chunk.begin; k < chunk.end; ++k)
+          weight[k] -= lost * weight[k] + move * (g[k] * limited(1.0f / std::sqrt(v[k]), limit));
+      }
+      continue;
+    }
+    for_each_line(f, chunk.begin, chunk.end, [&](const Line& l) {
+      const float* g = gradient + l.from;
+      float* w = weight + l.from;
+      if (momentum) {
+        float* m = momentum + l.from;
+        OVER_LINE(f, l, row_factor, column_factor, limit, m[k] = keep * m[k] + share * (g[k] * scale);
+                  w[k] -= lost * w[k] + size * m[k];)
+      } else {
+        OVER_LINE(f, l, row_factor, column_factor, limit, w[k] -= lost * w[k] + move * (g[k] * scale);)
+      }
+    });
+  }
+}
+#undef SIMD
+
+// LAMB and AdamW: m ← m + new1 (g - m), v ← β2 v + new2 g² of clipped gradients, and for the direction
+// r = m · mean_scale / (√v · root_scale + ε) + decay · θ: Σr², Σrθ of every fragment ([F, 2]); decay by tensor.
+void moment_sums(int64_t threads, const Fragment* fragments, const Chunk* chunks, int64_t chunk_count,
+                 const float* const* gradients, const float* const* weights, float* const* means,
+                 float* const* squares, float clip, float new1, float beta2, float new2, float mean_scale,
+                 float root_scale, float epsilon, const float* decays, double* chunk_sums, double* result) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
+  for (int64_t c = 0; c < chunk_count; ++c) {
+    const Chunk& chunk = chunks[c];
+    const float *g = gradients[chunk.fragment], *w = weights[chunk.fragment];
+    float *m = means[chunk.fragment], *v = squares[chunk.fragment];
+    const float decay = decays[fragments[chunk.fragment].tensor];
+    double total = 0, aligned = 0;
+    for_each_block(chunk.begin, chunk.end, [&](int64_t at, int64_t count) {
+      float rr = 0, rw = 0;
+#pragma omp simd reduction(+ : rr, rw)
+      for (int64_t k = at; k < at + count; ++k) {
+        const float clipped = g[k] * clip;
+        m[k] += new1 * (clipped - m[k]);
+        v[k] = v[k] * beta2 + new2 * clipped * clipped;
+        const float r = m[k] * mean_scale / (std::sqrt(v[k]) * root_scale + epsilon) + decay * w[k];
+        rr += r * r;
+        rw += r * w[k];
+      }
+      total += rr, aligned += rw;
+    });
+    chunk_sums[2 * c] = total, chunk_sums[2 * c + 1] = aligned;
+  }
+  add_up(chunks, chunk_count, 2, chunk_sums, result);
+}
+
+// θ ← θ - lost · θ - size · r, r as above from the moments as they are now.
+void moment_apply(int64_t threads, const Fragment* fragments, const Chunk* chunks, int64_t chunk_count,
+                  float* const* weights, const float* const* means, const float* const* squares, float mean_scale,
+                  float root_scale, float epsilon, const float* decays, const float* sizes, const float* losses) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
+  for (int64_t c = 0; c < chunk_count; ++c) {
+    const Chunk& chunk = chunks[c];
+    float* w = weights[chunk.fragment];
+    const float *m = means[chunk.fragment], *v = squares[chunk.fragment];
+    const int64_t tensor = fragments[chunk.fragment].tensor;
+    const float size = sizes[tensor], lost = losses[tensor], decay = decays[tensor];
+#pragma omp simd
+    for (int64_t k = chunk.begin; k < chunk.end; ++k) {
+      const float r = m[k] * mean_scale / (std::sqrt(v[k]) * root_scale + epsilon) + decay * w[k];
+      w[k] -= lost * w[k] + size * r;
+    }
+  }
+}
+
+}  // extern "C"
