@@ -181,6 +181,11 @@ class ResourcesSection(Section):
         ge=1,
         description="input of one task; none: between 64 MiB and 1 GiB by the size of the corpus",
     )
+    lease_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="a run that shows no sign of life for so long may be followed by another one",
+    )
     spill: Literal["auto", "none", "lz4", "zstd"] = Field(
         default="auto",
         description="compression of the intermediate files; auto: by what the disk of work_dir does in a probe",

@@ -21,3 +21,9 @@ class AuditError(DataPrepError):
     """`verify` found damage, or the books of a run do not balance; the message has one line a finding."""
 
     exit_code = 4
+
+
+class LostLeaseError(DataPrepError):
+    """Another run has taken over the output; this one must not write any more."""
+
+    exit_code = 5

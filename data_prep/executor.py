@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from .errors import DataPrepError
+from .files import set_fence
 
 Task = Callable[[Any], dict[str, Any]]
 
@@ -44,9 +45,17 @@ def usable_cores() -> int:
         return cores
 
 
-def make_executor(name: str, workers: int | None) -> Executor:
-    """`local` or `ray`. Raises DataPrepError when no Ray cluster can be reached."""
-    return RayExecutor(workers) if name == "ray" else LocalExecutor(workers or usable_cores())
+def make_executor(name: str, workers: int | None, fence: Any = None) -> Executor:
+    """`local` or `ray`, whose tasks write by the right of `fence` (lease.Fence). Raises DataPrepError when no Ray
+    cluster can be reached.
+    """
+    return RayExecutor(workers, fence) if name == "ray" else LocalExecutor(workers or usable_cores(), fence)
+
+
+def call(fence: Any, function: Task, description: Any) -> dict[str, Any]:
+    """Run a task in a worker by the right of its run."""
+    set_fence(fence)
+    return function(description)
 
 
 class LocalExecutor:
@@ -54,8 +63,8 @@ class LocalExecutor:
 
     name = "local"
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, fence: Any = None) -> None:
+        self.workers, self._fence = workers, fence
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, function: Task, descriptions: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -67,13 +76,17 @@ class LocalExecutor:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
         waiting = iter(descriptions)
-        running = {self._pool.submit(function, task) for task in islice(waiting, 2 * self.workers)}
+        running = {
+            self._pool.submit(call, self._fence, function, task) for task in islice(waiting, 2 * self.workers)
+        }
         try:
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     yield future.result()
-                    running |= {self._pool.submit(function, task) for task in islice(waiting, 1)}
+                    running |= {
+                        self._pool.submit(call, self._fence, function, task) for task in islice(waiting, 1)
+                    }
         except BrokenProcessPool:
             raise DataPrepError(
                 "a worker process was killed, most often for want of memory: lower resources.workers or "
@@ -93,10 +106,10 @@ class RayExecutor:
 
     name = "ray"
 
-    def __init__(self, workers: int | None) -> None:
+    def __init__(self, workers: int | None, fence: Any = None) -> None:
         import ray
 
-        self._ray = ray
+        self._ray, self._fence = ray, fence
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS", "auto")
             try:
@@ -113,9 +126,9 @@ class RayExecutor:
     def run(self, function: Task, descriptions: Sequence[Any]) -> Iterator[dict[str, Any]]:
         """Raises what a task raises."""
         ray = self._ray
-        remote = ray.remote(num_cpus=1, max_retries=3)(function)
+        remote = ray.remote(num_cpus=1, max_retries=3)(call)
         waiting = iter(descriptions)
-        running = [remote.remote(task) for task in islice(waiting, self.workers + 2)]
+        running = [remote.remote(self._fence, function, task) for task in islice(waiting, self.workers + 2)]
         while running:
             finished, running = ray.wait(running, num_returns=1)
             try:
@@ -129,7 +142,7 @@ class RayExecutor:
                 raise DataPrepError(
                     f"a Ray task died ({message}); run the same command again to go on"
                 ) from None
-            running += [remote.remote(task) for task in islice(waiting, 1)]
+            running += [remote.remote(self._fence, function, task) for task in islice(waiting, 1)]
             yield result
 
     def close(self) -> None:

@@ -20,6 +20,19 @@ from typing import Any, BinaryIO
 from .errors import DataPrepError, DiskFullError
 
 TEMPORARY_MARK = ".tmp-"
+_fence: Any = None  # the right of this process to write (lease.Fence); None outside of a run
+
+
+def set_fence(fence: Any) -> None:
+    """From now on, `fence.check()` decides before every commit of this process whether it may happen."""
+    global _fence
+    _fence = fence
+
+
+def check_fence() -> None:
+    """Raises LostLeaseError when this process writes for a run that another one has followed."""
+    if _fence is not None:
+        _fence.check()
 
 
 @contextmanager
@@ -42,7 +55,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under `path` only when the block ends without an exception.
 
-    Raises DiskFullError when the disk is full; the temporary file is removed then.
+    Raises DiskFullError when the disk is full, LostLeaseError when another run has taken over; the temporary file
+    is removed then.
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}")
     with disk_errors(path):
@@ -52,6 +66,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            check_fence()
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -6,19 +6,14 @@ first file written. In the work folder the run owns `.sutrain-<hash>` alone.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .config import DEFAULT_WORK, PrepareConfig
 from .errors import AuditError, DataPrepError
-from .files import TEMPORARY_MARK, disk_errors, read_json, size_or_none, write_json
+from .files import TEMPORARY_MARK, check_fence, read_json, size_or_none, write_json
 from .plan import WORK_PREFIX, Plan, differences
 from .shards import SPLITS, Manifest
 
@@ -35,30 +30,6 @@ _FILES = (
 _SHARD = re.compile(r"shard-\d{6,}\.(tar|index\.json)|part-\d{6,}\.txt(\.zst)?")
 _TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + "[0-9a-f]{12}$")
 _WORK = re.compile(re.escape(WORK_PREFIX) + "[0-9a-f]{16}")
-
-
-@contextmanager
-def only_run(output: Path) -> Iterator[None]:
-    """Hold OUTPUT/.lock; the lock ends with the process. Raises DataPrepError while another run holds it, and
-    where it cannot be had.
-    """
-    with disk_errors(output):
-        lock = (output / ".lock").open("a+")
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise DataPrepError(f"{output}: another run is at work there ({file.read().strip()})") from None
-        except OSError as error:
-            raise DataPrepError(
-                f"{output}: the file system there gives no lock ({error.strerror}); take an output_dir on one "
-                "that does (on a cluster: mounted with flock)"
-            ) from None
-        file.truncate(0)
-        file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
-        file.flush()
-        yield
 
 
 def adopt_plan(plan: Plan, fresh: bool) -> Plan:
@@ -104,6 +75,7 @@ def clear(output: Path, saved: dict[str, Any]) -> None:
 
     Killed at any point, no data set that looks finished is left, and the next run goes on clearing.
     """
+    check_fence()
     (output / "manifest.json").unlink(missing_ok=True)
     write_json(output / "plan.json", {"clearing": True, "work": saved.get("work")})
     _remove_work(saved)
@@ -162,6 +134,7 @@ def _saved_plan(path: Path) -> dict[str, Any] | None:
 
 
 def _remove_work(saved: dict[str, Any]) -> None:
+    check_fence()
     folder = Path(saved.get("work") or "")
     if _WORK.fullmatch(folder.name) and folder.is_dir():
         shutil.rmtree(folder)

@@ -26,6 +26,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .errors import LostLeaseError
+from .files import check_fence
+
 
 class RunProgress:
     """Shows the progress of the stages of a run, and records it in `folder` unless that is None."""
@@ -107,6 +110,10 @@ class RunProgress:
     def _write_files(self) -> None:
         if self._folder is None:
             return
+        try:
+            check_fence()
+        except LostLeaseError:
+            return  # another run tells about this folder now; the next commit of this one ends it
         status: dict[str, Any] = {
             "stage": self._stage,
             "done": self._done,

@@ -20,7 +20,8 @@ from .errors import DataPrepError
 from .executor import Executor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
-from .owned import adopt_plan, finished, only_run, remove_leftovers, remove_work
+from .lease import owned
+from .owned import adopt_plan, finished, remove_leftovers, remove_work
 from .plan import Plan, choose_codec, frame_bytes, make_plan
 from .progress import RunProgress
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_share, train_tokenizer
@@ -48,7 +49,7 @@ def run(
     progress = progress or RunProgress(output, config.resources.log_seconds)
     if plan.ignored:
         progress.say(f"{len(plan.ignored)} file(s) in the input folders are not taken; `plan` lists them")
-    with only_run(output):
+    with owned(output, config.resources.lease_seconds, progress.say) as fence:
         plan = adopt_plan(plan, fresh)
         if (output / "manifest.json").exists():
             manifest = finished(config)
@@ -60,7 +61,7 @@ def run(
             plan.work_path.mkdir(parents=True, exist_ok=True)
         warn_of_a_small_disk(plan, progress)
         started = time.time()
-        executor = make_executor(executor_name, config.resources.workers)
+        executor = make_executor(executor_name, config.resources.workers, fence)
         try:
             tokenizer = prepare_tokenizer(plan, executor, progress)
             scattered = run_scatter(plan, tokenizer, executor, progress)

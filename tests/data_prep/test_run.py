@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import os
@@ -23,7 +22,6 @@ from data_prep import plan as plan_module
 from data_prep import scatter as scatter_module
 from data_prep import sources
 from data_prep.errors import AuditError, DataPrepError
-from data_prep.owned import only_run
 from data_prep.scatter import scatter
 from data_prep.shards import SplitReader
 from data_prep.tokenizer import Tokenizer
@@ -204,24 +202,6 @@ def test_a_finished_output_is_left_alone_and_a_changed_plan_refused(tmp_path):
     assert grown.returncode == 2 and "files.made:a.jsonl" in grown.stderr
     fresh = prepare(tree, fresh=True)
     assert fresh.records["read"] == first.records["read"] + 1
-
-
-def test_one_run_at_a_time(tmp_path):
-    with (
-        only_run(tmp_path),
-        pytest.raises(DataPrepError, match=r"another run is at work there \(host .*process"),
-    ):
-        with only_run(tmp_path):
-            pass
-
-
-def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch):
-    def no_lock(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.flock", no_lock)
-    with pytest.raises(DataPrepError, match="gives no lock"), only_run(tmp_path):
-        pass
 
 
 @pytest.mark.parametrize(
