@@ -12,12 +12,15 @@ over all series are right at any depth.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,26 +28,29 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from . import series as contract
+from .ranks import RankBoard, RankState
 from .series import (
-    ATTENTION_ENTROPY,
-    DEPTH_SLOPE,
     EVALUATION,
+    EVALUATION_BY,
     GLOBAL,
-    HEARTBEAT,
     LAYERED,
-    LOSS_SPIKES,
     OVER_DEPTH,
     PROBE,
-    RUN_INFO,
-    SKIPPED_IN_A_ROW,
+    PROBE_LAYERED,
     STEP,
-    UPDATE_SPIKES,
+    WINDOW,
     Series,
-)  # fmt: skip
+)
 from .spikes import Spikes
 from .statistics import GroupTable, TensorGroups
+from .window import RollingMaximum
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+MAX_LAYERS = 48
+"""Layers with series of their own by default: a 1000-layer run then has fewer than 2,000 series."""
+MAX_RANKS = 32
+_RANK_FIELDS = {"rank_heartbeat_timestamp_seconds": "time"}
 OTHER = "other"
 
 
@@ -58,7 +64,11 @@ class _Snapshot:
     loss_spikes: int
     skipped_in_a_row: int
     heartbeat: float
-    attention_entropy: tuple[float, ...] = ()
+    probed: Mapping[str, tuple[float, ...]]
+    by: Mapping[str, Mapping[str, float]]
+    """Evaluation by length and source: series key -> label -> value."""
+    update_ratio_max_G: np.ndarray | None
+    checkpoint: tuple[int, float]
 
 
 class Exporter(Collector):
@@ -67,6 +77,8 @@ class Exporter(Collector):
     `port` 0 takes any free port (`.port` says which).  `run_info` are labels of `sutrain_run_info` (`run`,
     `mfu_reference`).  `start()` raises ValueError, naming the setting, if the address cannot be listened on.
     Counters of spikes start at zero with the process, as Prometheus counters do; `rate` and `increase` cope.
+    `folder` is the run's, for the free space of its disk; `checkpoint_every_steps` as configured. `board`, once set,
+    has the states of the ranks; above `MAX_RANKS` ranks only the most conspicuous are shown.
     """
 
     def __init__(
@@ -75,8 +87,14 @@ class Exporter(Collector):
         port: int,
         groups: TensorGroups,
         run_info: Mapping[str, str] | None = None,
-        max_layers: int = 64,
+        max_layers: int = MAX_LAYERS,
+        folder: Path | str = ".",
+        checkpoint_every_steps: int = 0,
+        started_at_step: int = 0,
     ) -> None:
+        self.board: RankBoard | None = None
+        self._folder, self._checkpoint_every_steps = folder, checkpoint_every_steps
+        self._maxima_G, self._maxima = RollingMaximum(), RollingMaximum()
         self.host, self.port = host, port
         self._groups = groups
         self._run_info = dict(run_info or {})
@@ -91,7 +109,8 @@ class Exporter(Collector):
             ]
             for part in groups.layer_groups
         }
-        self._snapshot = _Snapshot({}, None, np.zeros(len(groups), dtype=np.int64), 0, 0, time.time())
+        now, none = time.time(), np.zeros(len(groups), dtype=np.int64)
+        self._snapshot = _Snapshot({}, None, none, 0, 0, now, {}, {}, None, (started_at_step, now))
         self._writing = threading.Lock()
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -132,6 +151,10 @@ class Exporter(Collector):
             last = self._snapshot
             scalars = {**last.scalars, **{key: float(value) for key, value in record.items() if key in known}}
             scalars |= {f"global_{key}": value for key, value in table.global_norms.items()}
+            peaks = [scalars.get(series.key.removesuffix("_max"), math.nan) for series in WINDOW]
+            # Prometheus has no maximum of NaN, and a loss that is none has an alarm of its own.
+            peaks_W = self._maxima.add(np.where(np.isnan(peaks), np.nan, peaks))
+            scalars |= {series.key: float(peak) for series, peak in zip(WINDOW, peaks_W, strict=True)}
             skipped = scalars.get("skipped_steps_total", 0) > last.scalars.get("skipped_steps_total", 0)
             update_spikes_G = last.update_spikes_G
             if spikes is not None and len(spikes.updates):
@@ -143,25 +166,31 @@ class Exporter(Collector):
                 table=table,
                 update_spikes_G=update_spikes_G,
                 loss_spikes=last.loss_spikes + (spikes is not None and spikes.loss_factor is not None),
+                update_ratio_max_G=self._maxima_G.add(table.update_ratio),
                 skipped_in_a_row=last.skipped_in_a_row + 1 if skipped else 0,
                 heartbeat=time.time(),
             )
 
     def probe(self, record: Mapping[str, Any]) -> None:
-        """Show a probe: `model_update`, and `attention_entropy`, one number a layer."""
+        """Show a probe: scalars by the keys of series.PROBE, numbers by layer by those of PROBE_LAYERED."""
+        new = {series.key: float(record[series.key]) for series in PROBE if series.key in record}
+        layered = {series.key: tuple(record[series.key]) for series in PROBE_LAYERED if series.key in record}
         with self._writing:
-            scalars = {**self._snapshot.scalars, "model_update": float(record["model_update"])}
-            entropy = tuple(record["attention_entropy"])
-            self._snapshot = replace(self._snapshot, scalars=scalars, attention_entropy=entropy)
+            last = self._snapshot
+            self._snapshot = replace(last, scalars={**last.scalars, **new}, probed=layered)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Show an evaluation: scalars by the keys of series.EVALUATION, others are left alone."""
-        known = {series.key for series in EVALUATION}
-        new = {key: float(value) for key, value in record.items() if key in known}
+        """Show an evaluation: by the keys of series.EVALUATION and EVALUATION_BY, others are left alone."""
+        new = {series.key: float(record[series.key]) for series in EVALUATION if series.key in record}
+        by = {series.key: dict(record[series.key]) for series in EVALUATION_BY if series.key in record}
         with self._writing:
-            self._snapshot = replace(
-                self._snapshot, scalars={**self._snapshot.scalars, **new}, heartbeat=time.time()
-            )
+            last = self._snapshot
+            self._snapshot = replace(last, scalars={**last.scalars, **new}, by=by, heartbeat=time.time())
+
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint of `step` is complete on disk."""
+        with self._writing:
+            self._snapshot = replace(self._snapshot, checkpoint=(step, time.time()), heartbeat=time.time())
 
     def heartbeat(self) -> None:
         """Say that the loop is alive during something long that is not a step (evaluation, checkpoint)."""
@@ -171,37 +200,61 @@ class Exporter(Collector):
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus-client for every scrape."""
         now = self._snapshot
-        for series in (*STEP, *PROBE, *EVALUATION, *GLOBAL):
+        for series in (*STEP, *PROBE, *EVALUATION, *GLOBAL, *WINDOW):
             if series.key in now.scalars:
                 yield _family(series, [((), now.scalars[series.key])])
-        yield _family(LOSS_SPIKES, [((), now.loss_spikes)])
-        yield _family(UPDATE_SPIKES, self._spike_counts(now.update_spikes_G))
-        yield _family(SKIPPED_IN_A_ROW, [((), now.skipped_in_a_row)])
-        yield _family(HEARTBEAT, [((), now.heartbeat)])
-        info = tuple(str(self._run_info.get(label, "")) for label in RUN_INFO.labels)
-        yield _family(RUN_INFO, [(info, 1)])
+        yield _family(contract.LOSS_SPIKES, [((), now.loss_spikes)])
+        yield _family(contract.UPDATE_SPIKES, self._spike_counts(now.update_spikes_G))
+        yield _family(contract.SKIPPED_IN_A_ROW, [((), now.skipped_in_a_row)])
+        yield _family(contract.HEARTBEAT, [((), now.heartbeat)])
+        info = tuple(str(self._run_info.get(label, "")) for label in contract.RUN_INFO.labels)
+        yield _family(contract.RUN_INFO, [(info, 1)])
+        for series in PROBE_LAYERED:
+            values = enumerate(now.probed.get(series.key, ()))
+            yield _family(series, [((str(layer),), x) for layer, x in values if layer in self._chosen])
+        for series in EVALUATION_BY:
+            yield _family(series, [((label,), x) for label, x in now.by.get(series.key, {}).items()])
+        yield from self._storage(now.checkpoint)
+        yield from self._ranks()
         if now.table is not None:
             yield from self._layers(now.table)
-        if now.attention_entropy:
-            layers = enumerate(now.attention_entropy)
-            shown = [((str(layer),), value) for layer, value in layers if layer in self._chosen]
-            yield _family(ATTENTION_ENTROPY, shown)
+        if now.update_ratio_max_G is not None:
+            rows = [(self._groups.keys[g], now.update_ratio_max_G[g]) for g in self._shown]
+            yield _family(contract.WINDOW_LAYERED, rows)
+
+    def _storage(self, checkpoint: tuple[int, float]) -> Iterator[Metric]:
+        values = [checkpoint[0], self._checkpoint_every_steps, checkpoint[1], math.nan, math.nan]
+        with contextlib.suppress(OSError):  # a disk that is away is no reason to say nothing of the rest
+            disk = shutil.disk_usage(self._folder)
+            values[3:] = [disk.free / disk.total, disk.free]
+        for series, value in zip(contract.STORAGE, values, strict=True):
+            if not math.isnan(value):
+                yield _family(series, [((), value)])
+
+    def _ranks(self) -> Iterator[Metric]:
+        known = self.board.states if self.board is not None else {}
+        states = {rank: known[rank] for rank in sorted(_conspicuous(known))}
+        for series in contract.RANK:
+            name = _RANK_FIELDS.get(series.key) or series.key.removeprefix("rank_")
+            yield _family(series, [((str(rank),), getattr(states[rank], name)) for rank in states])
 
     def _layers(self, table: GroupTable) -> Iterator[Metric]:
         for series in LAYERED:
             values = getattr(table, series.key)
             yield _family(series, [(self._groups.keys[g], values[g]) for g in self._shown])
+        sizes = [(self._groups.keys[g], self._groups.numel_G[g]) for g in self._shown]
+        yield _family(contract.PARAMETERS, sizes)
         parts = list(self._groups.layer_groups)
-        for series, layered in zip(OVER_DEPTH, LAYERED, strict=True):
+        for series, layered in zip(OVER_DEPTH, (*LAYERED, contract.PER_RATE), strict=True):
+            depths = {part: table.over_depth(layered.key, part, QUANTILES) for part in parts}
             rows = [
                 ((part, f"{quantile:g}"), value)
-                for part in parts
-                for quantile, value in zip(
-                    QUANTILES, table.over_depth(layered.key, part, QUANTILES), strict=True
-                )
+                for part, values in depths.items()
+                for quantile, value in zip(QUANTILES, values, strict=True)
             ]
             yield _family(series, rows)
-        yield _family(DEPTH_SLOPE, [((part,), table.depth_slope(part)) for part in parts])
+        yield _family(contract.DEPTH_SLOPE, [((part,), table.depth_slope(part)) for part in parts])
+        yield _family(contract.DEAD_LAYERS, [((part,), table.dead_layers(part)) for part in parts])
 
     def _spike_counts(self, counts_G: np.ndarray) -> list[tuple[tuple[str, ...], float]]:
         rows: list[tuple[tuple[str, ...], float]] = [(self._groups.keys[g], counts_G[g]) for g in self._shown]
@@ -217,14 +270,29 @@ def chosen_layers(layers: int, max_layers: int) -> set[int]:
     return {round(x) for x in np.linspace(0, layers - 1, max(0, max_layers))}
 
 
-def series_count(groups: TensorGroups, max_layers: int = 64) -> int:
-    """Time series that a run of this model adds to a Prometheus (without `process_*`)."""
+def series_count(
+    groups: TensorGroups, max_layers: int = MAX_LAYERS, optimizer_columns: int = 0, probed: int = 0
+) -> int:
+    """Time series that a run of this model adds to a Prometheus, without `process_*`, ranks, and evaluation by
+    length and source. `optimizer_columns` is how many of statistics.OPTIMIZER_COLUMNS its optimizer has, `probed` how
+    many of series.PROBE_LAYERED its model."""
     chosen = chosen_layers(groups.layers, max_layers)
     shown = sum(1 for layer, _ in groups.keys if not layer or int(layer) in chosen)
     parts = len(groups.layer_groups)
     hidden = parts if groups.layers > max_layers else 0
-    single = len(STEP) + len(PROBE) + len(EVALUATION) + len(GLOBAL) + 4 + len(chosen)
-    return single + (len(LAYERED) + 1) * shown + hidden + parts * (len(OVER_DEPTH) * len(QUANTILES) + 1)
+    single = len((*STEP, *PROBE, *EVALUATION, *GLOBAL, *WINDOW, *contract.STORAGE)) + 4
+    columns = 4 + optimizer_columns
+    quantiles = parts * ((columns + 1) * len(QUANTILES) + 2)  # with the ratio per rate; slope and dead layers
+    return single + (columns + 3) * shown + hidden + quantiles + probed * len(chosen)
+
+
+def _conspicuous(states: Mapping[int, RankState], limit: int = MAX_RANKS) -> set[int]:
+    """The ranks to show: all, or of many the first, the furthest behind and the slowest."""
+    if len(states) <= limit:
+        return set(states)
+    behind = sorted(states, key=lambda rank: (states[rank].progress, states[rank].time))
+    slowest = sorted(states, key=lambda rank: -states[rank].forward_seconds)
+    return {0, *behind[: limit // 2], *slowest[: limit // 2 - 1]}
 
 
 def _family(series: Series, rows: Iterable[tuple[tuple[str, ...], float]]) -> Metric:

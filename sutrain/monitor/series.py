@@ -52,6 +52,12 @@ STEP = (
     Series("data_wait_seconds", "gauge", "s", "Part of the last step spent waiting for data"),
     Series("loss_scale", "gauge", "", "Loss scale (1 unless fp16)"),
     Series("skipped_steps_total", "counter", "steps", "Updates skipped because a gradient was not finite"),
+    Series(
+        "refused_steps_total",
+        "counter",
+        "steps",
+        "Updates not made because loss or gradient stood out too far (acting.skip_sigmas)",
+    ),
 )
 PROBE = (
     Series(
@@ -60,10 +66,40 @@ PROBE = (
         "",
         "RMS change of the encoder's output by one update, on a fixed batch, in fp32",
     ),
+    Series(
+        "model_update_noise",
+        "gauge",
+        "",
+        "RMS change of the same output when every weight is rounded anew in fp32: below three times this "
+        "sutrain_model_update is rounding",
+    ),
+    Series(
+        "logit_rms", "gauge", "", "RMS of the logits about their mean over the vocabulary, on a fixed batch"
+    ),
+    Series("logit_max", "gauge", "", "Largest logit above the mean over the vocabulary, on a fixed batch"),
 )
-ATTENTION_ENTROPY = Series(
-    "attention_entropy", "gauge", "nats", "Mean entropy of a query's attention, on a fixed batch, in fp32",
-    ("layer",),
+PROBE_LAYERED = (
+    Series(
+        "attention_entropy", "gauge", "nats",
+        "Mean entropy of a query's attention, on a fixed batch, in fp32", ("layer",),
+    ),
+    Series("activation_rms", "gauge", "", "RMS of the layer's output, on a fixed batch", ("layer",)),
+    Series(
+        "relative_change", "gauge", "",
+        "Norm of what the layer changes over the norm of its input, on a fixed batch", ("layer",),
+    ),
+    Series(
+        "mixer_branch_share", "gauge", "",
+        "Norm of the mixer's branch over the norm of the residual it is added to", ("layer",),
+    ),
+    Series(
+        "feed_forward_branch_share", "gauge", "",
+        "Norm of the feed-forward branch over the norm of the residual it is added to", ("layer",),
+    ),
+    Series(
+        "dead_units_share", "gauge", "",
+        "Share of inner units that are next to nothing at every token of a fixed batch", ("layer",),
+    ),
 )  # fmt: skip
 EVALUATION = (
     Series("validation_loss", "gauge", "nats/token", "Loss on the validation split at the last evaluation"),
@@ -74,6 +110,14 @@ EVALUATION = (
         "",
         "Accuracy of always guessing the most frequent token: the floor to beat",
     ),
+)
+EVALUATION_BY = tuple(
+    Series(f"validation_{what}_by_{of}", "gauge", unit, f"{text} of held-out tokens {where}", (of,))
+    for what, unit, text in (("loss", "nats/token", "Loss"), ("accuracy", "", "Accuracy"))
+    for of, where in (
+        ("length", "in documents of up to that many tokens in a row"),
+        ("source", "from that source corpus"),
+    )
 )
 # Whole-model norms. In metrics.jsonl they are plain `grad_norm`, `weight_norm`, ...; the Prometheus names
 # carry "global", because there the plain names are the labelled series below.
@@ -90,6 +134,25 @@ LAYERED = (
     ),
     Series("update_norm", "gauge", "", "L2 norm of the last change of these weights", ("layer", "part")),
     Series("update_ratio", "gauge", "", "Update norm over weight norm", ("layer", "part")),
+    Series(
+        "direction_rms", "gauge", "",
+        "RMS of the update before clip and learning rate, AdaFactor's RMS(U)", ("layer", "part"),
+    ),
+    Series(
+        "clipped_share", "gauge", "",
+        "Share of these weights in tensors whose last update was clipped (AdaFactor)", ("layer", "part"),
+    ),
+    Series("trust_ratio", "gauge", "", "LAMB's trust ratio, geometric mean over tensors", ("layer", "part")),
+)  # fmt: skip
+PARAMETERS = Series(
+    "parameters", "gauge", "", "Number of weights; a norm over its square root is an RMS", ("layer", "part")
+)
+PER_RATE = Series(
+    "update_ratio_per_rate",
+    "gauge",
+    "",
+    "Update norm over learning rate times weight norm",
+    ("layer", "part"),
 )
 OVER_DEPTH = tuple(
     Series(
@@ -99,8 +162,21 @@ OVER_DEPTH = tuple(
         f"{series.help}: quantile over all layers",
         ("part", "quantile"),
     )
-    for series in LAYERED
+    for series in (*LAYERED, PER_RATE)
 )
+# Maxima over the last minute (window.py): a scrape sees one step in many.
+WINDOW_LAYERED = Series(
+    "update_ratio_max", "gauge", "", "Largest update ratio of the last minute", ("layer", "part")
+)
+WINDOW = (
+    Series("loss_max", "gauge", "nats/token", "Largest training loss of the last minute"),
+    Series("global_grad_norm_max", "gauge", "", "Largest whole-model gradient norm of the last minute"),
+    Series("step_seconds_max", "gauge", "s", "Longest step of the last minute"),
+)
+DEAD_LAYERS = Series(
+    "dead_layers", "gauge", "layers", "Layers whose update ratio is below a thousandth of the median layer's",
+    ("part",),
+)  # fmt: skip
 DEPTH_SLOPE = Series(
     "update_depth_slope", "gauge", "",
     "Slope of log update norm against log depth (layer 1..N): 0 is even, above 0 it grows with depth",
@@ -114,6 +190,32 @@ LOSS_SPIKES = Series("loss_spikes_total", "counter", "", "Steps whose loss stood
 SKIPPED_IN_A_ROW = Series(
     "skipped_steps_in_a_row", "gauge", "steps", "Skipped updates since the last good one"
 )
+RANK = (
+    Series("rank_step_seconds", "gauge", "s", "Wall time of the rank's last step", ("rank",)),
+    Series("rank_data_wait_seconds", "gauge", "s", "Part of it spent waiting for data", ("rank",)),
+    Series(
+        "rank_forward_seconds", "gauge", "s",
+        "Part of it spent in forward passes, where no rank waits for another (ZeRO 0 to 2)", ("rank",),
+    ),
+    Series(
+        "rank_progress", "gauge", "steps",
+        "Steps done, with stages as quarters; in a run that hangs the lowest is waited for", ("rank",),
+    ),
+    Series(
+        "rank_heartbeat_timestamp_seconds", "gauge", "s", "Unix time at which the rank last spoke", ("rank",)
+    ),
+)  # fmt: skip
+STORAGE = (
+    Series(
+        "checkpoint_step", "gauge", "steps", "Step of the last checkpoint that this process wrote or read"
+    ),
+    Series("checkpoint_every_steps", "gauge", "steps", "Steps between checkpoints, as configured"),
+    Series(
+        "checkpoint_timestamp_seconds", "gauge", "s", "Unix time of that checkpoint, of the start before it"
+    ),
+    Series("disk_free_ratio", "gauge", "", "Free share of the disk with the run's folder"),
+    Series("disk_free_bytes", "gauge", "bytes", "Free bytes of it"),
+)
 HEARTBEAT = Series(
     "heartbeat_timestamp_seconds", "gauge", "s", "Unix time at which the training loop last spoke"
 )
@@ -122,6 +224,7 @@ RUN_INFO = Series(
 )
 
 ALL: tuple[Series, ...] = (
-    *STEP, *PROBE, *EVALUATION, *GLOBAL, *LAYERED, *OVER_DEPTH,
-    ATTENTION_ENTROPY, DEPTH_SLOPE, UPDATE_SPIKES, LOSS_SPIKES, SKIPPED_IN_A_ROW, HEARTBEAT, RUN_INFO,
+    *STEP, *PROBE, *PROBE_LAYERED, *EVALUATION, *EVALUATION_BY, *GLOBAL, *LAYERED, PARAMETERS, *OVER_DEPTH,
+    WINDOW_LAYERED, *WINDOW, DEAD_LAYERS, DEPTH_SLOPE, UPDATE_SPIKES, LOSS_SPIKES, SKIPPED_IN_A_ROW,
+    *RANK, *STORAGE, HEARTBEAT, RUN_INFO,
 )  # fmt: skip

@@ -16,6 +16,8 @@ threshold that is tuned per run until it is quiet tells nobody anything.
 * FACTOR = 2 for updates: the jump that precedes loss spikes in practice (marin-community/marin#1368).
   FACTOR = 1.1 for the loss: a tenth above its level is what a reader of the curve calls a spike.
 * FLOOR = 0.01: a quantity that hardly moves (a constant loss) does not alarm over its last digit.
+* NOISE_EVERY_STEPS = 10: the noise of 100 steps hardly changes in 10, so it is not taken anew on each of them
+  (of 3000 groups it costs as much as all the rest).
 * LEVEL_STEPS = 20, short against a schedule; WINDOW_STEPS = 100, enough to know the noise to about a tenth;
   MINIMUM_STEPS = 20 values must be known before anything is judged.
 
@@ -31,7 +33,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,29 +48,37 @@ ROBUST_SIGMAS = 6.0
 UPDATE_FACTOR = 2.0
 LOSS_FACTOR = 1.1
 FLOOR = 0.01
+NOISE_EVERY_STEPS = 10
 _GAUSSIAN = 1.4826
 
 
 class RollingHistory:
     """Level and noise of `n` quantities, given as logs; NaN where a value was not to be had."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, noise_every_steps: int = NOISE_EVERY_STEPS) -> None:
+        self._noise_every_steps = noise_every_steps
         self._recent_NW = np.full((n, LEVEL_STEPS), np.nan)
         self._change_NW = np.full((n, WINDOW_STEPS), np.nan)
         self._last_N = np.full(n, np.nan)  # the last known value, however long ago
         self._seen_N = np.zeros(n, dtype=np.int64)
         self._added = 0
+        self._noise_N = np.full(n, np.nan)
+        self._noise_at = -noise_every_steps
 
     def compare(self, log_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(value / level, robust sigmas above the level); NaN below MINIMUM_STEPS known values."""
         ready = self._seen_N >= MINIMUM_STEPS
         above_N, sigmas_N = np.full(len(log_N), np.nan), np.full(len(log_N), np.nan)
         if ready.any():
-            noise = (
-                _GAUSSIAN / math.sqrt(2) * _median(self._change_NW[ready, : min(self._added, WINDOW_STEPS)])
-            )
+            if (
+                self._added - self._noise_at >= self._noise_every_steps
+                or np.isnan(self._noise_N[ready]).any()
+            ):
+                changes_NW = self._change_NW[:, : min(self._added, WINDOW_STEPS)]
+                self._noise_N = _GAUSSIAN / math.sqrt(2) * _median(changes_NW)
+                self._noise_at = self._added
             above_N[ready] = log_N[ready] - _median(self._recent_NW[ready])
-            sigmas_N[ready] = above_N[ready] / np.maximum(noise, FLOOR)
+            sigmas_N[ready] = above_N[ready] / np.maximum(self._noise_N[ready], FLOOR)
         return np.exp(above_N), sigmas_N
 
     def add(self, log_N: np.ndarray) -> None:
@@ -88,7 +100,7 @@ def _median(history_NW: np.ndarray) -> np.ndarray:
         return np.nanmedian(history_NW, axis=1)
 
 
-def _safe_log(value_N: np.ndarray) -> np.ndarray:
+def safe_log(value_N: np.ndarray) -> np.ndarray:
     value_N = np.asarray(value_N, dtype=np.float64)
     good = np.isfinite(value_N) & (value_N > 0)
     return np.where(good, np.log(np.where(good, value_N, 1.0)), np.nan)
@@ -143,15 +155,11 @@ class SpikeWatch:
         A value that spiked stays in the history: a lasting change of level alarms for about half of
         LEVEL_STEPS.
         """
-        log_loss = _safe_log(np.array([loss]))
+        log_loss = safe_log(np.array([loss]))
         loss_factor, loss_sigmas = (float(x[0]) for x in self._loss.compare(log_loss))
-        self._loss.add(log_loss)
-
-        log_update_G = _safe_log(table.update_norm)
+        log_update_G = safe_log(table.update_norm)
         factor_G, sigmas_G = self._updates.compare(log_update_G - self._log_rate)
-        if learning_rate > 0:
-            self._log_rate = math.log(learning_rate)
-        self._updates.add(log_update_G - self._log_rate)
+        self._remember(log_loss, learning_rate, log_update_G)
 
         loss_spike: float | None = None
         if not math.isfinite(loss):
@@ -160,3 +168,22 @@ class SpikeWatch:
             loss_spike = loss_factor
         spiked = np.flatnonzero((factor_G > UPDATE_FACTOR) & (sigmas_G > ROBUST_SIGMAS))
         return Spikes(self._groups, loss_spike, spiked, factor_G, sigmas_G)
+
+    def _remember(self, log_loss: np.ndarray, learning_rate: float, log_update_G: np.ndarray) -> None:
+        self._loss.add(log_loss)
+        if learning_rate > 0:
+            self._log_rate = math.log(learning_rate)
+        self._updates.add(log_update_G - self._log_rate)
+
+    def restore(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Take over the history of a run that goes on: its last step records, as metrics.jsonl keeps them.
+
+        Steps whose table was not written count for the loss alone. Records of another model are left out.
+        """
+        names = [list(column) for column in zip(*self._groups.keys, strict=True)]
+        unknown = np.full(len(self._groups), np.nan)
+        for line in steps[-WINDOW_STEPS - 1 :]:
+            layers = line.get("layers")
+            fits = layers is not None and [layers["layer"], layers["part"]] == names
+            log_update_G = safe_log(np.array(layers["update_norm"])) if layers and fits else unknown
+            self._remember(safe_log(np.array([line["loss"]])), line.get("learning_rate", 0.0), log_update_G)

@@ -6,6 +6,10 @@ ranks, become the numbers people look at. The update is the leading indicator of
 change of the model, not its gradient (arXiv 2203.00555; kexue.fm/archives/8978), and in practice update norms
 jump before the loss does while gradient norms follow after it (marin-community/marin#1368).
 
+Some optimizers fix the size of the update relative to the weight (LAMB by construction, AdaFactor nearly, by its
+clip). What tells there is what they did to get it: the trust ratio, the RMS of the direction before the clip, the
+share that was clipped, and the update over learning rate times weight.
+
 Shapes: T tensors, S statistics of a tensor, G groups = (layer, part) pairs, N layers.
 """
 
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +26,10 @@ import numpy as np
 
 PARTS = ("embedding", "mixer", "feed_forward", "norm", "head")
 COLUMNS = ("grad_norm", "weight_norm", "update_norm", "update_ratio")
+OPTIMIZER_COLUMNS = ("direction_rms", "clipped_share", "trust_ratio")
+"""What only some optimizers have; NaN for the others."""
+DEAD = 1e-3
+"""A layer whose update ÷ weight is below this share of the median layer's stands still."""
 SQUARE_SUMS = ("grad_square_sum", "weight_square_sum", "update_square_sum")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
@@ -39,7 +47,7 @@ def layer_and_part(name: str) -> tuple[str, str] | None:
     if modules and modules[-1].endswith("norm"):
         return layer, "norm"
     if inside_layer:
-        part = modules[0] if modules else ""
+        part = modules[0] if modules else path.removesuffix("_scale")  # rezero's factors of the branches
         return (layer, part) if part in ("mixer", "feed_forward") else None
     if "embeddings" in modules:
         return "", "embedding"
@@ -59,6 +67,7 @@ class TensorGroups:
     shapes: Sequence[Sequence[int]]
     keys: list[tuple[str, str]] = field(init=False)
     group_of_T: np.ndarray = field(init=False)
+    numel_T: np.ndarray = field(init=False)
     numel_G: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +87,7 @@ class TensorGroups:
         numel_T = np.array([math.prod(shape) for shape in self.shapes], dtype=np.float64)
         object.__setattr__(self, "keys", keys)
         object.__setattr__(self, "group_of_T", group_of_T)
+        object.__setattr__(self, "numel_T", numel_T)
         object.__setattr__(self, "numel_G", np.bincount(group_of_T, numel_T, len(keys)))
 
     def __len__(self) -> int:
@@ -99,13 +109,16 @@ class TensorGroups:
                 found[part] = np.array(indices), np.array(numbers)
         return found
 
-    def table(self, statistics_TS: Any, columns: Sequence[str]) -> GroupTable:
+    def table(
+        self, statistics_TS: Any, columns: Sequence[str], learning_rate: float = math.nan
+    ) -> GroupTable:
         """Norms of every group from sums of squares of every tensor.
 
         `statistics_TS` is a torch tensor (any device) or an array, [T, S]; `columns` names its columns
         (`sutrain.optim.STATISTICS`) and must hold `grad_square_sum`, `weight_square_sum` and
-        `update_square_sum`; others are ignored. A NaN (not measured, or a gradient that was not finite) makes
-        the norms of its group NaN and no others. Raises ValueError for a wrong shape or a missing column.
+        `update_square_sum`. `update_rms` (before the clip), `clip_factor` and `trust_ratio` are taken where they
+        are; others are ignored. `learning_rate` is that of the step. A NaN (not measured, or a gradient that was not
+        finite) makes the norms of its group NaN and no others. Raises ValueError for a wrong shape or a missing column.
         """
         if hasattr(statistics_TS, "detach"):
             statistics_TS = statistics_TS.detach().to("cpu").numpy()
@@ -122,9 +135,29 @@ class TensorGroups:
             name: np.bincount(self.group_of_T, sums_TS[:, list(columns).index(name)], len(self.keys))
             for name in SQUARE_SUMS
         }
+        own = {
+            "direction_rms": np.sqrt(self._mean(sums_TS, columns, "update_rms", np.square)),
+            "clipped_share": self._mean(sums_TS, columns, "clip_factor", _below_one),
+            "trust_ratio": np.exp(self._mean(sums_TS, columns, "trust_ratio", _log)),
+        }
         return GroupTable(
-            self, squares["grad_square_sum"], squares["weight_square_sum"], squares["update_square_sum"]
+            self,
+            squares["grad_square_sum"],
+            squares["weight_square_sum"],
+            squares["update_square_sum"],
+            learning_rate,
+            own,
         )
+
+    def _mean(self, sums_TS: np.ndarray, columns: Sequence[str], name: str, function: Any) -> np.ndarray:
+        """Mean of function(column) over the tensors of each group, weighted by elements; tensors with NaN are
+        left out, and a group of nothing else is NaN."""
+        if name not in columns:
+            return np.full(len(self.keys), np.nan)
+        values_T = function(sums_TS[:, list(columns).index(name)])
+        weights_T = np.where(np.isfinite(values_T), self.numel_T, 0.0)
+        totals = np.bincount(self.group_of_T, np.nan_to_num(values_T, posinf=0.0) * weights_T, len(self.keys))
+        return _ratio(totals, np.bincount(self.group_of_T, weights_T, len(self.keys)))
 
 
 def _reading_order(key: tuple[str, str]) -> tuple[int, int, int]:
@@ -143,6 +176,9 @@ class GroupTable:
     grad_square_sum: np.ndarray
     weight_square_sum: np.ndarray
     update_square_sum: np.ndarray
+    learning_rate: float = math.nan
+    own: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """OPTIMIZER_COLUMNS, [G] each."""
 
     @cached_property
     def grad_norm(self) -> np.ndarray:
@@ -163,6 +199,41 @@ class GroupTable:
     def update_ratio(self) -> np.ndarray:
         """Update norm over weight norm; NaN where the weights are all zero."""
         return _ratio(self.update_norm, self.weight_norm)
+
+    @cached_property
+    def update_ratio_per_rate(self) -> np.ndarray:
+        """Update norm over learning rate times weight norm: what the schedule leaves out; NaN at rate 0."""
+        return self.update_ratio / (self.learning_rate or math.nan)
+
+    @property
+    def direction_rms(self) -> np.ndarray:
+        """RMS of the update before clip and learning rate (AdaFactor's RMS(U)), over the elements of a group."""
+        return self._own("direction_rms")
+
+    @property
+    def clipped_share(self) -> np.ndarray:
+        """Share of a group's elements in tensors whose update was clipped (AdaFactor)."""
+        return self._own("clipped_share")
+
+    @property
+    def trust_ratio(self) -> np.ndarray:
+        """LAMB's trust ratio: geometric mean over a group's tensors, weighted by elements."""
+        return self._own("trust_ratio")
+
+    def _own(self, column: str) -> np.ndarray:
+        known = self.own.get(column)
+        return np.full(len(self.groups), np.nan) if known is None else known
+
+    def dead_layers(self, part: str) -> int:
+        """Layers of a part that stand still while the others move: update ÷ weight below DEAD of the median.
+
+        A tensor of zeros that stays zero has no ratio and counts as dead when its update is 0 too.
+        """
+        indices, _ = self.groups.layer_groups[part]
+        ratio, update = self.update_ratio[indices], self.update_norm[indices]
+        known = ratio[np.isfinite(ratio)]
+        middle = float(np.median(known)) if len(known) else 0.0
+        return int(((ratio < DEAD * middle) | (np.isnan(ratio) & (update == 0))).sum()) if middle > 0 else 0
 
     def root_mean_square(self, column: str) -> np.ndarray:
         """A norm per element: `column` is grad_norm, weight_norm or update_norm; comparable across groups."""
@@ -207,11 +278,27 @@ class GroupTable:
         for g, (layer, part) in enumerate(self.groups.keys):
             yield layer, part, {column: float(getattr(self, column)[g]) for column in COLUMNS}
 
+    def known_columns(self) -> tuple[str, ...]:
+        """COLUMNS and those of OPTIMIZER_COLUMNS that this optimizer has."""
+        own = (column for column in OPTIMIZER_COLUMNS if np.isfinite(getattr(self, column)).any())
+        return (*COLUMNS, *own)
+
     def as_columns(self) -> dict[str, list]:
-        """The table by columns, as metrics.jsonl keeps it: `layer`, `part` and the four of COLUMNS."""
+        """The table by columns, as metrics.jsonl keeps it: `layer`, `part` and the known columns."""
         layers, parts = zip(*self.groups.keys, strict=True)
-        return {"layer": list(layers), "part": list(parts), **{c: getattr(self, c).tolist() for c in COLUMNS}}
+        known = {column: getattr(self, column).tolist() for column in self.known_columns()}
+        return {"layer": list(layers), "part": list(parts), **known}
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
+
+
+def _below_one(factor: np.ndarray) -> np.ndarray:
+    """1 where a clip factor is below 1, NaN where there is none."""
+    return np.where(np.isnan(factor), np.nan, factor < 1.0)
+
+
+def _log(value: np.ndarray) -> np.ndarray:
+    good = np.isfinite(value) & (value > 0)
+    return np.where(good, np.log(np.where(good, value, 1.0)), np.nan)

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from sutrain.monitor.log import MetricsLog
+from sutrain.monitor.series import PROBE, PROBE_LAYERED
 from sutrain.monitor.spikes import Spikes, SpikeWatch
 from sutrain.monitor.statistics import GroupTable, TensorGroups
 
 COLUMNS = ("weight_square_sum", "grad_square_sum", "update_square_sum", "numel")
+OWN = ("update_rms", "clip_factor", "trust_ratio")
+"""Columns that single optimizers add; the made-up one has all."""
 
 
 def groups_of(layers: int) -> TensorGroups:
@@ -74,6 +77,7 @@ def made_up_run(
             "data_wait_seconds": 0.004,
             "loss_scale": 1.0,
             "skipped_steps_total": 0,
+            "refused_steps_total": 0,
         }
         evaluation = None
         if step % evaluate_every_steps == 0:
@@ -82,8 +86,19 @@ def made_up_run(
                 "validation_loss": loss + 0.08,
                 "validation_accuracy": 0.05 + 0.42 * progress,
                 "unigram_accuracy": 0.062,
+                "validation_loss_by_length": {"32": loss + 0.3, "64": loss},
+                "validation_accuracy_by_length": {"32": 0.1, "64": 0.2},
+                "validation_loss_by_source": {"law": loss},
+                "validation_accuracy_by_source": {"law": 0.2},
             }
-        yield record, groups.table(sums, COLUMNS), evaluation
+        own = np.stack([noise[2], np.minimum(1.0, 1 / noise[1]), 0.3 * noise[0]], axis=1)
+        yield record, groups.table(np.hstack([sums, own]), (*COLUMNS, *OWN), rate), evaluation
+
+
+def probe_of(layers: int, value: float = 1.0) -> dict:
+    """A probe with every number that there is."""
+    whole = {series.key: 0.01 * value for series in PROBE}
+    return whole | {series.key: [value + layer for layer in range(layers)] for series in PROBE_LAYERED}
 
 
 def write_run(directory: Path, **settings) -> list[Spikes]:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sutrain.monitor.exporter import Exporter, chosen_layers, series_count
-from sutrain.monitor.series import ALL
+from sutrain.monitor.exporter import MAX_LAYERS, Exporter, chosen_layers, series_count
+from sutrain.monitor.ranks import RankBoard, RankState
+from sutrain.monitor.series import ALL, PROBE_LAYERED
 from sutrain.monitor.spikes import SpikeWatch
-from tests.monitor.made_up import COLUMNS, groups_of, made_up_run
+from tests.monitor.made_up import COLUMNS, groups_of, made_up_run, probe_of
 
 
 def scrape(exporter: Exporter) -> dict[tuple, float]:
@@ -40,15 +41,22 @@ def test_every_series_of_the_contract_is_served_and_no_other():
     with Exporter("127.0.0.1", 0, groups_of(3), {"run": "a", "mfu_reference": "b"}) as exporter:
         before = scrape(exporter)
         feed(exporter, layers=3, steps=60, evaluate_every_steps=20)
-        exporter.probe({"model_update": 0.01, "attention_entropy": [3.0, 2.0, 1.0]})
+        exporter.probe(probe_of(3))
+        exporter.board = RankBoard("127.0.0.1", 2)
+        exporter.board.take(1, RankState(60, 2, 1.7e9, 0.5, 0.1, 0.2))
         found = scrape(exporter)
+        exporter.board.close()
     names = {name for name, *_ in found if name.startswith("sutrain_")}
     assert names == {series.name for series in ALL}
     assert found["sutrain_step",] == 60 and found["sutrain_tokens_total",] == 60 * 16 * 128
     assert found["sutrain_unigram_accuracy",] == 0.062
     assert (
-        found["sutrain_model_update",] == 0.01 and found["sutrain_attention_entropy", ("layer", "2")] == 1.0
+        found["sutrain_model_update",] == 0.01 and found["sutrain_attention_entropy", ("layer", "2")] == 3.0
     )
+    assert found["sutrain_rank_progress", ("rank", "1")] == 60.5
+    assert found["sutrain_rank_forward_seconds", ("rank", "1")] == 0.2
+    assert found["sutrain_validation_loss_by_length", ("length", "32")] > found["sutrain_validation_loss",]
+    assert 0 < found["sutrain_disk_free_ratio",] < 1
     assert found["sutrain_run_info", ("mfu_reference", "b"), ("run", "a")] == 1
     # Spike counters are there, at zero, before the first step: else the first increase could not be seen.
     assert before["sutrain_loss_spikes_total",] == 0
@@ -84,14 +92,24 @@ def test_spikes_and_skips_are_counted():
             assert scrape(exporter)["sutrain_skipped_steps_in_a_row",] == expected
 
 
-@pytest.mark.parametrize(("layers", "cap"), [(5, 8), (8, 8), (200, 8), (30, 1)])
+@pytest.mark.parametrize(("layers", "cap"), [(5, 8), (8, 8), (200, 8), (30, 1), (1000, MAX_LAYERS)])
 def test_the_number_of_series_is_bounded_and_known_beforehand(layers, cap):
     groups = groups_of(layers)
     with Exporter("127.0.0.1", 0, groups, max_layers=cap) as exporter:
-        feed(exporter, layers=layers, steps=30, evaluate_every_steps=10)
-        exporter.probe({"model_update": 0.01, "attention_entropy": [1.0] * layers})
+        feed(exporter, layers=layers, steps=30, evaluate_every_steps=40)
+        exporter.evaluation({"step": 30, "validation_loss": 1, "validation_accuracy": 1, "unigram_accuracy": 0})
+        exporter.probe(probe_of(layers))
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            with urllib.request.urlopen(f"http://{exporter.host}:{exporter.port}/metrics", timeout=10) as reply:
+                reply.read()
+            seconds.append(time.perf_counter() - began)
         ours = [key for key in scrape(exporter) if key[0].startswith("sutrain_")]
-    assert len(ours) == series_count(groups, cap)
+    assert len(ours) == series_count(groups, cap, optimizer_columns=3, probed=len(PROBE_LAYERED))
+    assert min(seconds) < 0.1
+    # An optimizer has its trust ratio or its clip, never both.
+    assert series_count(groups, cap, optimizer_columns=2, probed=len(PROBE_LAYERED)) < 2000
     assert (
         len({dict(key[1:])["layer"] for key in ours if key[0] == "sutrain_grad_norm"}) == min(layers, cap) + 1
     )

@@ -1,0 +1,101 @@
+"""TensorBoard and Weights & Biases, for those who have them: the same numbers, through their own libraries.
+
+Neither is a dependency. Whole-model numbers go there on every step, tables of layers as quantiles over depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from .statistics import GroupTable
+
+NAMES = ("median", "max")
+_QUANTILES = (0.5, 1.0)
+
+
+class SinkError(ValueError):
+    """The library for a sink is missing; the message says how to get it."""
+
+
+class Sink(Protocol):
+    """Takes numbers by name; called from one thread."""
+
+    def step(self, record: Mapping[str, Any], table: GroupTable) -> None:
+        """A finished training step."""
+
+    def values(self, step: int, record: Mapping[str, Any]) -> None:
+        """An evaluation or a probe."""
+
+    def close(self) -> None:
+        """Write what is still waiting."""
+
+
+def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
+    """The sinks of `monitor.also`. Raises SinkError."""
+    kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    return [kinds[name](run_dir) for name in dict.fromkeys(names)]
+
+
+class TensorBoard:
+    """Event files in RUN_DIR/tensorboard: `tensorboard --logdir RUN_DIR`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise SinkError(
+                "monitor.also: tensorboard is not installed; pip install tensorboard, or leave it out"
+            ) from None
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def step(self, record: Mapping[str, Any], table: GroupTable) -> None:
+        self.values(record["step"], {**record, **table.global_norms, **dict(_over_depth(table))})
+
+    def values(self, step: int, record: Mapping[str, Any]) -> None:
+        for name, value in _flat(record):
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project that WANDB_PROJECT names; WANDB_MODE=offline keeps it in RUN_DIR/wandb."""
+
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise SinkError(
+                "monitor.also: wandb is not installed; pip install wandb, or leave it out"
+            ) from None
+        self._run = wandb.init(dir=str(run_dir), name=run_dir.name, resume="allow")
+
+    def step(self, record: Mapping[str, Any], table: GroupTable) -> None:
+        self.values(record["step"], {**record, **table.global_norms, **dict(_over_depth(table))})
+
+    def values(self, step: int, record: Mapping[str, Any]) -> None:
+        self._run.log(dict(_flat(record)) | {"step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _over_depth(table: GroupTable) -> Iterator[tuple[str, float]]:
+    for column in table.known_columns():
+        for part in table.groups.layer_groups:
+            for name, value in zip(NAMES, table.over_depth(column, part, _QUANTILES), strict=True):
+                yield f"{column}/{part}/{name}", float(value)
+
+
+def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers as they are, lists by layer as NAME/0, NAME/1 …, objects as NAME/KEY."""
+    for name, value in record.items():
+        if isinstance(value, bool | int | float):
+            yield name, float(value)
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}/{key}", float(x)) for key, x in value.items() if isinstance(x, int | float))
+        elif isinstance(value, list | tuple):
+            yield from ((f"{name}/{i}", float(x)) for i, x in enumerate(value) if isinstance(x, int | float))
