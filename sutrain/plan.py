@@ -1,13 +1,15 @@
 """What a run will be, before it is started: `python -m sutrain.plan --config X [--ranks N] [--section.key=value …]`.
 
 Shows the resolved configuration, parameters, memory a rank needs by ZeRO stage, FLOPs, how the global batch is spread
-over ranks, how often the data is seen, and the learning-rate schedule.
+over ranks, how often the data is seen, and the learning rate over all updates (`--picture FILE` draws that into a PNG
+or SVG file).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.config_file import field_help, load_config, split_arguments, to_yaml
-from sutrain.config import PretrainConfig, batch_plan, deepspeed_config, learning_rate_schedule
+from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import load_manifest
+from sutrain.engine import deepspeed_config
 from sutrain.launch import check_model_fits_data
 from sutrain.models.configuration import flops_per_token, parameter_count
+from sutrain.optim.adafactor import settings_of_preset
+from sutrain.optim.build import whole_state_tensors
+from sutrain.optim.schedule import RelativeStep
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -41,10 +47,9 @@ def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size:
     """Accounting of the ZeRO paper (arXiv 1910.02054 §3): stage 1 shards masters and optimizer state, 2 gradients too.
 
     AdaFactor's factored state is rows + columns a matrix, under one percent from width 256 on, and counted as zero;
-    its momentum and the moments of LAMB and AdamW are 4 bytes a parameter each.
+    its momentum, second moments that are not factored, and the two tensors of the others are 4 bytes a parameter each.
     """
     bf16 = config.precision == "bf16"
-    moments = {"adafactor": 1 if config.optimizer.settings.get("momentum") else 0, "lamb": 2, "adamw": 2}
     share = world_size if stage >= 1 else 1
     gradient_bytes = 4 if config.gradient_precision == "fp32" or not bf16 else 2
     return StateBytes(
@@ -52,7 +57,10 @@ def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size:
         gradients=parameters * gradient_bytes // (world_size if stage >= 2 else 1),
         # In fp32 without ZeRO the weights are their own masters.
         masters=parameters * 4 // share if bf16 or stage else 0,
-        optimizer=parameters * 4 * moments[config.optimizer.name] // share,
+        optimizer=parameters
+        * 4
+        * whole_state_tensors(config.optimizer.name, config.optimizer.settings)
+        // share,
     )
 
 
@@ -86,17 +94,70 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
     table.add_row(
         "arithmetic", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e15:,.3g} PFLOP in all"
     )
-    schedule = learning_rate_schedule(config)
-    table.add_row("learning rate", f"{config.optimizer.learning_rate:g} x {drawn(schedule, config.steps)}")
-    table.add_row("", f"{config.schedule.shape}, {config.schedule.warmup_steps:,} updates of warm-up")
+    table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps))
+    table.add_row("", learning_rate_in_words(config))
     return table
 
 
-def drawn(schedule, steps: int, width: int = 48) -> str:
-    """A schedule over all its updates in one line of block characters."""
-    values = [schedule(min(steps - 1, round(i * (steps - 1) / (width - 1)))) for i in range(width)]
+def learning_rate_by_update(config: PretrainConfig) -> Callable[[int], float]:
+    """Updates already made -> the learning rate of the next, with what AdaFactor itself makes of it."""
+    peak, schedule = config.optimizer.learning_rate, learning_rate_schedule(config)
+    settings = config.optimizer.settings
+    settings = settings_of_preset(settings) if config.optimizer.name == "adafactor" else {}
+    relative = RelativeStep(settings.get("warmup_initialisation", False))
+
+    def learning_rate(update: int) -> float:
+        value = peak * schedule(update)
+        if settings.get("relative_step"):
+            return value * relative(update + 1)
+        return min(value, (update + 1) ** -0.5) if settings.get("inverse_sqrt_cap") else value
+
+    return learning_rate
+
+
+def learning_rate_in_words(config: PretrainConfig) -> str:
+    schedule, name = config.schedule, config.optimizer.name
+    words = [f"{schedule.shape}, {schedule.warmup_steps:,} updates of warm-up"]
+    settings = settings_of_preset(config.optimizer.settings) if name == "adafactor" else {}
+    if settings.get("relative_step"):
+        words.append("times AdaFactor's relative step")
+    if settings.get("inverse_sqrt_cap"):
+        words.append("at most 1/√t")
+    if name == "lamb" or (name == "adafactor" and settings.get("parameter_scale", True)):
+        words.append("times the size of each tensor")
+    return ", ".join(words)
+
+
+def drawn(learning_rate: Callable[[int], float], steps: int, width: int = 56, height: int = 6) -> str:
+    """A curve over all updates as lines of block characters, with the largest value and both ends of the time axis."""
+    width = min(width, steps)
+    updates = [round(i * (steps - 1) / max(1, 32 * width - 1)) for i in range(32 * width)]
+    every = [learning_rate(update) for update in updates]
+    values = [max(every[i : i + 32]) for i in range(0, len(every), 32)]  # so that no peak is missed
     top = max(values) or 1.0
-    return "".join(BLOCKS[min(len(BLOCKS) - 1, int(value / top * len(BLOCKS)))] for value in values)
+    eighths = [round(value / top * height * len(BLOCKS)) for value in values]
+    lines = []
+    for row in reversed(range(height)):
+        inside = [min(len(BLOCKS), max(0, level - row * len(BLOCKS))) for level in eighths]
+        label = f"{top:.3g}" if row == height - 1 else "0" if row == 0 else ""
+        lines.append(f"{label:>8} ┤" + "".join(BLOCKS[level - 1] if level else " " for level in inside))
+    last = f"{steps:,}"
+    return "\n".join([*lines, f"{'update':>8} └1{last:>{max(1, width - 1)}}"])
+
+
+def draw_picture(learning_rate: Callable[[int], float], steps: int, title: str, path: Path) -> None:
+    """The same curve as PNG or SVG, by the suffix of `path`. Raises ValueError for another one."""
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--picture: {path} is neither .png nor .svg")
+    from matplotlib.figure import Figure
+
+    updates = sorted({round(i * (steps - 1) / 1999) for i in range(2000)})
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="optimizer updates", ylabel="learning rate")
+    axes.plot([update + 1 for update in updates], [learning_rate(update) for update in updates])
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -116,6 +177,9 @@ def main() -> None:
     parser.add_argument(
         "--show", action="store_true", help="also print the resolved configuration and DeepSpeed's"
     )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw the learning rate into a .png or .svg file"
+    )
     options = parser.parse_args(rest)
     console = Console(highlight=False)
     try:
@@ -128,6 +192,9 @@ def main() -> None:
             plan = batch_plan(config, load_manifest(config.data.dir).row_tokens, options.ranks, 0)
             console.print_json(data=deepspeed_config(config, plan))
         console.print(table)
+        if options.picture is not None:
+            words = learning_rate_in_words(config)
+            draw_picture(learning_rate_by_update(config), config.steps, words, options.picture)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

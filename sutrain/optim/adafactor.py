@@ -28,11 +28,14 @@ from .kernels import Layout, build_kernels
 from .per_tensor import refuse_unless
 from .schedule import RelativeStep
 
+NEVER_FACTORED = 1_000_000
+"""A min_dim_size_to_factor that no matrix has in both dimensions."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"relative_step": True},
     "bert4keras": {"min_dim_size_to_factor": 128, "factored_dimensions": "largest"},
     "bert4keras_finetune": {
-        "min_dim_size_to_factor": 1_000_000,
+        "min_dim_size_to_factor": NEVER_FACTORED,
         "factored_dimensions": "largest",
         "momentum": 0.9,
     },

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
 
-from .adafactor import AdaFactor, settings_of_preset
+from .adafactor import NEVER_FACTORED, AdaFactor, settings_of_preset
 from .adamw import AdamW
 from .base import FragmentOptimizer
+from .egd import Egd
 from .lamb import Lamb
 
-OPTIMIZERS: dict[str, type[FragmentOptimizer]] = {"adafactor": AdaFactor, "lamb": Lamb, "adamw": AdamW}
+OPTIMIZERS: dict[str, type[FragmentOptimizer]] = {
+    "adafactor": AdaFactor,
+    "lamb": Lamb,
+    "adamw": AdamW,
+    "egd": Egd,
+}
 
 
 def build_optimizer(
@@ -22,8 +28,8 @@ def build_optimizer(
 ) -> FragmentOptimizer:
     """The optimizer `name` for model.named_parameters(); frozen parameters are left out.
 
-    Settings are the arguments of its class and of FragmentOptimizer; AdaFactor also takes preset="paper" or
-    "bert4keras". Raises ValueError with every unknown name and what is near it.
+    Settings are the arguments of its class and of FragmentOptimizer; AdaFactor also takes `preset`, one of
+    adafactor.PRESETS. Raises ValueError with every unknown name and what is near it.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer {name!r} is unknown, expected one of {', '.join(OPTIMIZERS)}")
@@ -48,3 +54,12 @@ def settings_of(name: str) -> list[str]:
     parameters = [p for kind in kinds for p in inspect.signature(kind).parameters.values()]
     named = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     return (["preset"] if OPTIMIZERS[name] is AdaFactor else []) + named
+
+
+def whole_state_tensors(name: str, settings: Mapping[str, Any]) -> int:
+    """How many state tensors of the parameters' size an optimizer keeps (factored ones are not counted)."""
+    if name != "adafactor":
+        return 2
+    chosen = settings_of_preset(settings)
+    unfactored = chosen.get("min_dim_size_to_factor", 0) >= NEVER_FACTORED
+    return int(bool(chosen.get("momentum"))) + int(unfactored)

@@ -1,6 +1,7 @@
 """The optimizers in one process: parity with other implementations, clipping, statistics, settings,
 refusals."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import transformers
 from torch import nn
 
 from sutrain.optim import OPTIMIZERS, STATISTICS, FragmentError, FragmentMap, StateError, build_optimizer
-from sutrain.optim.build import settings_of
+from sutrain.optim.adafactor import PRESETS
+from sutrain.optim.build import settings_of, whole_state_tensors
 
 SHAPES = {"matrix": (17, 29), "square": (64, 64), "cube": (3, 5, 7), "vector": (31,), "scalar": ()}
 
@@ -70,6 +72,61 @@ def test_adafactor_agrees_with_transformers(relative):
     preset = {"preset": "paper"} if relative else {"learning_rate": 0.02}
     run(standalone("adafactor", own, **preset), own, 30)
     assert_same(own, run(theirs, other, 30), 2e-6)
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "eager"])
+@pytest.mark.parametrize("learning_rate", [0.01, 0.5])
+def test_preset_torch_is_torchs_adafactor_with_its_defaults(learning_rate, kernels):
+    """Also where its ε1 matters, gradients of 1e-9 and none at all, and where 1/√t caps the learning rate but not the
+    weight decay."""
+    own, other = parameters(), parameters()
+    settings = {"learning_rate": learning_rate, "weight_decay": 0.1, "preset": "torch", "kernels": kernels}
+    optimizer = standalone("adafactor", own, **settings)
+    theirs = torch.optim.Adafactor(other.values(), lr=learning_rate, weight_decay=0.1)
+    for step in range(1, 31):
+        for name, gradient in gradients(step).items():
+            gradient = gradient * (1e-9 if name in ("square", "vector") else 1.0)
+            if name == "cube":
+                gradient[1] = 0
+            own[name].grad, other[name].grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        theirs.step()
+    assert_same(own, other, 3e-6)
+    assert not torch.equal(own["square"], parameters()["square"])
+
+
+def test_presets_differ_from_each_other():
+    """Each does what its name says and not what another does."""
+    results = {}
+    for preset in [None, *PRESETS]:
+        own = parameters()
+        settings = {} if preset is None else {"preset": preset}
+        run(standalone("adafactor", own, learning_rate=0.02, **settings), own, 3)
+        results[preset] = own
+    for left, right in itertools.combinations(results, 2):
+        if {left, right} != {None, "torch"}:  # which differ for tiny gradients and after many updates
+            assert not torch.equal(results[left]["matrix"], results[right]["matrix"]), (left, right)
+
+
+def test_preset_bert4keras_finetune_is_unfactored_with_momentum_before_the_parameter_scale():
+    """kexue.fm/archives/7302 and its author's optimizers.py, written out on one tensor in float64."""
+    own = parameters()
+    optimizer = standalone("adafactor", own, preset="bert4keras_finetune", learning_rate=5e-4)
+    theta, m, v = own["matrix"].detach().double().clone(), 0.0, 0.0
+    for step in range(1, 11):
+        gradient = gradients(step)["matrix"].double()
+        beta = 1 - step**-0.8
+        v = beta * v + (1 - beta) * (gradient**2 + 1e-30)
+        u = gradient / v.sqrt()
+        u = u / max(1.0, u.square().mean().sqrt().item())
+        m = 0.9 * m + 0.1 * u
+        theta = theta - 5e-4 * max(1e-3, theta.square().mean().sqrt().item()) * m
+    run(optimizer, own, 10)
+    assert optimizer.state_by_name().replicated == {}
+    error = (own["matrix"] - theta).abs().max() / theta.abs().max()
+    assert error < 2e-7
+    moved = (theta - parameters()["matrix"]).abs().max() / theta.abs().max()
+    assert moved > 1e-4
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -244,7 +301,7 @@ def test_masters_are_loaded_from_any_overlapping_range():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("adafaktor", {}, "'adafaktor' is unknown, expected one of adafactor, lamb, adamw"),
+        ("adafaktor", {}, "'adafaktor' is unknown, expected one of adafactor, lamb, adamw, egd"),
         (
             "adafactor",
             {"momentun": 0.9, "weight_decai": 1},
@@ -256,6 +313,13 @@ def test_masters_are_loaded_from_any_overlapping_range():
             {"momentum": 1.5, "decay_exponent": 0},
             "decay_exponent is 0.*\nadafactor: momentum is 1.5",
         ),
+        ("adafactor", {"epsilon_gradient": 0}, "above 1e-37, or 0 with epsilon_root"),
+        ("adafactor", {"relative_step": True, "inverse_sqrt_cap": True}, "both set: choose one"),
+        ("adafactor", {"warmup_initialisation": True}, "no effect without relative_step"),
+        ("adafactor", {"kernels": "triton"}, "kernels is 'triton', expected one of auto, compiled, eager"),
+        ("lamb", {"update_guard": 1.0, "guard_window": 0}, "update_guard is 1.0.*\nlamb: guard_window is 0"),
+        ("egd", {"gain_limits": (2, 10), "exponent_limit": 0}, "gain_limits is .*\negd: exponent_limit is 0"),
+        ("egd", {"kernels": "compiled"}, "not written for egd"),
         ("lamb", {"betas": (0.9, 1.0)}, "betas is"),
         ("adamw", {"epsilon": 0}, "epsilon is 0"),
         ("adamw", {"per_tensor": {"cub": {"weight_decay": 0}}}, "'cub' matches no tensor"),
@@ -268,6 +332,40 @@ def test_masters_are_loaded_from_any_overlapping_range():
 def test_wrong_settings_are_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         build_optimizer(name, parameters().items(), **settings)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_statistics_the_weights_are_the_same(name):
+    own, other = parameters(), parameters()
+    settings = {"learning_rate": 0.01, "weight_decay": 0.1}
+    with_them, without = (
+        standalone(name, own, **settings),
+        standalone(name, other, statistics=False, **settings),
+    )
+    run(with_them, own, 3)
+    run(without, other, 3)
+    assert all(torch.equal(own[key], other[key]) for key in SHAPES)
+    assert not column(with_them, "update_square_sum").isnan().any()
+    assert column(without, "update_square_sum").isnan().all()
+    assert not column(without, "grad_square_sum").isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("adafactor", {}),
+        ("adafactor", {"momentum": 0.9}),
+        ("adafactor", {"preset": "bert4keras_finetune"}),
+        ("lamb", {}),
+        ("adamw", {}),
+        ("egd", {}),
+    ],
+)
+def test_state_of_the_size_of_the_parameters_is_what_is_announced(name, settings):
+    own = {"matrix": nn.Parameter(torch.randn(300, 400))}
+    state = standalone(name, own, **settings).state_by_name()
+    held = sum(values.numel() for *_, values in state.sliced) / 120_000
+    assert held == whole_state_tensors(name, settings)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -153,13 +153,38 @@ class EagerKernels:
         return stacked([squares(gradients), products(gradients, weights) if weighted else []], decays)
 
     def moment_apply(
-        self,
-        scales: tuple[float, float],
-        epsilon: float,
-        decays: Tensor,
-        numbers: Tensor,
+        self, scales: tuple[float, float], epsilon: float, decays: Tensor, numbers: Tensor
     ) -> None:
-        """θ ← θ - lost · θ - size · r; numbers: size and lost by tensor, [2, T]."""
+        """θ ← θ - lost · θ - size · r; numbers: size and lost by tensor, [2, T]. (The compiled passes use the rest.)"""
+        self.add_directions(numbers)
+
+    def egd_sums(
+        self,
+        clip: float,
+        normalisers: Tensor,
+        rate: float,
+        exponent_limit: float,
+        log_gain_limits: tuple[float, float],
+        weighted: bool,
+    ) -> Tensor:
+        """Advance log ν and the previous gradient; with r = clip · ν g: Σr² and Σrθ of every fragment, [F, 2].
+
+        normalisers: what gradients are multiplied with in the exponent, by tensor, [T].
+        """
+        gradients, weights = self._gradients, self._weights
+        owned = zip(self._tensors, gradients, *self._state, strict=True)
+        for tensor, gradient, log_gain, previous in owned:
+            normal = gradient * normalisers[tensor]
+            log_gain.add_(previous.mul_(normal).mul_(rate).clamp_(-exponent_limit, exponent_limit))
+            log_gain.clamp_(*log_gain_limits)
+            previous.copy_(normal)
+            gradient.mul_(log_gain.exp())
+            if clip != 1.0:
+                gradient.mul_(clip)
+        return stacked([squares(gradients), products(gradients, weights) if weighted else []], normalisers)
+
+    def add_directions(self, numbers: Tensor) -> None:
+        """θ ← θ - lost · θ - size · r, r standing in the gradients; numbers: size and lost by tensor, [2, T]."""
         columns = numbers.tolist()
         for tensor, direction, weight in zip(self._tensors, self._gradients, self._weights, strict=True):
             size, lost = (column[tensor] for column in columns)

@@ -1,0 +1,66 @@
+"""`python -m sutrain.plan`: the learning rate as it will be, in words and pictures."""
+
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from data_prep.config_file import load_config
+from sutrain.config import PretrainConfig
+from sutrain.optim import build_schedule
+from sutrain.plan import draw_picture, drawn, learning_rate_by_update, learning_rate_in_words
+
+
+def load(path):
+    return load_config(PretrainConfig, path, [])
+
+
+def test_the_picture_in_the_terminal():
+    schedule = build_schedule("linear", 100, warmup_steps=10)
+    lines = drawn(lambda update: 0.02 * schedule(update), 100, width=50, height=4).splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("    0.02 ┤")
+    assert lines[3].startswith("       0 ┤")
+    assert lines[4].split() == ["update", "└1", "100"]
+    columns = [line.split("┤")[1] for line in lines[:4]]
+    assert {len(column) for column in columns} == {50}
+    heights = [sum(" ▁▂▃▄▅▆▇█".index(column[i]) for column in columns) for i in range(50)]
+    peak = heights.index(max(heights))
+    assert heights[peak] == 32
+    assert peak in (4, 5)  # update 10 of 100
+    assert heights[:peak] == sorted(heights[:peak])
+    assert heights[peak:] == sorted(heights[peak:], reverse=True)
+    assert heights[-1] <= 1
+    assert heights[25] == pytest.approx(32 * 0.55, abs=1.5)
+
+
+def test_a_run_of_one_update_can_be_drawn():
+    assert "█" in drawn(lambda update: 1.0, 1)
+
+
+def test_what_adafactor_makes_of_the_learning_rate_is_in_it(write_config):
+    optimizer = {"name": "adafactor", "learning_rate": 1.0, "settings": {"preset": "paper"}}
+    config = load(write_config(optimizer=optimizer, schedule={"shape": "constant"}, steps=40_000))
+    rate = learning_rate_by_update(config)
+    assert [rate(0), rate(9_999), rate(39_999)] == pytest.approx([0.01, 0.01, 0.005])
+    assert "times AdaFactor's relative step, times the size of each tensor" in learning_rate_in_words(config)
+    optimizer["settings"] = {"preset": "torch"}
+    capped = learning_rate_by_update(load(write_config(optimizer=optimizer, schedule={"shape": "constant"})))
+    assert capped(3) == pytest.approx(0.5)
+
+
+def test_without_adafactor_the_schedule_is_all(write_config):
+    optimizer = {"name": "adamw", "learning_rate": 1e-3}
+    schedule = {"shape": "piecewise_linear", "points": {4: 1, 8: 0.5}}
+    config = load(write_config(optimizer=optimizer, schedule=schedule, steps=10))
+    rate = learning_rate_by_update(config)
+    assert [rate(update) for update in (0, 4, 6, 9)] == pytest.approx([0, 1e-3, 0.75e-3, 0.5e-3])
+    assert "size of each tensor" not in learning_rate_in_words(config)
+
+
+def test_picture_files(tmp_path):
+    draw_picture(lambda update: math.exp(-update), 20, "a title", tmp_path / "rate.svg")
+    root = ElementTree.parse(tmp_path / "rate.svg").getroot()
+    assert root.tag.endswith("svg")
+    with pytest.raises(ValueError, match=r"neither \.png nor \.svg"):
+        draw_picture(lambda update: 1.0, 20, "a title", tmp_path / "rate.pdf")
