@@ -25,7 +25,13 @@ from data_prep.config_file import load_config
 from data_prep.shards import Manifest
 from sutrain import checkpoint as checkpoints
 from sutrain.config import PretrainConfig
-from sutrain.huggingface import AUTO_MAP, SutrainConfig, SutrainForMaskedLM, SutrainTokenizer
+from sutrain.huggingface import (
+    AUTO_MAP,
+    SutrainConfig,
+    SutrainForCausalLM,
+    SutrainForMaskedLM,
+    SutrainTokenizer,
+)
 from sutrain.models.configuration import EncoderConfig, parameter_count
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.monitor.log import DamagedLogError, read_run
@@ -46,10 +52,10 @@ _LOAD_AND_RUN = """
 import sys
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-folder, output, *texts = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model, info = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+import transformers
+folder, output, automatic, *texts = sys.argv[1:]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model, info = getattr(transformers, automatic).from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
 problems = {key: sorted(map(str, found)) for key, found in info.items() if found}
 if problems:
     sys.exit(f"weights do not fit: {problems}")
@@ -155,10 +161,12 @@ def _write_folder(
     card: dict[str, Any],
 ) -> None:
     with torch.device("meta"):
-        exported = SutrainForMaskedLM(SutrainConfig(**vars(model_config)))
+        kind = SutrainForMaskedLM if model_config.context == "bidirectional" else SutrainForCausalLM
+        exported = kind(SutrainConfig(**vars(model_config)))
     state = {f"model.{name}": tensor.float() for name, tensor in weights.items()}
     exported.load_state_dict(state, assign=True)
-    exported.config.auto_map = dict(AUTO_MAP)
+    other = "AutoModelForCausalLM" if kind is SutrainForMaskedLM else "AutoModelForMaskedLM"
+    exported.config.auto_map = {name: place for name, place in AUTO_MAP.items() if name != other}
     exported.save_pretrained(folder)  # also writes the files that define the model
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(model_config, card), encoding="utf-8")
@@ -178,6 +186,7 @@ def _verify(folder: Path, model: MaskedLanguageModel, tokenizer: SutrainTokenize
             _LOAD_AND_RUN,
             str(folder.resolve()),
             str(output),
+            automatic_class(model.config),
             *PROBE_TEXTS,
         ]
         finished = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
@@ -200,34 +209,55 @@ def _verify(folder: Path, model: MaskedLanguageModel, tokenizer: SutrainTokenize
             )
 
 
+def automatic_class(model_config: EncoderConfig) -> str:
+    """The transformers class that loads a model with its head."""
+    return "AutoModelForMaskedLM" if model_config.context == "bidirectional" else "AutoModelForCausalLM"
+
+
 def model_card(model_config: EncoderConfig, card: dict[str, Any]) -> str:
     """README.md of an exported folder: what it is, how to load it, its numbers."""
-    mixer = "gated attention units" if model_config.mixer == "gau" else "rotary multi-head attention"
+    mixer = {"gau": "gated attention units", "flash": "gated attention in chunks (FLASH)"}.get(
+        model_config.mixer, "multi-head attention"
+    )
+    masked = model_config.context == "bidirectional"
+    title = "Masked language model" if masked else "Language model"
+    purpose = (
+        "An encoder for masked language modelling" if masked else f"A {model_config.context} language model"
+    )
+    use = (
+        """from transformers import pipeline
+
+fill = pipeline("fill-mask", model="path/to/this/folder", trust_remote_code=True)
+print(fill("The weather is [MASK] today."))"""
+        if masked
+        else """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+logits = model(**tokenizer("The weather is", return_tensors="pt")).logits"""
+    )
     numbers = {"parameters": f"{parameter_count(model_config):,}", **card}
     rows = "\n".join(f"| {label} | {value} |" for label, value in numbers.items() if label != "name")
     settings = "\n".join(f"| {key} | {value} |" for key, value in vars(model_config).items())
     return f"""---
 library_name: transformers
-pipeline_tag: fill-mask
+pipeline_tag: {"fill-mask" if masked else "text-generation"}
 tags: [sutrain]
 ---
 
-# {card.get("name", "Masked language model")}
+# {card.get("name", title)}
 
-An encoder for masked language modelling: {model_config.num_layers} layers of {mixer}, hidden size
+{purpose}: {model_config.num_layers} layers of {mixer}, hidden size
 {model_config.hidden_size}, pretrained with sutrain on rows of up to {model_config.max_row_tokens} tokens.
 The weights are fp32.
 
 ## Use
 
 ```python
-from transformers import pipeline
-
-fill = pipeline("fill-mask", model="path/to/this/folder", trust_remote_code=True)
-print(fill("The weather is [MASK] today."))
+{use}
 ```
 
-`AutoTokenizer`, `AutoModel` and `AutoModelForMaskedLM` load the folder in the same way. Where sutrain is
+`AutoTokenizer`, `AutoModel` and `{automatic_class(model_config)}` load the folder in the same way. Where sutrain is
 installed, `import sutrain.huggingface` makes `trust_remote_code=True` unnecessary. The model files in this
 folder are the ones it was trained with; they need torch, transformers and sentencepiece.
 
@@ -276,6 +306,11 @@ def export_run(run_dir: Path, output_dir: Path, choice: str = "best") -> Path:
     manifest = Manifest.load(config.data.dir)
     folder = choose_checkpoint(run_dir, choice)
     checkpoint = checkpoints.Checkpoint(folder)
+    if checkpoint.counters["steps"] < config.model.ramp_steps:
+        raise ExportError(
+            f"{folder}: found step {checkpoint.counters['steps']} of a residual ramp of {config.model.ramp_steps}; "
+            "its branches do not count in full yet, as they will in the exported model: train on, or choose a later one"
+        )
     card = {
         "name": run_dir.resolve().name,
         "optimizer updates": f"{checkpoint.counters['steps'] - checkpoint.counters['skipped']:,}",

@@ -1,0 +1,90 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sutrain.masking import IGNORED
+from sutrain.models.masked_lm import MaskedLanguageModel
+from sutrain.objectives import masked_lm
+from sutrain.objectives.masked_lm import masked_lm_loss
+from tests.models.tiny import CONFIGS
+
+
+def batch(share):
+    torch.manual_seed(0)
+    labels = torch.randint(5, 300, (4, 24))
+    hidden = torch.rand(labels.shape) < share
+    documents = torch.tensor([[1] * 10 + [2] * 12 + [0] * 2] * 4)
+    hidden &= documents > 0
+    inputs = labels.masked_fill(hidden, 4)
+    return inputs, labels.masked_fill(~hidden, IGNORED), hidden, documents
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["roformer_v2", "pre", "bert"])
+def test_chunks_give_the_loss_and_gradients_of_the_whole_and_never_hold_all_scores(kind, monkeypatch):
+    model = MaskedLanguageModel(replace(CONFIGS[kind], hidden_dropout=0.0, attention_dropout=0.0))
+    found, widest = [], []
+    for chunk in (10_000, 7):
+        monkeypatch.setattr(masked_lm, "CHUNK_POSITIONS", chunk)
+        sizes = []
+
+        def logits(hidden_MD, sizes=sizes):
+            sizes.append(len(hidden_MD))
+            return model.logits(hidden_MD)
+
+        model.zero_grad()
+        loss = masked_lm_loss(model, logits, *batch(0.4))
+        loss.loss_sum.backward()
+        found.append((loss, gradients(model)))
+        widest.append(max(sizes))
+    (whole, of_whole), (chunked, of_chunks) = found
+    assert widest[0] > 30 and widest[1] == 7
+    torch.testing.assert_close(chunked.loss_sum, whole.loss_sum)
+    assert chunked.correct_hidden == whole.correct_hidden and chunked.hidden_tokens == whole.hidden_tokens
+    for name, gradient in of_whole.items():
+        torch.testing.assert_close(of_chunks[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_it_is_the_sum_over_predicted_positions(monkeypatch):
+    monkeypatch.setattr(masked_lm, "CHUNK_POSITIONS", 5)
+    model = MaskedLanguageModel(CONFIGS["roformer_v2"]).eval()
+    inputs, labels, hidden, documents = batch(0.3)
+    with torch.no_grad():
+        found = masked_lm_loss(model, model.logits, inputs, labels, hidden, documents)
+        scores = model.logits(model(inputs, documents))
+    chosen = labels != IGNORED
+    torch.testing.assert_close(
+        found.loss_sum, F.cross_entropy(scores[chosen], labels[chosen], reduction="sum")
+    )
+    assert found.correct_hidden == (scores.argmax(-1) == labels)[chosen].sum()
+
+
+def test_chunks_replay_their_dropout(monkeypatch):
+    """What is computed again in the backward pass must be what was computed: the loss is linear in the last bias."""
+    monkeypatch.setattr(masked_lm, "CHUNK_POSITIONS", 5)
+    model = MaskedLanguageModel(replace(CONFIGS["roformer_v2"], hidden_dropout=0.5)).train()
+    drawn = []
+
+    def logits(hidden_MD):
+        scores = model.logits(hidden_MD)
+        drawn.append(scores.detach())
+        return scores
+
+    masked_lm_loss(model, logits, *batch(0.3)).loss_sum.backward()
+    half = len(drawn) // 2
+    for forward, again in zip(drawn[:half], reversed(drawn[half:]), strict=True):
+        assert torch.equal(forward, again)
+
+
+def test_nothing_to_predict_is_a_zero_with_gradients():
+    model = MaskedLanguageModel(CONFIGS["roformer_v2"])
+    inputs, labels, hidden, documents = batch(0.0)
+    loss = masked_lm_loss(model, model.logits, inputs, labels, hidden, documents).loss_sum
+    assert loss.item() == 0.0
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
