@@ -187,6 +187,12 @@ def _refuse_unsupported(engine: Any) -> None:
     round_robin, clipping = engine.zero_round_robin_gradients(), engine.gradient_clipping()
     wrapper, zero = engine.optimizer, engine._config.zero_config
     split_tensors = getattr(wrapper, "model_parallel_world_size", 1) > 1 or engine.autotp_size() > 1
+    keeps_infinite_sums = (
+        _offloads(engine)
+        and engine.zero_optimization_stage() < 3
+        and wrapper.check_grad_overflow
+        and wrapper._use_compact_grad_partition_buffer(0)
+    )
     sixteen_bit_masters = getattr(wrapper, "low_precision_master_weights_and_grads", False) or (
         getattr(wrapper, "master_weights_and_grads_dtype", torch.float32) != torch.float32
     )
@@ -196,6 +202,10 @@ def _refuse_unsupported(engine: Any) -> None:
         "optimizer, which clips from sums it computes anyway": clipping != 0,
         "zero_optimization.offload_optimizer to nvme swaps masters out between updates: use cpu": (
             offload is not None and offload.device == "nvme"
+        ),
+        "zero_optimization.offload_optimizer at stage 1 or 2 with fp32 gradients of 16-bit weights never recovers from "
+        "an overflow (DeepSpeed keeps the infinite sums): use stage 3, or data_types.grad_accum_dtype fp16": (
+            keeps_infinite_sums
         ),
         "zero_optimization.offload_param moves the weights away from the engine's device: remove it": (
             parameters_offload is not None and parameters_offload.device != "none"

@@ -293,6 +293,11 @@ class FragmentMap:
         assert self.around.weights is not None, "a map without a model"
         return self.around.weights(name).detach()
 
+    @property
+    def loss_scale(self) -> float:
+        """By what the next loss is multiplied; 1 unless fp16."""
+        return 1.0 if self.around.loss_scaler is None else self.around.loss_scaler.scale
+
     def describe(self) -> str:
         """A table, one line a fragment: tensor, shape, elements owned by this rank, place in the buffer."""
         lines = [f"{'tensor':<48} {'shape':<20} {'elements owned':<24} {'of':>11}  flat start"]
