@@ -1,0 +1,79 @@
+"""What the run asks of DeepSpeed, with every default written out that changes the mathematics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from sutrain.config import PretrainConfig
+from sutrain.data import BatchPlan
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Of weights and activations, by the names of the configuration."""
+
+
+def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
+    """The engine's settings.
+
+    Clipping is off because our optimizers clip from sums they compute anyway (unset, the engine clips at 1.0);
+    gradients are averaged over ranks by the engine and divided by nothing else (the loss is normalised by the
+    global count of predicted tokens instead of by accumulation steps).
+    """
+    return {
+        "train_batch_size": plan.global_sequences,
+        "train_micro_batch_size_per_gpu": plan.micro_sequences,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": 0.0,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "sparse_gradients": False,
+        "communication_data_type": config.gradient_precision,
+        "torch_autocast": {"enabled": False},
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
+        "fp16": {
+            "enabled": config.precision == "fp16",
+            "auto_cast": False,
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": int(math.log2(config.loss_scale.initial)),
+            "loss_scale_window": config.loss_scale.grow_after_updates,
+            "hysteresis": config.loss_scale.hysteresis,
+            "consecutive_hysteresis": False,
+            "min_loss_scale": config.loss_scale.least,
+            "fp16_master_weights_and_grads": False,
+        },
+        "data_types": {"grad_accum_dtype": config.gradient_precision},
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "round_robin_gradients": False,
+            "reduce_scatter": True,
+            **({"offload_optimizer": _OFFLOAD} if config.zero.offload else {}),
+            **(_stage_3(config) if config.zero.stage == 3 else {}),
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+_OFFLOAD = {"device": "cpu", "pin_memory": torch.accelerator.is_available(), "ratio": 1.0}
+
+
+def _stage_3(config: PretrainConfig) -> dict[str, Any]:
+    return {
+        "sub_group_size": config.zero.sub_group_parameters,
+        "stage3_param_persistence_threshold": config.zero.whole_below_parameters,
+        "zero_hpz_partition_size": 1,  # no second copy of the weights
+        "zero_quantized_weights": False,
+        "zero_quantized_nontrainable_weights": False,
+        "zero_quantized_gradients": False,
+        "stage3_gather_16bit_weights_on_model_save": False,  # checkpoints are ours
+    }
