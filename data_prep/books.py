@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import platform
-import resource
 import socket
-import sys
-import time
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -68,7 +65,7 @@ def close_books(
     data = counts.tobytes()
     write_bytes(output / "token_counts.bin", data)
     content = plan.identity["config"]
-    records["quarantine_xxh3"] = _write_quarantine(plan)
+    records["quarantine_xxh3"] = write_quarantine(plan)
     row_bytes = config.shards.row_tokens * token_dtype(tokenizer["vocab_size"]).itemsize
     return Manifest(
         seed=config.seed,
@@ -88,7 +85,7 @@ def close_books(
     )
 
 
-def _write_quarantine(plan: Plan) -> str:
+def write_quarantine(plan: Plan) -> str:
     """Join what the tasks put aside to OUTPUT/quarantine.jsonl, one line a record; returns its xxh3-128."""
     digest = xxhash.xxh3_128()
     with atomic_file(plan.config.output_path / "quarantine.jsonl") as file:
@@ -118,12 +115,12 @@ def balance(books: list[dict[str, Any]], documents: int, problems: list[str]) ->
 
 
 def describe_run(
-    plan: Plan, executor: Executor, progress: RunProgress, results: list[dict[str, Any]], started: float
+    plan: Plan, executor: Executor, progress: RunProgress, accounts: dict[str, Any], started: float
 ) -> dict[str, Any]:
     """run.json: how, where and how fast. Nothing here decides content."""
-    libraries = ("numpy", "sentencepiece", "rjieba", "zstandard", "xxhash", "ray")
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    libraries = ("numpy", "pyarrow", "sentencepiece", "rjieba", "zstandard", "xxhash", "ray")
     return {
+        **accounts,
         "config": plan.config.model_dump(mode="json"),
         "executor": executor.name,
         "workers": executor.workers,
@@ -131,9 +128,6 @@ def describe_run(
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
         "started": started,
-        "seconds": time.time() - started,
         "stage_seconds": progress.stage_seconds,
-        "task_cpu_seconds": sum(result["cpu_seconds"] for result in results),
-        "peak_process_bytes": peak * (1 if sys.platform == "darwin" else 1024),
         "input_files": [asdict(file) for file in plan.files],
     }

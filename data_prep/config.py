@@ -20,20 +20,27 @@ class CorpusSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="name of the corpus; enters the shuffle keys")
     paths: list[str] = Field(
         min_length=1,
-        description="files, globs (** goes into folders), or folders (every .txt and .jsonl below, also behind "
-        "links; hidden names are left out)",
+        description="files, globs (** goes into folders), or folders (every .txt, .jsonl and .parquet below, also "
+        "behind links; hidden names are left out), here or as URLs that fsspec knows (s3://bucket/folder)",
     )
     root: str | None = Field(
         default=None,
         description="folder that file names are taken relative to (they enter the shuffle keys); "
         "none: the folder in `paths` before the first wildcard",
     )
-    format: Literal["auto", "txt", "jsonl"] = Field(
+    format: Literal["auto", "txt", "jsonl", "parquet"] = Field(
         default="auto",
-        description="txt: a record a line; jsonl: a JSON object a line; auto: by suffix. "
+        description="txt: a record a line; jsonl: a JSON object a line; parquet: a record a row; auto: by suffix. "
         "From a folder only files with a suffix of the format are taken",
     )
-    text_field: str = Field(default="text", min_length=1, description="jsonl: the field that holds the text")
+    records: Literal["line", "paragraph"] = Field(
+        default="line", description="txt: a record is a line, or the lines between two empty ones"
+    )
+    text_field: str = Field(
+        default="text",
+        min_length=1,
+        description="jsonl and parquet: the field, or column, that holds the text",
+    )
 
 
 class CleaningSection(Section):
@@ -65,6 +72,20 @@ class CleaningSection(Section):
         default=16 * MEBIBYTE,
         ge=1024,
         description="larger raw records are quarantined as record_too_large [bytes]",
+    )
+
+
+class QuarantineSection(Section):
+    """How much may be unreadable before a run fails, at the end of pass 1. Changes no byte of the output."""
+
+    max_record_share: float = Field(
+        default=0.01, ge=0, le=1, description="share of the records that may be quarantined"
+    )
+    max_file_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of the files that may be cut short: damaged, a decompression bomb, changed during the run",
     )
 
 
@@ -176,6 +197,18 @@ class ResourcesSection(Section):
         ge=8 * MEBIBYTE,
         description="memory a task may fill with records, without the program itself",
     )
+    memory_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="memory of all workers together, programs included: less than they need is refused; "
+        "none: not checked",
+    )
+    min_read_bytes: int = Field(
+        default=128 * 1024,
+        ge=1,
+        description="a read that the disk of work_dir does well; where pass 2 would read less at a time, a pass "
+        "between is added (object storage and hard disks: 1 to 4 MiB)",
+    )
     task_bytes: int | None = Field(
         default=None,
         ge=1,
@@ -211,6 +244,7 @@ class PrepareConfig(Section):
     )
     corpora: list[CorpusSection] = Field(min_length=1)
     cleaning: CleaningSection = CleaningSection()
+    quarantine: QuarantineSection = QuarantineSection()
     tokenizer: TokenizerSection = TokenizerSection()
     words: WordsSection = WordsSection()
     shuffle: ShuffleSection = ShuffleSection()
@@ -251,7 +285,7 @@ class PrepareConfig(Section):
         """The part of the configuration that decides the content of the output (a loaded tokenizer by its
         hash elsewhere, input files by the table of inputs).
         """
-        tree = self.model_dump(mode="json", exclude={"output_dir", "work_dir", "resources"})
+        tree = self.model_dump(mode="json", exclude={"output_dir", "work_dir", "resources", "quarantine"})
         for corpus in tree["corpora"]:
             del corpus["paths"], corpus["root"]
         del tree["tokenizer"]["load"]

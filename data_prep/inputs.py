@@ -9,19 +9,28 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .config import CorpusSection
-from .sources import InputFile, format_of
+from .decompress import entry_points, zstd_frames
+from .parquet import Footer, read_footer
+from .places import file_system, is_remote, open_to_read, stamp_of
+from .sources import BLOCK_BYTES, InputFile, format_of
+
+# A smaller file is read by one task in a moment; looking for its frames would take longer than it gains.
+_SPLIT_BYTES = 8 * 1024**2
 
 
 @dataclass
 class _Found:
     """What one entry of `paths` leads to: files with the folder that their names are relative to."""
 
-    files: list[Path] = field(default_factory=list)
+    root: str
+    is_folder: bool = False
+    files: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -29,57 +38,73 @@ def list_corpus(number: int, corpus: CorpusSection) -> tuple[list[InputFile], li
     """The files of a corpus sorted by relative name, the files of its folders that are not taken (of another
     kind), and problems, one line each.
     """
-    chosen: dict[str, tuple[Path, Path]] = {}
+    chosen: dict[str, tuple[str, str | None]] = {}
     ignored: list[str] = []
     problems: list[str] = []
     where = f"corpora.{number} ({corpus.name})"
     for pattern in corpus.paths:
-        path = Path(pattern).expanduser()
-        is_folder = path.is_dir()
-        found = _search(path, is_folder)
+        found = _search_far(pattern) if is_remote(pattern) else _search(pattern)
         problems += [f"{where}: {problem}" for problem in found.problems]
-        usable = [file for file in found.files if _takes(corpus, file, is_folder)]
-        unknown = [file for file in found.files if not _takes(corpus, file, is_folder)]
-        kinds = ".txt or .jsonl" if corpus.format == "auto" else f".{corpus.format}"
-        if is_folder:
-            ignored += map(str, unknown)
+        usable = [file for file in found.files if _takes(corpus, file, found.is_folder)]
+        unknown = [file for file in found.files if not _takes(corpus, file, found.is_folder)]
+        kinds = ".txt, .jsonl or .parquet" if corpus.format == "auto" else f".{corpus.format}"
+        if found.is_folder:
+            ignored += unknown
         elif unknown:
             problems.append(
-                f"{where}: {unknown[0]}: txt or jsonl? Its suffix does not tell; set corpora.{number}.format"
+                f"{where}: {unknown[0]}: txt, jsonl or parquet? Its suffix does not tell; set "
+                f"corpora.{number}.format"
             )
         if not found.files and not found.problems:
             problems.append(f"{where}: {pattern}: no such file, and no file matches")
-        elif is_folder and not usable and not found.problems:
+        elif found.is_folder and not usable and not found.problems:
             problems.append(
                 f"{where}: {pattern}: no {kinds} file (plain, .gz, .zst, .bz2, .xz) in this folder"
             )
-        root = Path(corpus.root).expanduser() if corpus.root else search_root(path)
-        for file in map(_absolute, usable):
-            chosen.setdefault(os.path.realpath(file), (file, _absolute(root)))
+        for file in usable:
+            name = file if is_remote(file) else os.path.realpath(file)
+            chosen.setdefault(name, (file, _relative(file, corpus.root or found.root)))
     files: dict[str, InputFile] = {}
-    for path, root in chosen.values():
-        relative = _relative(path, root)
+    for path, relative in chosen.values():
         if relative is None:
-            problems.append(f"{where}: {path} is not below the root {root}")
+            problems.append(f"{where}: {path} is not below the root {corpus.root}")
         elif relative in files:
             problems.append(
                 f"{where}: {path} and {files[relative].path} have the same relative name; set "
                 f"corpora.{number}.root"
             )
         else:
-            status = path.stat()
-            kind, compression = _kind(path, corpus)
-            files[relative] = InputFile(
-                number,
-                str(path),
-                relative,
-                status.st_size,
-                status.st_mtime_ns,
-                kind,
-                corpus.text_field,
-                compression,
-            )
+            file_or_problem = _describe(number, corpus, path, relative)
+            if isinstance(file_or_problem, str):
+                problems.append(f"{where}: {file_or_problem}")
+            else:
+                files[relative] = file_or_problem
     return [files[name] for name in sorted(files)], ignored, problems
+
+
+def _describe(number: int, corpus: CorpusSection, path: str, relative: str) -> InputFile | str:
+    """An input file with what planning needs to know of its inside, or what is wrong with it."""
+    by_name, compression = format_of(path)
+    kind = by_name if corpus.format == "auto" else corpus.format
+    try:
+        size_bytes, stamp = stamp_of(path)
+        file = InputFile(
+            number, path, relative, size_bytes, stamp, kind, corpus.text_field, compression, corpus.records
+        )
+        if kind == "parquet":
+            with open_to_read(path) as handle:
+                footer = read_footer(handle, corpus.text_field)
+            if isinstance(footer, Footer):
+                return replace(file, groups=footer.rows, text_bytes=footer.text_bytes)
+            return file if footer.startswith("damaged") else f"{path}: {footer}"
+        if compression == ".zst" and size_bytes >= _SPLIT_BYTES:
+            with open_to_read(path) as handle:
+                frames = zstd_frames(handle, size_bytes)
+            if frames:
+                return replace(file, frames=entry_points(frames, BLOCK_BYTES), text_bytes=frames[-1][1])
+        return file
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror or error})"
 
 
 def search_root(path: Path) -> Path:
@@ -93,7 +118,7 @@ def search_root(path: Path) -> Path:
     return path.parent
 
 
-def _takes(corpus: CorpusSection, file: Path, in_folder: bool) -> bool:
+def _takes(corpus: CorpusSection, file: str, in_folder: bool) -> bool:
     """In a folder the suffix decides; a file that was named itself may be declared to be of a format."""
     by_name = format_of(file)[0]
     if corpus.format == "auto":
@@ -101,14 +126,10 @@ def _takes(corpus: CorpusSection, file: Path, in_folder: bool) -> bool:
     return by_name == corpus.format if in_folder else True
 
 
-def _kind(path: Path, corpus: CorpusSection) -> tuple[str, str]:
-    by_name, compression = format_of(path)
-    return (by_name if corpus.format == "auto" else corpus.format), compression
-
-
-def _search(path: Path, is_folder: bool) -> _Found:
-    found = _Found()
-    if is_folder:
+def _search(pattern: str) -> _Found:
+    path = Path(re.sub("^(file|local)://", "", pattern)).expanduser()
+    found = _Found(str(search_root(path)), path.is_dir())
+    if found.is_folder:
         candidates: Iterator[Path] = _walk(path, found.problems)
     elif path.is_file():  # also where its name reads like a pattern: wiki[2024].txt
         candidates = iter([path])
@@ -116,13 +137,43 @@ def _search(path: Path, is_folder: bool) -> _Found:
         candidates = _matching(path, found.problems)
     else:
         candidates = iter([path])
+    files = []
     for candidate in candidates:
         if candidate.is_file():
-            found.files.append(candidate)
+            files.append(_absolute(candidate))
         elif candidate.is_symlink() and not candidate.exists():
             found.problems.append(f"{candidate}: a link to {os.readlink(candidate)}, which does not exist")
     # Of two names for one file the shortest is kept, so a link up the tree does not rename what is below it.
-    found.files.sort(key=lambda file: (len(file.parts), str(file)))
+    found.files = [str(file) for file in sorted(files, key=lambda file: (len(file.parts), str(file)))]
+    return found
+
+
+def _search_far(pattern: str) -> _Found:
+    """What a URL leads to: a file, everything below a folder, or what a glob matches. Hidden names are left out."""
+    system, name = file_system(pattern)
+    protocol = pattern.partition("://")[0]
+    found = _Found(pattern.rstrip("/"))
+    try:
+        if glob.has_magic(name):
+            names = sorted(system.glob(name))
+            before = name[: re.search(r"[*?[]", name).start()]  # type: ignore[union-attr]
+            found.root = f"{protocol}://{before.rpartition('/')[0]}"
+        elif system.isfile(name):
+            names, found.root = [name], pattern.rpartition("/")[0]
+        else:
+            names, found.is_folder = sorted(system.find(name)), True
+        for entry in names:
+            parts = entry.removeprefix(name if found.is_folder else "").strip("/").split("/")
+            if ".." in parts:
+                found.problems.append(
+                    f"{protocol}://{entry}: a name that leads out of its folder is not taken"
+                )
+            elif entry.endswith("/") or any(part.startswith(".") for part in parts):
+                continue
+            elif found.is_folder or system.isfile(entry):
+                found.files.append(f"{protocol}://{entry}")
+    except Exception as error:  # a client's own exceptions are many
+        found.problems.append(f"{pattern}: cannot be listed ({type(error).__name__}: {error})")
     return found
 
 
@@ -171,11 +222,16 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def _relative(path: Path, root: Path) -> str | None:
+def _relative(file: str, root: str) -> str | None:
     """The name of a file below its root, None where it is not below. The root may be given by another path to
     the same folder.
     """
-    for file, folder in ((path, root), (Path(os.path.realpath(path.parent), path.name), root.resolve())):
-        if file.is_relative_to(folder):
-            return file.relative_to(folder).as_posix()
+    if is_remote(file):
+        base = root.rstrip("/") + "/"
+        return file.removeprefix(base) if file.startswith(base) else None
+    path, folder = Path(file), _absolute(Path(root).expanduser())
+    real = Path(os.path.realpath(path.parent), path.name)
+    for name, above in ((path, folder), (real, folder.resolve())):
+        if name.is_relative_to(above):
+            return name.relative_to(above).as_posix()
     return None

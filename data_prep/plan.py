@@ -21,7 +21,6 @@ from typing import Any
 from .config import DEFAULT_WORK, PrepareConfig
 from .errors import DataPrepError
 from .executor import usable_cores
-from .files import write_speed
 from .inputs import list_corpus, search_root
 from .scatter import Segment, segment_bytes
 from .shards import FORMAT_VERSION
@@ -33,7 +32,6 @@ WORK_PREFIX = ".sutrain-"
 _WORK_VERSION = 2  # of the intermediate files; another program must not take up what it cannot read
 _MIN_TASK_BYTES, _MAX_TASK_BYTES = BLOCK_BYTES, 1024**3
 _TASKS_PER_RUN = 64
-_RATIO = 4  # assumed ratio of compressed input, for estimates and for grouping
 # Rough sizes per byte of text, for the estimate only (16-bit ids, Chinese statutes).
 _SPILL_SHARE, _OUTPUT_SHARE = 0.35, 0.3
 _MIN_FRAME_BYTES, _MAX_FRAME_BYTES = 16 * 1024, 512 * 1024
@@ -57,7 +55,7 @@ class Plan:
     @property
     def text_bytes(self) -> int:
         """Estimate of the decompressed size."""
-        return sum(file.size_bytes * (_RATIO if file.compression else 1) for file in self.files)
+        return sum(file.estimated_text_bytes for file in self.files)
 
     @property
     def spill_bytes(self) -> int:
@@ -84,8 +82,7 @@ class Plan:
             "format_version": FORMAT_VERSION,
             "config": content,
             "files": {
-                f"{names[file.corpus]}:{file.relative}": [file.size_bytes, file.mtime_ns]
-                for file in self.files
+                f"{names[file.corpus]}:{file.relative}": [file.size_bytes, file.stamp] for file in self.files
             },
             "tools": tool_versions(),
         }
@@ -129,7 +126,7 @@ def frame_bytes(plan: Plan) -> int:
     return min(max(run_bytes // (8 * shards), _MIN_FRAME_BYTES), _MAX_FRAME_BYTES)
 
 
-def choose_codec(plan: Plan) -> str:
+def choose_codec(plan: Plan, disk_bytes_per_second: float) -> str:
     """Compression of the spill files: what was asked for, or by the speed of the disk they go to.
 
     Ids cost so much to make that zstd-1 is lost in it, and it keeps the disk free; only a disk that takes more
@@ -139,7 +136,6 @@ def choose_codec(plan: Plan) -> str:
     resources = plan.config.resources
     if resources.spill != "auto":
         return resources.spill
-    disk_bytes_per_second = write_speed(plan.config.work_base)
     if plan.config.shards.content == "tokens":
         return "zstd" if disk_bytes_per_second < 2e9 else "none"
     saved_seconds = 2 * (1 - _TEXT_RATIO) / disk_bytes_per_second
@@ -242,19 +238,21 @@ def _task_bytes(config: PrepareConfig, files: list[InputFile]) -> int:
 
 
 def _cut_tasks(files: list[InputFile], task_bytes: int) -> Iterator[list[tuple[int, int, int | None]]]:
-    """Group blocks of files, in order, into tasks of about `task_bytes` of text; compressed files stay
+    """Group blocks of files, in order, into tasks of about `task_bytes` of text; files that cannot be split stay
     whole.
     """
     task: list[tuple[int, int, int | None]] = []
     filled = 0
     for number, file in enumerate(files):
-        step = max(1, task_bytes // BLOCK_BYTES)
         blocks = file.blocks
+        block_bytes = BLOCK_BYTES if file.format != "parquet" else file.estimated_text_bytes // (blocks or 1)
+        step = max(1, task_bytes // max(1, block_bytes))
         parts = (
             [(0, None)] if blocks is None else [(i, min(i + step, blocks)) for i in range(0, blocks, step)]
         )
         for first, stop in parts:
-            size = segment_bytes(Segment(number, file, "", first, stop)) * (_RATIO if file.compression else 1)
+            disk_bytes = segment_bytes(Segment(number, file, "", first, stop))
+            size = disk_bytes * file.estimated_text_bytes // max(1, file.size_bytes)
             if task and filled + size > task_bytes:
                 yield task
                 task, filled = [], 0

@@ -14,21 +14,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .books import close_books, describe_run, merge_books
+import numpy as np
+
+from .account import account, compared
+from .books import close_books, describe_run, merge_books, write_quarantine
 from .config import PrepareConfig
-from .errors import DataPrepError
+from .errors import DataPrepError, DiskFullError
+from .estimate import estimate, needed_groups, refuse_too_little_memory
 from .executor import Executor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
 from .lease import owned
+from .merge import MergeTask, SpillSet, finished_merge, merge
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
-from .plan import Plan, choose_codec, frame_bytes, make_plan
+from .plan import Plan, frame_bytes, make_plan
 from .progress import RunProgress
+from .quarantine import check_losses
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_share, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import SPECIAL_IDS, SPLITS, Manifest, token_dtype
 from .text import leaves_text_alone
-from .tokenizer import Tokenizer, read_model
+from .tokenizer import Tokenizer, load_tokenizer, read_model
 
 # With fewer documents than this to a shard, a shard could come out empty.
 _MIN_SHARD_DOCUMENTS = 64
@@ -60,17 +66,29 @@ def run(
         with disk_errors(plan.work_path):
             plan.work_path.mkdir(parents=True, exist_ok=True)
         warn_of_a_small_disk(plan, progress)
-        started = time.time()
+        started, begun = time.time(), time.monotonic()
         executor = make_executor(executor_name, config.resources.workers, fence)
         try:
             tokenizer = prepare_tokenizer(plan, executor, progress)
-            scattered = run_scatter(plan, tokenizer, executor, progress)
+            planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
+            refuse_too_little_memory(plan, planned)
+            scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
             shard_counts = count_shards(plan, scattered, tokenizer["vocab_size"])
-            gathered = run_gather(plan, tokenizer, shard_counts, executor, progress)
+            spills, merged = run_merges(
+                plan, tokenizer, scattered, shard_counts, planned.codec, executor, progress
+            )
+            gathered = run_gather(plan, tokenizer, spills, shard_counts, executor, progress)
+        except DiskFullError as error:
+            raise DiskFullError(f"{error}; {_missing(plan)}") from None
         finally:
             executor.close()
         manifest = close_books(plan, tokenizer, scattered, gathered)
-        write_json(output / "run.json", describe_run(plan, executor, progress, scattered + gathered, started))
+        stages = {"scatter": scattered, "merge": merged, "gather": gathered}
+        seconds = time.monotonic() - begun
+        accounts = account(planned, stages, plan.input_bytes, executor.workers, seconds)
+        write_json(output / "run.json", describe_run(plan, executor, progress, accounts, started))
+        for line in compared(accounts, sum(result["written_bytes"] for result in gathered)):
+            progress.say(line)
         write_json(output / "manifest.json", manifest.to_json())
         remove_work(plan)
         progress.finish()
@@ -142,11 +160,10 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
 
 
 def run_scatter(
-    plan: Plan, tokenizer: dict[str, Any], executor: Executor, progress: RunProgress
+    plan: Plan, tokenizer: dict[str, Any], codec: str, executor: Executor, progress: RunProgress
 ) -> list[dict[str, Any]]:
     """Pass 1; returns the manifests of all tasks in order."""
     config = plan.config
-    codec = choose_codec(plan)
     tasks = [
         ScatterTask(
             number=number,
@@ -179,6 +196,9 @@ def run_scatter(
     with progress.stage("scatter", plan.text_bytes, len(tasks)):
         done = [finished_scatter(task) for task in tasks]
         results = _run_missing(tasks, done, scatter, executor, account)
+    books = merge_books(plan, results)
+    write_quarantine(plan)
+    check_losses(config, len(plan.files), books)
     return sorted(results, key=lambda result: result["task"])
 
 
@@ -209,9 +229,77 @@ def _reasons(lost: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in lost.most_common()) or "no records"
 
 
+def run_merges(
+    plan: Plan,
+    tokenizer: dict[str, Any],
+    scattered: list[dict[str, Any]],
+    shard_counts: dict[str, int],
+    codec: str,
+    executor: Executor,
+    progress: RunProgress,
+) -> tuple[SpillSet, list[dict[str, Any]]]:
+    """As many passes between as pass 2 needs to read enough at a time; returns what it reads from, and the
+    manifests of the merges.
+    """
+    resources, folder, level = plan.config.resources, plan.work_path / "scatter", 0
+    vocab_size, has_words = tokenizer["vocab_size"], plan.config.words.segmenter != "none"
+    dtype = token_dtype(vocab_size).str if vocab_size else "|u1"
+    kind = (dtype, has_words and vocab_size > 0, vocab_size > 0)
+    spill_bytes = sum(result["written_bytes"] for result in scattered)
+    numbers, runs = range(len(scattered)), sum(result["runs"] for result in scattered)
+    results: list[dict[str, Any]] = []
+    fan_in = max(2, int(resources.worker_memory_bytes * 0.7) // resources.min_read_bytes)
+    while (
+        groups := needed_groups(spill_bytes, runs, sum(shard_counts.values()), resources.min_read_bytes)
+    ) < runs:
+        groups = max(groups, -(-len(numbers) // fan_in))
+        if groups >= len(numbers) and level:
+            break  # as far as the memory of a worker goes
+        level, groups = level + 1, min(groups, len(numbers))
+        target = plan.work_path / f"merge-{level}"
+        tasks = [
+            MergeTask(
+                number=number,
+                spills=SpillSet(str(folder), [int(n) for n in group], *kind),
+                folder=str(target),
+                run_hash=plan.run_hash,
+                memory_bytes=resources.worker_memory_bytes,
+                frame_bytes=frame_bytes(plan),
+                codec=codec,
+            )
+            for number, group in enumerate(np.array_split(np.arange(len(numbers)), groups))
+        ]
+        with progress.stage("merge", spill_bytes, len(tasks)):
+            done = [finished_merge(task) for task in tasks]
+            results += _run_missing(tasks, done, merge, executor, lambda r: progress.advance(r["read_bytes"]))
+        folder, numbers, runs = target, range(groups), groups
+    return SpillSet(str(folder), numbers, *kind), results
+
+
+def _loaded(plan: Plan, tokenizer: dict[str, Any]) -> Tokenizer | None:
+    if not tokenizer["file"]:
+        return None
+    return load_tokenizer(str(plan.config.output_path / tokenizer["file"]), tokenizer["sha256"])
+
+
+def _missing(plan: Plan) -> str:
+    """How much more room the rest of the run takes, as far as can be told."""
+    used = sum(
+        path.stat().st_size
+        for folder in (plan.work_path, plan.config.output_path)
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
+    needed = plan.spill_bytes + plan.output_bytes
+    task = needed // max(1, len(plan.tasks))
+    missing = max(needed - used, task) - free_bytes(plan.work_path)
+    return f"about {max(missing, task):,} bytes more are needed"
+
+
 def run_gather(
     plan: Plan,
     tokenizer: dict[str, Any],
+    spills: SpillSet,
     shard_counts: dict[str, int],
     executor: Executor,
     progress: RunProgress,
@@ -227,8 +315,8 @@ def run_gather(
             shards=shards,
             run_hash=plan.run_hash,
             tokenizer_sha256=tokenizer["sha256"],
-            spill_folder=str(plan.work_path / "scatter"),
-            spills=range(len(plan.tasks)),
+            spill_folder=spills.folder,
+            spills=spills.numbers,
             output_folder=str(config.output_path),
             work_folder=str(plan.work_path / "gather"),
             source_of_file=[file.corpus for file in plan.files],

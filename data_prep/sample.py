@@ -23,7 +23,7 @@ from .files import atomic_file, read_json, size_or_none, write_bytes, write_json
 from .keys import philox_words, share_threshold, stream_id
 from .scatter import Segment, clean_texts, new_book, segment_bytes
 from .shards import SPECIAL_IDS
-from .sources import DamagedStreamError, InputFile, read_batches
+from .sources import FileChangedError, InputFile, read_batches
 from .tokenizer import Tokenizer, train
 
 # Assumed ratio of compressed files; a fixed guess, so that the sample stays a function of the input alone.
@@ -79,6 +79,14 @@ def collect_sample(task: SampleTask) -> dict[str, Any]:
     """Write the sampled texts of a task as jsonl.zst lines [number, file, block, record, text], then its
     manifest.
     """
+    while True:
+        try:
+            return _collect_sample(task)
+        except FileChangedError:
+            continue  # what is not as planned is passed over when the task begins anew
+
+
+def _collect_sample(task: SampleTask) -> dict[str, Any]:
     clean = make_cleaner(task.cleaning)
     read, book = 0, new_book()
     path = sample_path(task.folder, task.number)
@@ -104,22 +112,17 @@ def collect_sample(task: SampleTask) -> dict[str, Any]:
 
 def _sampled_lines(task: SampleTask, segment: Segment, clean: Any, book: dict[str, Any]) -> Iterator[bytes]:
     file = segment.input
-    try:
-        for batch in read_batches(
-            file, segment.first_block, segment.stop_block, task.cleaning.max_record_bytes
-        ):
-            stream = stream_id("tokenizer-sample", segment.corpus_name, file.relative, batch.block)
-            numbers = philox_words(task.seed, stream, batch.first_record, len(batch.lines))
-            chosen = np.arange(len(numbers))
-            if task.share < 1:
-                chosen = np.flatnonzero(numbers < np.uint64(share_threshold(task.share)))
-            texts, records = clean_texts(segment, batch, chosen, clean, book)
-            book["written"] += len(texts)
-            for text, record in zip(texts, records, strict=True):
-                entry = [int(numbers[record - batch.first_record]), segment.file, batch.block, record, text]
-                yield (json.dumps(entry, ensure_ascii=False) + "\n").encode()
-    except DamagedStreamError:
-        return  # pass 1 quarantines and counts it
+    for batch in read_batches(file, segment.first_block, segment.stop_block, task.cleaning.max_record_bytes):
+        stream = stream_id("tokenizer-sample", segment.corpus_name, file.relative, batch.block)
+        numbers = philox_words(task.seed, stream, batch.first_record, len(batch.lines))
+        chosen = np.arange(len(numbers))
+        if task.share < 1:
+            chosen = np.flatnonzero(numbers < np.uint64(share_threshold(task.share)))
+        texts, records = clean_texts(segment, batch, chosen, clean, book)
+        book["written"] += len(texts)
+        for text, record in zip(texts, records, strict=True):
+            entry = [int(numbers[record - batch.first_record]), segment.file, batch.block, record, text]
+            yield (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
 
 def train_tokenizer(task: TrainTask) -> dict[str, Any]:

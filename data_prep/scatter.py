@@ -7,9 +7,8 @@ a counted reason, or quarantined with file, offset and reason.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,10 +24,11 @@ from .files import atomic_file, size_or_none, write_json
 from .fingerprint import document_sum
 from .keys import philox_words, share_threshold, stream_id, stripe_words
 from .measure import TaskMeter
+from .quarantine import quarantine_line
 from .shards import SPECIAL_IDS, SPLITS, token_dtype
-from .sources import BLOCK_BYTES, DamagedStreamError, InputFile, RawBatch, parse, read_batches
+from .sources import FileChangedError, InputFile, RawBatch, parse, read_batches
 from .spill import ORIGIN, Records, SpillWriter, index_path, spill_path
-from .text import line_sum, read_lines, text_records
+from .text import is_plain_text, line_sum, read_lines, text_records
 from .tokenizer import Tokenizer, load_tokenizer
 from .words import word_start_characters
 
@@ -73,10 +73,7 @@ class ScatterTask:
 
 def segment_bytes(segment: Segment) -> int:
     """Bytes on disk that a segment reads."""
-    if segment.stop_block is None:
-        return segment.input.size_bytes
-    stop = min(segment.input.size_bytes, segment.stop_block * BLOCK_BYTES)
-    return stop - segment.first_block * BLOCK_BYTES
+    return segment.input.disk_bytes(segment.first_block, segment.stop_block)
 
 
 def manifest_path(folder: str | Path, number: int) -> Path:
@@ -97,6 +94,8 @@ def finished_scatter(task: ScatterTask) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         mine = (manifest["run"], manifest["tokenizer"]) == (task.run_hash, task.tokenizer_sha256)
+        # A file that had changed and is whole again is read again.
+        mine = mine and not any("file_changed" in book["quarantined"] for book in manifest["books"].values())
         sizes = {name: size_or_none(path.with_name(name)) for name in manifest["files"]}
     except (OSError, ValueError, KeyError):
         return None
@@ -105,8 +104,16 @@ def finished_scatter(task: ScatterTask) -> dict[str, Any] | None:
 
 def scatter(task: ScatterTask) -> dict[str, Any]:
     """Run one task of pass 1 and return its manifest. Running it again gives the same records in the same
-    order.
+    order. A file that changed under its hands is quarantined when the task begins anew.
     """
+    while True:
+        try:
+            return _scatter(task)
+        except FileChangedError:
+            continue
+
+
+def _scatter(task: ScatterTask) -> dict[str, Any]:
     folder = Path(task.folder)
     tokenizer = load_tokenizer(task.tokenizer_path, task.tokenizer_sha256) if task.tokenizer_path else None
     meter = TaskMeter()
@@ -137,6 +144,7 @@ def scatter(task: ScatterTask) -> dict[str, Any]:
         "read_bytes": sum(map(segment_bytes, task.segments)),
         "written_bytes": sum(spilled),
         "raw_spill_bytes": writer.raw_bytes,
+        "runs": writer.runs,
         "records": sum(book["read"] for book in books.values()),
         **meter.finish(),
     }
@@ -168,9 +176,7 @@ def clean_texts(
         if raw is None:
             book["quarantined"][reason] += 1
             if quarantine is not None:
-                quarantine.write(
-                    _quarantine_line(segment, int(batch.offsets[position]), reason, batch.lines[position])
-                )
+                quarantine.write(quarantine_line(segment.corpus_name, segment.input, batch, position, reason))
             continue
         text, reason = clean(raw)
         if reason:
@@ -206,7 +212,7 @@ def _segment_records(
 
     def records_of(batch: RawBatch) -> Iterator[tuple[Records, np.ndarray]]:
         book["read"] += len(batch.lines)
-        book["bytes"] += sum(len(line) + 1 for line in batch.lines if line is not None)
+        book["bytes"] += sum(len(line) + 1 for line in batch.lines if isinstance(line, bytes))
         texts, numbers = clean_texts(segment, batch, np.arange(len(batch.lines)), clean, book, quarantine)
         if not texts:
             return
@@ -221,16 +227,28 @@ def _segment_records(
             yield found, split_of(texts[part], task.seed, task.validation_share)
         book["written"] += len(texts)
 
-    try:
-        if tokenizer is None and task.as_it_is and file.format == "txt" and not file.compression:
-            yield from read_lines(file, *blocks, limit, keys_of, book, lambda batch: list(records_of(batch)))
-        else:
-            for batch in read_batches(file, *blocks, limit):
-                yield from records_of(batch)
-    except DamagedStreamError as damage:
-        book["read"] += 1
-        book["quarantined"][damage.reason] += 1
-        quarantine.write(_quarantine_line(segment, damage.offset_bytes, damage.reason, None))
+    if tokenizer is None and task.as_it_is and is_plain_text(file):
+        for block in range(segment.first_block, segment.stop_block or file.blocks or 1):
+            done = yield from _with_split(read_lines(file, block, limit, keys_of, book))
+            if done is not None:
+                for batch in read_batches(file, block, block + 1, limit):
+                    skipped = max(0, done - batch.first_record)
+                    offsets, lines = batch.offsets[skipped:], batch.lines[skipped:]
+                    yield from records_of(RawBatch(batch.block, batch.first_record + skipped, offsets, lines))
+    else:
+        for batch in read_batches(file, *blocks, limit):
+            yield from records_of(batch)
+
+
+def _with_split(lines: Generator[Records, None, int | None]) -> Generator[Any, None, int | None]:
+    """Each with its split, which is train: text that is moved as it is has no validation split."""
+    while True:
+        try:
+            records = next(lines)
+        except StopIteration as end:
+            done: int | None = end.value
+            return done
+        yield records, np.zeros(len(records), dtype=np.uint8)
 
 
 def tokenise(
@@ -312,15 +330,3 @@ def _portions(texts: list[str]) -> list[slice]:
     sizes = np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)) * 3)
     cuts = [0, *(np.flatnonzero(np.diff(sizes // _ENCODE_BYTES)) + 1).tolist(), len(texts)]
     return [slice(a, b) for a, b in pairwise(cuts) if a < b]
-
-
-def _quarantine_line(segment: Segment, offset: int, reason: str, line: bytes | None) -> bytes:
-    excerpt = "" if line is None else line[:160].decode(errors="replace")
-    entry = {
-        "corpus": segment.corpus_name,
-        "file": segment.input.relative,
-        "offset": offset,
-        "reason": reason,
-        "excerpt": excerpt,
-    }
-    return (json.dumps(entry, ensure_ascii=False) + os.linesep).encode(errors="replace")

@@ -8,9 +8,9 @@ unusual in it (a carriage return, a NUL, invalid UTF-8, a byte-order mark) takes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,9 @@ from .config import CleaningSection
 from .files import atomic_file
 from .keys import key_range
 from .merge import SpillSet, sorted_records
+from .places import is_remote
 from .shards import SPLITS, Manifest, ShardEntry
-from .sources import BLOCK_BYTES, InputFile, RawBatch, _check_unchanged
+from .sources import BLOCK_BYTES, FileChangedError, InputFile, is_unchanged
 from .spill import Items, Records
 
 _CHUNK_BYTES = 4 * 1024**2
@@ -34,8 +35,6 @@ _MAY_BE_BLANK[[0xC2, 0xE1, 0xE2, 0xE3]] = True
 _SECOND_OF_BLANK = {0xC2: (0x85, 0xA0), 0xE1: (0x9A,), 0xE2: (0x80, 0x81), 0xE3: (0x80,)}
 _MIX = tuple(np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
 
-Careful = Callable[[RawBatch], list[tuple[Records, np.ndarray]]]
-
 
 def leaves_text_alone(cleaning: CleaningSection) -> bool:
     """Does cleaning only take out NUL, carriage returns and empty lines?"""
@@ -43,6 +42,15 @@ def leaves_text_alone(cleaning: CleaningSection) -> bool:
     return cleaning.unicode == "none" and not any(
         (*asks, cleaning.min_letter_share, cleaning.min_characters > 1)
     )
+
+
+def is_plain_text(file: InputFile) -> bool:
+    """A file of lines on this machine, not compressed."""
+    return (file.format, file.compression, getattr(file, "records", "line")) == (
+        "txt",
+        "",
+        "line",
+    ) and not is_remote(file.path)
 
 
 def line_name(number: int, level: int) -> str:
@@ -59,89 +67,65 @@ def text_records(texts: list[str], keys: np.ndarray) -> Records:
 
 def read_lines(
     file: InputFile,
-    first_block: int,
-    stop_block: int | None,
+    block: int,
     max_record_bytes: int,
     keys_of: Callable[[int, int, int], np.ndarray],
     book: dict[str, Any],
-    careful: Careful,
-) -> Iterator[tuple[Records, np.ndarray]]:
-    """The lines of blocks first_block .. stop_block - 1 of a plain file as they are, and their split (train);
-    `keys_of(block, first, count)` gives the keys. Keeps the book; chunks that are not plain text go to `careful`,
-    which keeps it itself.
+) -> Generator[Records, None, int | None]:
+    """The lines of a block of a plain file as they are; `keys_of(block, first, count)` gives the keys. Keeps the
+    book. Returns None, or the number of the first line of the block that has to take the careful way.
     """
-    limit = file.size_bytes if stop_block is None else stop_block * BLOCK_BYTES
-    block, number = first_block, 0
+    limit, number = (block + 1) * BLOCK_BYTES, 0
     with open(file.path, "rb", buffering=0) as handle:
-        _check_unchanged(file, handle)
-        for data, position in _whole_lines(handle, first_block, limit, max_record_bytes):
+        if not is_unchanged(file, cast(BinaryIO, handle)):
+            return number
+        for data, position in _whole_lines(handle, block, limit, max_record_bytes):
+            if not data or not _is_plain(data, position == 0):
+                return number
             values = np.frombuffer(data, np.uint8)
-            stops = np.flatnonzero(values == _LINE_END) + 1 if data else np.empty(0, np.int64)
-            if not len(stops) or stops[-1] != len(values):
-                stops = np.append(
-                    stops, len(values)
-                )  # a last line without an end, or a record that is too large
-            starts = np.concatenate([[0], stops[:-1]])
-            last = int(np.searchsorted(starts + position, limit))
-            begin = 0
-            while begin < last:
-                if (starts[begin] + position) // BLOCK_BYTES != block:
-                    block, number = int((starts[begin] + position) // BLOCK_BYTES), 0
-                end = min(last, int(np.searchsorted(starts + position, (block + 1) * BLOCK_BYTES)))
-                part = slice(begin, end)
-                lines = data[int(starts[begin]) : int(stops[end - 1])]
-                if _is_plain(lines, position == 0 and begin == 0):
-                    keys = keys_of(block, number, end - begin)
-                    records = _as_they_are(lines, np.diff(stops[part], prepend=starts[begin]), keys, book)
-                    if len(records):
-                        yield records, np.zeros(len(records), dtype=np.uint8)
-                else:
-                    yield from careful(
-                        _raw_batch(lines, block, number, starts[part] + position, max_record_bytes)
-                    )
-                number += end - begin
-                begin = end
-        _check_unchanged(file, handle)
+            stops = np.flatnonzero(values == _LINE_END) + 1
+            if position + len(data) > limit:  # lines that start behind the block are those of the next one
+                stops = stops[: int(np.searchsorted(stops[:-1] + position, limit)) + 1]
+                data = data[: int(stops[-1])]
+            lengths = np.diff(stops, prepend=0)
+            if int(lengths.max()) > max_record_bytes:
+                return number
+            records = _as_they_are(data, lengths, keys_of(block, number, len(lengths)), book)
+            number += len(lengths)
+            if len(records):
+                yield records
+        if not is_unchanged(file, cast(BinaryIO, handle)):
+            raise FileChangedError(f"{file.path}: changed while it was read")
+    return None
 
 
-def _whole_lines(
-    handle: Any, first_block: int, limit: int, max_record_bytes: int
-) -> Iterator[tuple[bytes, int]]:
-    """(whole lines, position of the first byte) from the first line that starts in the block on. A record above
-    the limit comes alone, cut to one byte more than the limit, so that it can be told.
+def _whole_lines(handle: Any, block: int, limit: int, max_record_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """(whole lines, position of the first byte) from the first line that starts in the block on; no bytes where a
+    record is too large. A last line of the file may lack its end.
     """
-    position = max(0, first_block * BLOCK_BYTES - 1)
+    position = max(0, block * BLOCK_BYTES - 1)
     handle.seek(position)
-    carry, skipping, large_at, head = b"", first_block > 0, -1, b""
+    carry, skipping = b"", block > 0
     while chunk := handle.read(_CHUNK_BYTES):
         data, carry = carry + chunk, b""
-        if skipping:
+        if skipping:  # what is before the first line end belongs to a record of an earlier block
             end = data.find(b"\n")
-            if end < 0:
-                position += len(data)
-                if position >= limit:
-                    break
+            position += len(data) if end < 0 else end + 1
+            data, skipping = data[end + 1 :], end < 0
+            if skipping and position < limit:
                 continue
-            if large_at >= 0:
-                yield head, large_at
-            data, position = data[end + 1 :], position + end + 1
-            skipping, large_at = False, -1
         if position >= limit:
             return
         cut = data.rfind(b"\n") + 1
         if cut:
-            yield data[:cut] if cut < len(data) else data, position
+            yield data[:cut], position
             data, position = data[cut:], position + cut
             if position >= limit:
                 return
         if len(data) > max_record_bytes:
-            skipping, large_at, head = True, position, data[: max_record_bytes + 1]
-            position += len(data)
-        else:
-            carry = data
-    if large_at >= 0:
-        yield head, large_at
-    elif carry:
+            yield b"", position
+        carry = data
+    if carry:
         yield carry, position
 
 
@@ -187,16 +171,6 @@ def _as_they_are(data: bytes, lengths: np.ndarray, keys: np.ndarray, book: dict[
     return records
 
 
-def _raw_batch(data: bytes, block: int, first: int, offsets: np.ndarray, max_record_bytes: int) -> RawBatch:
-    lines: list[bytes | None] = []
-    for line in data.removesuffix(b"\n").split(b"\n"):
-        too_large = len(line) > max_record_bytes
-        lines.append(None if too_large else line.removesuffix(b"\r"))
-    if offsets[0] == 0 and lines[0] is not None:
-        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-    return RawBatch(block, first, offsets, lines)
-
-
 def line_sum(data: np.ndarray, lengths: np.ndarray) -> int:
     """Order-independent fingerprint of lines: the sum mod 2^64 of a mix of each line's length, first and last
     eight bytes. What lies between is guarded by the checksums of frames and shards; a line that is lost or there
@@ -235,6 +209,7 @@ def gather_text(task: Any) -> dict[str, Any]:
     return {
         "shard": shard | {"content": content.hexdigest(), "file_xxh3": "", "index_xxh3": ""},
         "written_bytes": file_bytes,
+        "read_bytes": spills.moved["read"],
     }
 
 

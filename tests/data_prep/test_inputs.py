@@ -82,16 +82,16 @@ def test_a_folder_that_cannot_be_read_is_an_error(pattern):
 
 def test_a_folder_gives_only_files_of_the_format(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", make_texts(3))
-    for name in ("README.md", "_SUCCESS", "x.parquet", "b.txt", "c.jsonl.gz"):
+    for name in ("README.md", "_SUCCESS", "x.csv", "b.txt", "c.jsonl.gz"):
         (tmp_path / name).write_bytes(b"x")
-    others = ["README.md", "_SUCCESS", "x.parquet"]
+    others = ["README.md", "_SUCCESS", "x.csv"]
     taken, ignored, problems = listed(tmp_path, format="jsonl")
     assert (taken, sorted(ignored), problems) == (["a.jsonl", "c.jsonl.gz"], sorted([*others, "b.txt"]), [])
     taken, ignored, problems = listed(tmp_path)
     assert (taken, sorted(ignored)) == (["a.jsonl", "b.txt", "c.jsonl.gz"], sorted(others))
-    assert listed(tmp_path / "README.md", tmp_path / "x.*", format="txt")[0] == ["README.md", "x.parquet"]
+    assert listed(tmp_path / "README.md", tmp_path / "x.*", format="txt")[0] == ["README.md", "x.csv"]
     _, _, problems = listed(tmp_path / "README.md")
-    assert "txt or jsonl?" in problems[0]
+    assert "txt, jsonl or parquet?" in problems[0]
 
 
 def test_files_that_are_links_into_a_store_keep_name_kind_and_compression(tmp_path):

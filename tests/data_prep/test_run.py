@@ -19,7 +19,6 @@ import yaml
 import data_prep.gather as gather
 import data_prep.run as run_module
 from data_prep import plan as plan_module
-from data_prep import scatter as scatter_module
 from data_prep import sources
 from data_prep.errors import AuditError, DataPrepError
 from data_prep.scatter import scatter
@@ -59,11 +58,14 @@ def documents_of(output: Path, split: str) -> list[tuple[tuple[int, int, int], l
     [
         (1, {"worker_memory_bytes": 8 * 1024**2, "task_bytes": 1_000_000_000}),
         (2, {"worker_memory_bytes": 2 * 1024**3, "task_bytes": 1}),
-        (3, {"worker_memory_bytes": 8 * 1024**2, "task_bytes": 1}),
+        (5, {"worker_memory_bytes": 8 * 1024**2, "task_bytes": 1, "spill": "none"}),
+        (1, {"min_read_bytes": 10**9, "task_bytes": 1, "spill": "lz4"}),  # a third pass
     ],
 )
 def test_workers_memory_and_tasks_change_no_byte(corpus, prepared, tmp_path, monkeypatch, workers, resources):
-    if workers == 1:  # in this process: frames and sub-ranges so small that there are many of each
+    if (
+        workers == 1 and "min_read_bytes" not in resources
+    ):  # in this process: frames and sub-ranges so small that there are many of each
         monkeypatch.setattr("data_prep.run.frame_bytes", lambda plan: 1000)
         monkeypatch.setattr("data_prep.merge._LOADED_SHARE", 1 / 4096)
         monkeypatch.setattr("data_prep.spill._SORT_BYTES", 1400)
@@ -74,6 +76,8 @@ def test_workers_memory_and_tasks_change_no_byte(corpus, prepared, tmp_path, mon
     manifest = prepare(settings(output, [corpus], resources={"workers": workers, **resources}))
     assert len(manifest.splits["train"].shards) > 3
     assert content_files(output) == content_files(prepared)
+    stages = json.loads((output / "run.json").read_text())["stages"]
+    assert ("merge" in stages) == ("min_read_bytes" in resources)
 
 
 def test_every_document_is_there_once_and_decodes_to_its_text(prepared):
@@ -306,7 +310,7 @@ def test_a_truncated_file_costs_one_record_and_the_books_balance(tmp_path):
 
 
 def test_many_blocks_give_the_same_bytes_for_any_tasks_also_resumed(corpus, tmp_path, monkeypatch):
-    for module in (sources, plan_module, scatter_module):
+    for module in (sources, plan_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
     tree = settings(tmp_path / "one", [corpus], resources={"task_bytes": 1})
     prepare(tree)

@@ -14,25 +14,25 @@ import zstandard
 
 from data_prep import sources
 from data_prep.errors import DataPrepError
-from data_prep.sources import DamagedStreamError, InputFile, format_of, parse, read_batches
+from data_prep.sources import FILE_REASONS, FileChangedError, InputFile, format_of, parse, read_batches
 
 
 def planned(path: Path, field: str = "text") -> InputFile:
     kind, compression = format_of(path)
     status = path.stat()
-    return InputFile(0, str(path), path.name, status.st_size, status.st_mtime_ns, kind, field, compression)
+    stamp = str(status.st_mtime_ns)
+    return InputFile(0, str(path), path.name, status.st_size, stamp, kind, field, compression)
 
 
 def read_all(file: InputFile, first: int = 0, stop: int | None = None, limit: int = 10_000):
-    """[(block, record number, offset, line)] and the damage, if any."""
-    found, damage = [], None
-    try:
-        for batch in read_batches(file, first, stop, limit):
-            for i, line in enumerate(batch.lines):
-                found.append((batch.block, batch.first_record + i, int(batch.offsets[i]), line))
-    except DamagedStreamError as error:
-        damage = error
-    return found, damage
+    """[(block, record number, offset, line)], and the same of what a damaged file lost, if anything."""
+    found = [
+        (batch.block, batch.first_record + i, int(batch.offsets[i]), line)
+        for batch in read_batches(file, first, stop, limit)
+        for i, line in enumerate(batch.lines)
+    ]
+    lost = [entry for entry in found if entry[3] in FILE_REASONS]
+    return [entry for entry in found if entry not in lost], lost[0] if lost else None
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def test_truncated_compression_loses_no_whole_record_before_the_cut(tmp_path, su
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(pack[: len(pack) // 2])
     found, damage = read_all(planned(path))
-    assert damage is not None and damage.reason == "truncated_compression"
+    assert damage is not None and damage[3] == "truncated_compression"
     assert 0 < len(found) < 2000 and [line for *_, line in found] == lines[: len(found)]
-    assert damage.offset_bytes == len(b"\n".join(lines[: len(found)])) + 1
+    assert damage[2] == len(b"\n".join(lines[: len(found)])) + 1
 
 
 def test_damaged_compression_is_told(tmp_path):
@@ -97,7 +97,7 @@ def test_damaged_compression_is_told(tmp_path):
     packed[len(packed) // 2 : len(packed) // 2 + 50] = b"\xff" * 50
     (tmp_path / "a.txt.gz").write_bytes(packed)
     _, damage = read_all(planned(tmp_path / "a.txt.gz"))
-    assert damage is not None and damage.reason == "damaged_compression"
+    assert damage is not None and damage[3] == "damaged_compression"
 
 
 @pytest.mark.parametrize("chunk", [5, 64, 1000])
@@ -108,9 +108,9 @@ def test_too_large_records_cost_no_neighbour(tmp_path, monkeypatch, chunk):
     found, _ = read_all(planned(path), limit=50)
     assert [(number, offset, line) for _, number, offset, line in found] == [
         (0, 0, b"one"),
-        (1, 4, None),
+        (1, 4, "record_too_large"),
         (2, 505, b"two"),
-        (3, 509, None),
+        (3, 509, "record_too_large"),
     ]
 
 
@@ -127,7 +127,8 @@ def test_a_huge_line_is_read_once_by_all_its_blocks_together(tmp_path, small_blo
     monkeypatch.setattr(sources, "_chunks", counted)
     file = planned(path)
     by_blocks = [record for block in range(file.blocks) for record in read_all(file, block, block + 1, 50)[0]]
-    assert [(offset, line) for _, _, offset, line in by_blocks] == [(0, b"one"), (4, None), (20_005, b"two")]
+    found = [(offset, line) for _, _, offset, line in by_blocks]
+    assert found == [(0, b"one"), (4, "record_too_large"), (20_005, b"two")]
     assert sum(taken) < 2 * path.stat().st_size
 
 
@@ -154,7 +155,7 @@ def test_line_ends_and_byte_order_mark(tmp_path):
         (b'{"text": 3}', None, "field_is_not_text"),
         (b'{"text": null}', None, "field_is_not_text"),
         (b'{"text": "\xff"}', None, "invalid_utf8"),
-        (None, None, "record_too_large"),
+        ("record_too_large", None, "record_too_large"),
     ],
 )
 def test_every_bad_record_has_its_reason(tmp_path, line, text, reason):
@@ -169,13 +170,17 @@ def test_other_fields_may_hold_the_text(tmp_path):
     assert parse(planned(path, "body"), path.read_bytes()) == ("x", "")
 
 
-def test_a_changed_or_missing_file_is_refused(tmp_path):
+def test_a_changed_file_is_quarantined_and_a_missing_one_stops_the_run(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n")
     file = planned(path)
     path.write_bytes(b"one\ntwo\n")
-    with pytest.raises(DataPrepError, match="changed since the run was planned"):
-        read_all(file)
+    assert read_all(file) == ([], (0, 0, 0, "file_changed"))
+    changing = read_batches(planned(path), 0, None, 100)
+    assert len(next(changing).lines) == 2
+    path.write_bytes(b"three\n")
+    with pytest.raises(FileChangedError, match="changed while it was read"):
+        next(changing)
     path.unlink()
     with pytest.raises(DataPrepError, match="cannot be read"):
         read_all(file)

@@ -1,0 +1,94 @@
+"""Files here or far away: a path of this machine, or the URL of any storage that fsspec knows (s3://, gs://, …).
+
+Options of a storage (end point, credentials) come from where its client looks for them: the environment
+(AWS_ENDPOINT_URL, FSSPEC_S3_…) or fsspec's own configuration files, never from the YAML file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from .errors import DataPrepError
+
+_URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+_READ_AHEAD_BYTES = 8 * 1024**2
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Is this the URL of a storage other than the local file system?"""
+    text = str(path)
+    return bool(_URL.match(text)) and not text.startswith(("file://", "local://"))
+
+
+def place(path: str | os.PathLike[str]) -> Path:
+    """A path to work with: absolute and without links here, an object with pathlib's interface for a URL."""
+    text = str(path)
+    if is_remote(text):
+        from upath import UPath
+
+        try:
+            return cast(Path, UPath(text))
+        except (ImportError, ValueError) as error:
+            raise DataPrepError(f"{text}: this storage cannot be used ({error})") from None
+    return Path(re.sub(r"^(file|local)://", "", text)).expanduser().resolve()
+
+
+def as_text(path: Path) -> str:
+    """A path as `place` takes it again."""
+    return str(path)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it. Raises DataPrepError when its client is not installed."""
+    import fsspec
+
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataPrepError(f"{url}: this storage cannot be used ({error})") from None
+    return found
+
+
+def open_to_read(path: str) -> BinaryIO:
+    """Open a file for reading in order or by seeking. Raises OSError."""
+    if not is_remote(path):
+        return open(path, "rb")
+    system, name = file_system(path)
+    try:
+        return cast(BinaryIO, system.open(name, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead"))
+    except OSError:
+        raise
+    except Exception as error:  # a client's own exceptions are many
+        raise OSError(5, f"{type(error).__name__}: {error}", path) from None
+
+
+def stamp_of(path: str, handle: BinaryIO | None = None) -> tuple[int, str]:
+    """(size in bytes, what changes when the content does): the time of modification in nanoseconds here, the ETag or
+    what else the storage tells there. Raises OSError.
+    """
+    if not is_remote(path):
+        status = os.stat(path) if handle is None else os.fstat(handle.fileno())
+        return status.st_size, str(status.st_mtime_ns)
+    system, name = file_system(path)
+    system.invalidate_cache()
+    return stamp_of_info(system.info(name))
+
+
+def stamp_of_info(info: dict[str, Any]) -> tuple[int, str]:
+    """The same from an entry of an fsspec listing."""
+    for key in (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "content_md5",
+        "LastModified",
+        "last_modified",
+        "mtime",
+        "updated",
+    ):
+        if info.get(key):
+            return int(info["size"]), str(info[key]).strip('"')
+    return int(info["size"]), ""

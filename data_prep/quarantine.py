@@ -1,0 +1,52 @@
+"""What could not be read: a line in quarantine.jsonl for each record, and how much of that a run bears."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from .config import PrepareConfig
+from .errors import DataPrepError
+from .sources import FILE_REASONS, InputFile, RawBatch
+
+
+def quarantine_line(corpus: str, file: InputFile, batch: RawBatch, position: int, reason: str) -> bytes:
+    """One line of quarantine.jsonl: where the record at `position` of a batch lies, why it is lost, how it begins."""
+    line = batch.lines[position]
+    entry = {
+        "corpus": corpus,
+        "file": file.relative,
+        "offset": int(batch.offsets[position]),
+        "block": batch.block,
+        "record": batch.first_record + position,
+        "reason": reason,
+        "excerpt": "" if isinstance(line, str) else line[:160].decode(errors="replace"),
+    }
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def check_losses(config: PrepareConfig, files: int, books: list[dict[str, Any]]) -> None:
+    """Raises DataPrepError when more is lost than the section `quarantine` allows. books: one for each corpus."""
+    limits, problems = config.quarantine, []
+    read = sum(book["read"] for book in books)
+    lost: Counter[str] = Counter()
+    for corpus, book in zip(config.corpora, books, strict=True):
+        lost.update({f"{corpus.name}: {reason}": count for reason, count in book["quarantined"].items()})
+    damaged = sum(count for key, count in lost.items() if key.rpartition(" ")[2] in FILE_REASONS)
+    records = sum(lost.values()) - damaged
+    for what, count, total, limit, key in (
+        ("records", records, read, limits.max_record_share, "max_record_share"),
+        ("files cut short", damaged, files, limits.max_file_share, "max_file_share"),
+    ):
+        if count > limit * total:
+            problems.append(
+                f"{count:,} of {total:,} {what}, {count / total:.3%}, above quarantine.{key}={limit}"
+            )
+    if problems:
+        reasons = ", ".join(f"{key} {count:,}" for key, count in lost.most_common(8))
+        raise DataPrepError(
+            f"too much could not be read: {'; '.join(problems)} ({reasons}). OUTPUT/quarantine.jsonl has every one "
+            "with file and offset. Mend the input and start over with --fresh, or raise the limit and run again: "
+            "finished tasks are kept"
+        )
