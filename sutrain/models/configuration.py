@@ -209,7 +209,7 @@ def flops_per_token(config: EncoderConfig, row_tokens: int, masked_share: float)
     the input, one for the weight), and nothing is counted for recomputation. Per token, forward:
         attention layer   2 * (2 D H K + 2 D H E  +  2 D F [3 D F when gated]  +  L H (K + E) [+ L H^2 a mix])
         GAU layer         2 * (D (2X + S)  +  X D  +  L S  +  L X)
-        FLASH layer       2 * (D (2X + S)  +  X D  +  C S  +  C X  +  2 S X  +  G S X / C)
+        FLASH layer       2 * (D (2X + S)  +  X D  +  C S  +  C X  +  2 S X  +  2/3 G S X / C)
         head              2 * D V [+ D^2 for BERT's] * masked_share, because only the masked positions are predicted
     with row length L, hidden D, heads H, head size K and value size E, feed-forward F, gated expansion X and key size
     S, chunk C of which the row has G, vocabulary V. Scores are counted over the whole row, also when it holds several
@@ -229,7 +229,8 @@ def flops_per_token(config: EncoderConfig, row_tokens: int, masked_share: float)
             chunk = config.flash_chunk_size
             chunks = -(-row_tokens // chunk)
             padded = chunks * chunk / row_tokens  # a last chunk is computed as a whole
-            linear = 2 * key * expansion + chunks * key * expansion / chunk
+            # Which chunks read which is no weight, so a third of that product's backward pass is not there.
+            linear = 2 * key * expansion + 2 / 3 * chunks * key * expansion / chunk
             products += padded * (chunk * (key + expansion) + linear)
     else:
         keys, values = config.num_heads * config.head_size, config.num_heads * config.value_size

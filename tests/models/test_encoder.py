@@ -3,11 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+from sutrain.models import documents
+from sutrain.models import encoder as encoder_module
 from sutrain.models.encoder import Encoder
 from sutrain.models.masked_lm import MaskedLanguageModel
 from tests.models import reference
-from tests.models.tiny import CONFIGS
+from tests.models.tiny import CONFIGS, VARIANTS
 
 
 def as_numpy(model):
@@ -72,20 +75,73 @@ def test_every_block_of_roformer_v2_has_outputs_of_size_one():
         assert (hidden.square().mean(-1).sqrt() - 1).abs().max() < 1e-3
 
 
-def test_a_document_is_the_same_alone_padded_and_packed(config):
-    encoder = randomised(config).encoder
+@pytest.mark.parametrize("apart", [False, True], ids=["rows", "apart"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_document_is_the_same_alone_padded_and_packed(name, apart, monkeypatch):
+    """On either side, with a hole in it, and among others, computed in rows or document by document."""
+    monkeypatch.setattr(encoder_module, "worthwhile", lambda *_: apart)
+    encoder = randomised(VARIANTS[name]).encoder
     one, two = torch.randint(5, 300, (1, 21)), torch.randint(5, 300, (1, 9))
+    types = torch.tensor([[0] * 12 + [1] * 9]) if encoder.config.token_types else None
+
+    def run(left, right, row=None, numbers=None):
+        """One between `left` and `right` further places, which are padding unless a row says otherwise."""
+        row = (
+            torch.cat([torch.zeros(1, left).long(), one, torch.zeros(1, right).long()], 1)
+            if row is None
+            else row
+        )
+        rows = torch.cat([row, row.roll(1, 1)])  # and a second row
+        padded = None if types is None else F.pad(types, (left, right)).repeat(2, 1)
+        numbers = None if numbers is None else numbers.repeat(2, 1)
+        return encoder(rows, numbers, padded)[:1, left : left + 21]
+
     with torch.no_grad():
-        alone = encoder(one)
-        padded = encoder(torch.cat([one, torch.zeros(1, 30, dtype=torch.long)], 1))
-        row = torch.cat([two, one, two, torch.zeros(1, 5, dtype=torch.long)], 1)
-        documents = torch.tensor([[1] * 9 + [2] * 21 + [3] * 9 + [0] * 5])
-        packed = encoder(row, documents)
-        leaky = encoder(row)
-    assert (padded[:, :21] - alone).abs().max() < 1e-5
-    assert (packed[:, 9:30] - alone).abs().max() < 1e-5
-    assert (packed[:, :9] - packed[:, 30:39]).abs().max() < 1e-5
-    assert (leaky[:, 9:30] - alone).abs().max() > 1e-3  # without document numbers they do see each other
+        alone = run(0, 0)
+        assert (run(0, 17) - alone).abs().max() < 1e-5
+        assert (run(7, 2) - alone).abs().max() < 1e-5
+        row = torch.cat([two, one, two, torch.zeros(1, 5).long()], 1)
+        numbers = torch.tensor([[1] * 9 + [2] * 21 + [3] * 9 + [0] * 5])
+        assert (run(9, 14, row, numbers) - alone).abs().max() < 1e-5
+        leaky = run(9, 14, row)
+        assert (leaky - alone).abs().max() > 1e-3  # without document numbers they do see each other
+
+
+@pytest.mark.parametrize("name", [name for name, config in VARIANTS.items() if config.mixer != "flash"])
+def test_documents_apart_are_rows_under_a_mask_with_gradients(name, monkeypatch):
+    model = randomised(VARIANTS[name])
+    tokens = torch.randint(5, 300, (3, 24))
+    numbers = torch.tensor(
+        [[1] * 24, [1] * 10 + [2] * 3 + [3] * 6 + [0] * 5, [0] * 4 + [7] * 8 + [0] * 2 + [7] * 10]
+    )
+    types = torch.zeros_like(tokens)
+    types[:, 12:] = 1
+    found = []
+    for apart in (False, True):
+        monkeypatch.setattr(encoder_module, "worthwhile", lambda *_, apart=apart: apart)
+        model.zero_grad()
+        hidden = model(tokens, numbers, types)
+        assert apart is not bool(hidden[numbers == 0].any())  # padding is only computed in rows
+        loss = (hidden[numbers > 0] * torch.linspace(-1, 1, 32)).square().sum()
+        loss.backward()
+        found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_are_taken_apart_where_that_saves_work_and_only_there():
+    config = replace(CONFIGS["roformer_v2"], hidden_size=256, feed_forward_size=1024)
+    encoder = Encoder(config)
+    full = torch.ones(4, 512, dtype=torch.long)
+    assert encoder._documents(full) is None  # nothing to save
+    half = torch.where(torch.arange(512) < 256, full, 0)
+    assert encoder._documents(half).lengths == (256,) * 4
+    tiny = torch.arange(512).expand(4, 512) // 2 + 1  # two tokens a document: more calls than work
+    assert encoder._documents(tiny) is None
+    interrupted = torch.tensor([[1, 2, 1, 0]])
+    assert documents.find_documents(interrupted) is None
+    with pytest.raises(ValueError, match="one interrupted by another"):
+        Encoder(CONFIGS["flash"])(torch.ones(1, 4).long(), interrupted)
 
 
 def test_no_gradient_flows_between_documents(config):
@@ -101,6 +157,67 @@ def test_no_gradient_flows_between_documents(config):
     encoder(torch.randint(5, 300, (1, 12)), documents)[0, :5].square().sum().backward()
     assert taken[0].grad[0, :5].abs().min() > 0
     assert not taken[0].grad[0, 5:].any()
+
+
+def gradient_at_embeddings(encoder, tokens, target, types=None, numbers=None):
+    """d (hidden vector of `target`) / d (embedding of each token), [L] largest absolute values."""
+    taken = []
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        taken.append(output)
+
+    hook = encoder.embeddings.register_forward_hook(keep)
+    encoder(tokens, numbers, types)[0, target].square().sum().backward()
+    hook.remove()
+    return taken[0].grad[0].abs().amax(-1)
+
+
+@pytest.mark.parametrize("name", ["causal", "causal_flash", "squared_n2_gau"])
+def test_a_causal_model_has_exactly_no_gradient_from_what_follows(name):
+    encoder = randomised(VARIANTS[name]).encoder
+    tokens = torch.randint(5, 300, (1, 30))  # several chunks of FLASH
+    for target in (0, 7, 8, 13, 29):
+        seen = gradient_at_embeddings(encoder, tokens, target)
+        assert (seen[: target + 1] > 0).all()
+        assert not seen[target + 1 :].any()
+
+
+def test_causal_flash_has_exactly_no_gradient_from_other_documents():
+    encoder = randomised(VARIANTS["causal_flash"]).encoder
+    numbers = torch.tensor([[1] * 13 + [2] * 17])
+    seen = gradient_at_embeddings(encoder, torch.randint(5, 300, (1, 30)), 25, numbers=numbers)
+    assert not seen[:13].any() and (seen[13:26] > 0).all() and not seen[26:].any()
+
+
+@pytest.mark.parametrize("name", ["unilm", "unilm_gau"])
+def test_a_prefix_sees_exactly_itself_and_what_follows_sees_what_precedes(name):
+    encoder = randomised(VARIANTS[name]).encoder
+    tokens = torch.randint(5, 300, (1, 20))
+    types = torch.tensor([[0] * 8 + [1] * 7 + [0] * 3 + [1] * 2])
+    numbers = torch.tensor([[1] * 15 + [2] * 5])
+    for target, seen_from, seen_to in (
+        (0, 0, 8),
+        (7, 0, 8),
+        (8, 0, 9),
+        (14, 0, 15),
+        (15, 15, 18),
+        (19, 15, 20),
+    ):
+        seen = gradient_at_embeddings(encoder, tokens, target, types, numbers)
+        assert (seen[seen_from:seen_to] > 0).all()
+        assert not seen[:seen_from].any() and not seen[seen_to:].any()
+
+
+def test_changing_what_follows_leaves_a_prefix_bit_identical():
+    encoder = randomised(VARIANTS["unilm"]).encoder
+    tokens, types = torch.randint(5, 300, (1, 20)), torch.tensor([[0] * 8 + [1] * 12])
+    changed = tokens.clone()
+    changed[0, 14] = 299 - tokens[0, 14]
+    with torch.no_grad():
+        before, after = encoder(tokens, None, types), encoder(changed, None, types)
+    assert torch.equal(before[:, :14], after[:, :14])
+    assert not torch.equal(before[:, 14:], after[:, 14:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,6 +257,8 @@ def test_an_fp32_stream_keeps_a_deep_bf16_model_accurate():
 
 
 def test_token_types_are_zero_unless_given(config):
+    if not config.token_types:
+        config = replace(config, token_types=2)
     encoder = randomised(config).encoder
     zeros = torch.zeros_like(ROW)
     with torch.no_grad():
