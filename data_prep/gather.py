@@ -93,12 +93,13 @@ def _gather_tokens(task: GatherTask) -> dict[str, Any]:
     name = shard_name(task.shard)
     path = Path(task.output_folder) / task.split / name
     dtype = token_dtype(task.vocab_size)
+    spills = SpillSet(task.spill_folder, task.spills, dtype.str, task.has_words, True)
     packer = RowPacker(task.row_tokens, task.block_rows)
     counts = np.zeros(task.vocab_size, dtype=np.int64)
     documents = tokens = 0
     with atomic_file(path) as file:
         writer = ShardWriter(file, task.split, task.shard, dtype, task.zstd_level)
-        for portion in sorted_documents(task, dtype):
+        for portion in sorted_documents(task, spills):
             documents += len(portion.lengths)
             tokens += len(portion.tokens)
             counts += np.bincount(portion.tokens, minlength=task.vocab_size)
@@ -113,14 +114,14 @@ def _gather_tokens(task: GatherTask) -> dict[str, Any]:
         "shard": {"name": name, "rows": writer.rows, "documents": documents, "tokens": tokens, **hashes},
         "index_bytes": len(index),
         "written_bytes": hashes["file_bytes"] + len(index),
+        "read_bytes": spills.moved["read"],
     }
 
 
-def sorted_documents(task: GatherTask, dtype: np.dtype) -> Iterator[Documents]:
+def sorted_documents(task: GatherTask, spills: SpillSet) -> Iterator[Documents]:
     """The documents of the task's key range in order, in portions that fit the memory budget."""
     first, stop = key_range(task.shard, task.shards)
     source_of_file = np.array(task.source_of_file, dtype=np.uint32)
-    spills = SpillSet(task.spill_folder, task.spills, dtype.str, task.has_words, True)
     for records in sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes):
         origin = [records.columns[name] for name in ORIGIN]
         lengths = records.columns["length"].astype(np.int64)

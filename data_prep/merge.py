@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class SpillSet:
     dtype: str
     has_words: bool
     has_origin: bool
+    moved: Counter[str] = field(default_factory=Counter, compare=False)  # bytes read by this process
 
 
 def sorted_records(
@@ -117,6 +119,7 @@ def _load(spills: SpillSet, frames: np.ndarray, owners: np.ndarray, low: int, hi
     room = int(chosen["tokens"].sum(dtype=np.int64))
     tokens = np.empty(room, dtype=dtype)
     words = np.empty(room, dtype=bool) if spills.has_words else None
+    spills.moved["read"] += int(chosen["bytes"].sum(dtype=np.int64))
     rows = int(chosen["documents"].sum(dtype=np.int64))
     columns = {name: np.empty(rows, dtype=kind) for name, kind in column_kinds(spills.has_origin)}
     filled = row = 0
@@ -193,7 +196,6 @@ def merge(task: MergeTask) -> dict[str, Any]:
     """Run one task of the pass between; returns its manifest. Running it again gives the same records."""
     meter = TaskMeter()
     paths = [path(task.folder, task.number) for path in (spill_path, index_path)]
-    read_bytes = sum(spill_path(task.spills.folder, n).stat().st_size for n in task.spills.numbers)
     with atomic_file(paths[0]) as file:
         writer = SpillWriter(file, 1024, task.frame_bytes, task.codec)
         for split in range(len(SPLITS)):
@@ -208,7 +210,7 @@ def merge(task: MergeTask) -> dict[str, Any]:
         "run": task.run_hash,
         "group": list(task.spills.numbers),
         "files": {path.name: path.stat().st_size for path in paths},
-        "read_bytes": read_bytes,
+        "read_bytes": task.spills.moved["read"],
         "written_bytes": sum(path.stat().st_size for path in paths),
         **meter.finish(),
     }

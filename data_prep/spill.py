@@ -139,7 +139,7 @@ class SpillWriter:
         self._words: np.ndarray | None = None
         self._dtype = np.dtype(np.uint8)
         self._columns: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
-        self._used_bytes = self._filled_bytes = self._offset = self._runs = 0
+        self._used_bytes = self._filled_bytes = self._offset = self.runs = 0
         self._frames: list[tuple[Any, ...]] = []
         self.raw_bytes = 0
 
@@ -200,7 +200,7 @@ class SpillWriter:
 
     def end_run(self) -> None:
         """What comes next starts from the smallest key again."""
-        self._runs += 1
+        self.runs += 1
 
     def _write(self, split: int, records: Records) -> None:
         kinds = column_kinds(ORIGIN[0] in records.columns)
@@ -213,7 +213,7 @@ class SpillWriter:
         self._file.write(data)
         key = records.columns["key"]
         sizes = (self._offset, len(data), len(raw), xxhash.xxh3_64_intdigest(data))
-        counts = (len(key), len(records.tokens), self._runs, split, self._codec)
+        counts = (len(key), len(records.tokens), self.runs, split, self._codec)
         self._frames.append((key[0], key[-1], *sizes, *counts))
         self._offset += len(data)
         self.raw_bytes += len(raw)

@@ -160,6 +160,8 @@ def test_fresh_killed_at_any_step_leaves_nothing_that_looks_finished(tree, tmp_p
         calls = []
 
         def stop(self, *arguments, original=original, calls=calls, **named):
+            if ".owner" in self.parts:
+                return original(self, *arguments, **named)
             if "out" in self.parts and len(calls) >= 2 * step + 1:
                 raise KilledError
             calls.append(self)

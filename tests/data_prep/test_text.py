@@ -1,0 +1,125 @@
+"""Text output: every line once, moved as it is or cleaned, the same bytes by the quick way and by the careful one."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from data_prep import plan as plan_module
+from data_prep import scatter as scatter_module
+from data_prep import sources, text
+from data_prep.audit import verify
+from data_prep.config import PrepareConfig
+from data_prep.errors import AuditError
+from data_prep.executor import LocalExecutor
+from data_prep.progress import RunProgress
+from data_prep.shards import ShardError, SplitReader
+from data_prep.text import line_sum
+from tests.data_prep.made import make_texts, prepare, settings
+
+_AS_IT_IS = {"unicode": "none", "strip_control": False, "collapse_whitespace": False}
+_ODD = [
+    b"carriage\r",
+    b"\xff\xfe not UTF-8",
+    b"a \x00 b",
+    b"",
+    b"   ",
+    "\u3000\u3000".encode(),
+    "\u3000x".encode(),
+]
+
+
+def tree_of(folder: Path, output: str, **sections) -> dict:
+    tree = settings(
+        folder / output, [folder / "raw"], cleaning=_AS_IT_IS, words={"segmenter": "none"}, **sections
+    )
+    tree["corpora"][0]["format"] = "txt"
+    tree["shards"] |= {"content": "text", "validation_share": 0}
+    return tree
+
+
+def lines_of(output: Path) -> list[bytes]:
+    parts = sorted((output / "train").glob("part-*"))
+    data = b"".join(
+        zstandard.ZstdDecompressor().stream_reader(part.open("rb"), read_across_frames=True).read()
+        for part in parts
+    )
+    assert data.endswith(b"\n")
+    return data[:-1].split(b"\n")
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> list[bytes]:
+    """Files of lines, plain and odd ones, over several blocks; returns the lines that are expected."""
+    for module in (sources, plan_module, text):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 9000)
+    monkeypatch.setattr(text, "_CHUNK_BYTES", 1500)
+    lines = [line.encode() for line in make_texts(1500)]
+    mixed = [
+        line
+        for n, line in enumerate(lines[:700])
+        for line in ([line, _ODD[n // 50 % 7]] if n % 50 == 0 else [line])
+    ]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "odd.txt").write_bytes(b"\n".join(mixed))
+    (tmp_path / "raw" / "plain.txt").write_bytes(b"\n".join(lines[700:]) + b"\n")
+    good = {b"carriage\r": b"carriage", b"a \x00 b": b"a  b", _ODD[6]: _ODD[6]}
+    return sorted(lines + [good[_ODD[n % 7]] for n in range(14) if _ODD[n % 7] in good])
+
+
+def test_every_line_is_there_once_and_the_quick_way_gives_the_bytes_of_the_careful_one(
+    tmp_path, raw, monkeypatch
+):
+    manifest = prepare(tree_of(tmp_path, "quick", resources={"task_bytes": 20_000}))
+    assert sorted(lines_of(tmp_path / "quick")) == raw
+    assert lines_of(tmp_path / "quick") != raw and len(manifest.splits["train"].shards) > 3
+    source = manifest.sources[0]
+    assert (
+        source["read"] == 1514
+        and source["quarantined"] == {"invalid_utf8": 2}
+        and source["dropped"] == {"empty": 6}
+    )
+    monkeypatch.setattr(scatter_module, "is_plain_text", lambda file: False)
+    small = {"task_bytes": 1, "worker_memory_bytes": 8 * 1024**2, "spill": "lz4"}
+    assert prepare(tree_of(tmp_path, "careful", resources=small)).content_hash == manifest.content_hash
+
+
+def test_verify_finds_a_line_that_is_gone_although_the_checksums_agree(tmp_path, raw):
+    config = PrepareConfig.model_validate(tree_of(tmp_path, "out"))
+    manifest = prepare(tree_of(tmp_path, "out"))
+    progress = RunProgress(None, 60)
+    verify(tmp_path / "out", LocalExecutor(1), progress, config)
+    with pytest.raises(ShardError, match="holds shuffled text"):
+        SplitReader(tmp_path / "out", "train")
+    shard = tmp_path / "out" / "train" / manifest.splits["train"].shards[0].name
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-20])
+    with pytest.raises(AuditError, match=shard.name):
+        verify(tmp_path / "out", LocalExecutor(1), progress, config)
+    shutil.copy(shard.with_name(manifest.splits["train"].shards[1].name), shard)
+    with pytest.raises(AuditError, match=shard.name):
+        verify(tmp_path / "out", LocalExecutor(1), progress, config)
+
+
+def test_the_sum_of_lines_knows_no_order_but_every_line():
+    draw = random.Random(1)
+    lines = [bytes(draw.choices(b"abc \xe4", k=draw.randint(0, 30))) + b"\n" for _ in range(500)]
+
+    def of(lines: list[bytes]) -> int:
+        return line_sum(np.frombuffer(b"".join(lines), np.uint8), np.array([len(line) for line in lines]))
+
+    whole = of(lines)
+    assert of(sorted(lines)) == whole
+    assert (of(lines[:100]) + of(lines[100:])) % 2**64 == whole
+    for changed in (
+        lines[1:],
+        [*lines, lines[7]],
+        [*lines[1:], lines[0][:-1] + b"x\n"],
+        [*lines[2:], lines[0], lines[0]],
+    ):
+        assert of(changed) != whole
