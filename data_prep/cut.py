@@ -152,7 +152,8 @@ def cut_paragraphs(
         if not between and (foreign or lost_at >= 0 or len(buffer) > max_record_bytes):
             if not foreign and lost_at < 0:
                 lost_at, reason = position, "record_too_large"
-            spare = max(0, len(buffer) - BLANK_CONTEXT_BYTES)
+            blank = _BLANK_LINES.search(buffer)  # one at the end may go on
+            spare = blank.start() if blank else max(0, len(buffer) - BLANK_CONTEXT_BYTES)
             buffer, position = buffer[spare:], position + spare
             if foreign and limit is not None and position >= limit:
                 return
