@@ -28,7 +28,6 @@ def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
-        "sparse_gradients": False,
         "communication_data_type": config.gradient_precision,
         "torch_autocast": {"enabled": False},
         "bf16": {
