@@ -62,4 +62,6 @@ $(VENV)/.built: $(VENV)/.installed
 $(VENV)/.tests: $(VENV)/.installed
 	@echo "installing what the tests need"
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@# Without what it asks for (fairscale, timm, an old torchvision): the comparison of DeepNorm uses none of it.
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps torchscale
 	@touch $@

@@ -64,3 +64,45 @@ def gau_alpha(w, tokens, padding, layers, expansion, key_size):
         attention = softmax(scores * np.log(visible) / np.log(512))
         x = rms(x + (u * (attention @ v)) @ w[f"{name}output.weight"].T)
     return x @ w["encoder.embeddings.token.weight"].T
+
+
+def flash(w, tokens, layers, expansion, key_size, chunk, causal, squared_n2=False):
+    """Hidden vectors [L, D] of one row without padding: FLASH written out token by token, nothing in chunks."""
+    x = embed(w, tokens)
+    length = len(tokens)
+    place = np.arange(length) // chunk
+    same = place[:, None] == place[None, :]
+    if causal:
+        same &= np.arange(length)[:, None] >= np.arange(length)[None, :]
+        earlier = place[:, None] > place[None, :]
+        share = np.where(earlier, 1.0, 0.0) / np.maximum(place * chunk, 1)[:, None]
+    else:
+        share = np.full((length, length), 1 / length)
+    for i in range(layers):
+        name = f"encoder.layers.{i}.mixer."
+        h = x @ w[f"{name}input.weight"].T
+        h = h / (1 + np.exp(-h))
+        u, v, z = np.split(h, [expansion, 2 * expansion], axis=1)
+        parts = ("quadratic_query", "quadratic_key", "linear_query", "linear_key")
+        q, k, lq, lk = (rope(z * w[f"{name}{part}_scale"]) for part in parts)
+        scores = q @ k.T / (chunk if squared_n2 else np.sqrt(chunk * key_size))
+        quadratic = np.maximum(scores, 0) ** 2 * same
+        mixed = quadratic @ v + ((lq @ lk.T) * share) @ v
+        x = rms(x + (u * mixed) @ w[f"{name}output.weight"].T)
+    return x
+
+
+def gau_squared(w, tokens, layers, expansion, key_size, squared_n2):
+    """Hidden vectors [L, D] of GAU with relu(q k / sqrt s)^2 / n, or relu(q k / n)^2, one row without padding."""
+    x = embed(w, tokens)
+    n = len(tokens)
+    for i in range(layers):
+        name = f"encoder.layers.{i}.mixer."
+        h = x @ w[f"{name}input.weight"].T
+        h = h / (1 + np.exp(-h))
+        u, v, z = np.split(h, [expansion, 2 * expansion], axis=1)
+        q, k = rope(z * w[f"{name}query_scale"]), rope(z * w[f"{name}key_scale"])
+        products = np.maximum(q @ k.T, 0) ** 2
+        attention = products / n**2 if squared_n2 else products / (n * key_size)
+        x = rms(x + (u * (attention @ v)) @ w[f"{name}output.weight"].T)
+    return x
