@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sutrain.models.configuration import EncoderConfig, EncoderConfigError, flops_per_token, parameter_count
 from sutrain.models.masked_lm import MaskedLanguageModel
+from tests.models.tiny import VARIANTS
 
 PUBLISHED = {  # kexue.fm/archives/8998 and 9052, vocabulary 12000
     "roformer_v2_small": (
@@ -59,6 +60,11 @@ def test_parameter_count_is_that_of_the_built_model(config, change):
     assert parameter_count(config) == built_parameters(config)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_choice_has_the_parameters_that_are_counted(name):
+    assert parameter_count(VARIANTS[name]) == built_parameters(VARIANTS[name])
+
+
 @pytest.mark.parametrize("masked", [0, 7])
 def test_flops_are_those_that_torch_counts(config, masked):
     """bf16 on a CPU takes the path of plain products, which the counter sees one by one."""
@@ -104,6 +110,24 @@ def test_every_problem_is_reported_at_once():
         ({"mixer": "gau", "gau_key_size": 9}, "gau_key_size: found 9, expected an even number"),
         ({"initialisation": "gau_alpha"}, "use roformer_v2"),
         ({"initialisation": "deepnorm"}, "set both to deepnorm or neither"),
+        ({"residual": "deepnorm"}, "its alpha comes with the gain of the branches"),
+        ({"residual": "ramp", "ramp_steps": 10, "initialisation": "su_lamb"}, "already start at nothing"),
+        ({"residual": "ramp"}, "expected the updates that the ramp lasts"),
+        ({"ramp_steps": 10}, "which residual post does not use"),
+        ({"initialisation": "su_adam"}, "set residual to deepnorm"),
+        ({"mixer": "flash", "initialisation": "gau_alpha"}, "no common scale"),
+        ({"mixer": "flash", "score_normaliser": "relu_squared", "context": "unilm"}, "where a prefix"),
+        ({"mixer": "gau", "talking_heads": "both"}, "which mixer gau does not use"),
+        ({"flash_chunk_size": 64}, "which mixer attention does not use"),
+        ({"positions": "learned", "rotary_base": 500.0}, "which positions learned does not use"),
+        ({"hierarchical_alpha": 0.4}, "which positions rotary does not use"),
+        ({"positions": "learned", "hierarchical_alpha": 0.5}, "would be the same"),
+        ({"initialisation": "bert", "fan_average": "geometric"}, "0.02 whatever the shape"),
+        (
+            {"residual": "deepnorm", "initialisation": "deepnorm", "fan_average": "geometric"},
+            "which means the paper's",
+        ),
+        ({"context": "unilm", "token_types": 1}, "marks what follows the prefix"),
         ({"num_layers": 0}, "num_layers: found 0, expected at least 1"),
         ({"norm_epsilon": 0.0}, "norm_epsilon"),
         ({"rotary_base": 1}, "rotary_base"),

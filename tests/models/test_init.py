@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from sutrain.models.encoder import Encoder
-from sutrain.models.init import truncated_normal_
+from sutrain.models.init import average_fan, truncated_normal_
 from sutrain.models.masked_lm import MaskedLanguageModel
-from tests.models.tiny import CONFIGS
+from tests.models.tiny import CONFIGS, VARIANTS
 
 BIG = {
     "vocab_size": 2000,
@@ -90,3 +90,68 @@ def test_the_scales_of_a_gau_start_at_one():
     assert (mixer.query_scale == 1).all() and (mixer.key_scale == 1).all()
     names = [name for name, _ in mixer.named_parameters()]
     assert set(names) == {"input.weight", "query_scale", "key_scale", "output.weight"}
+
+
+@pytest.mark.parametrize(
+    ("average", "fan", "second_moment"),
+    [  # kexue.fm/archives/8725, a map of 256 to 1024 features and one back
+        ("fan_in", 256, None),
+        ("arithmetic", 640, 0.640),
+        ("geometric", 512, 1.0),
+        ("quadratic", (256**2 + 1024**2) / 1280, 0.346),
+    ],
+)
+def test_fan_averages_and_what_two_maps_make_of_a_vector(average, fan, second_moment):
+    assert average_fan(256, 1024, average) == pytest.approx(fan)
+    config = replace(
+        CONFIGS["roformer_v2"],
+        hidden_size=256,
+        feed_forward_size=1024,
+        initialisation="plain",
+        fan_average=average,
+    )
+    up, down = (getattr(Encoder(config).layers[1].feed_forward, part).weight for part in ("up", "down"))
+    assert up.std().item() == pytest.approx(fan**-0.5, rel=0.02)
+    if second_moment is not None:
+        x = torch.randn(400, 256)
+        assert (x @ up.T @ down.T).square().mean().item() == pytest.approx(second_moment, rel=0.03)
+
+
+def test_rules_by_optimizer_scale_the_branch_and_leave_queries_and_embeddings():
+    config = replace(
+        CONFIGS["roformer_v2"], **BIG, residual="deepnorm", initialisation="su_adam", activation="swiglu"
+    )
+    found = deviations(Encoder(config))
+    gain = 6**-0.5
+    for part, factor in {
+        "layers.1.mixer.query": 1.0,
+        "layers.1.mixer.value": gain,
+        "layers.1.feed_forward.up": gain,
+        "layers.1.feed_forward.gate": 1.0,  # or a gated block would have three factors
+        "embeddings.token": 1.0,
+    }.items():
+        assert found[f"{part}.weight"] == pytest.approx(factor * 192**-0.5, rel=0.05), part
+
+
+def test_rules_by_optimizer_scale_three_factors_of_a_gated_unit():
+    config = replace(
+        CONFIGS["gau_alpha"],
+        hidden_size=256,
+        gau_expansion_size=512,
+        gau_key_size=128,
+        residual="deepnorm",
+        initialisation="su_adam",
+        fan_average="arithmetic",
+    )
+    mixer = Encoder(config).layers[1].mixer
+    gain = 3 ** (-1 / 3)
+    gate, value, shared = mixer.input.weight.split((512, 512, 128))
+    for weight, factor in ((gate, gain), (value, gain), (shared, 1.0), (mixer.output.weight, gain)):
+        assert weight.std().item() == pytest.approx(factor * (2 / sum(weight.shape)) ** 0.5, rel=0.02)
+
+
+def test_rezero_starts_as_its_embeddings():
+    encoder = Encoder(VARIANTS["rezero"]).eval()
+    tokens = torch.randint(5, 300, (2, 9))
+    assert torch.equal(encoder(tokens), encoder.embeddings(tokens))
+    assert not [name for name, _ in encoder.named_parameters() if "norm" in name]
