@@ -237,6 +237,7 @@ def _check_config(manifest: Manifest, config: PrepareConfig) -> list[str]:
     """Settings in which the configuration is not that of the data set."""
     made = manifest.config | {"words": {"segmenter": manifest.config["words"]["segmenter"]}}
     made["tokenizer"] = {key: value for key, value in made["tokenizer"].items() if key != "sha256"}
+    made["cleaning"] = {key: value for key, value in made["cleaning"].items() if key != "function_sources"}
     changed = differences(made, config.content())
     if not changed:
         return []

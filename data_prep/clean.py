@@ -1,17 +1,26 @@
-"""Cleaning: one text in, one line of clean text out, or the reason why the record is dropped.
+"""Cleaning: texts in, lines of clean text out, or the reason why a record is dropped.
 
-Checks that run in C decide whether a regular expression is needed; characters are looked at one by one only
-where marks decide whether a text has enough letters.
+Checks that run in C decide whether a regular expression is needed, and shares of letters are counted for a whole batch
+by one table look-up a character, so nothing is done in Python for every character.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
+import os
 import re
+import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal
 
+import numpy as np
+
 from .config import CleaningSection
+from .errors import DataPrepError
 
 # Never text: NUL would end C strings, surrogates cannot be written as UTF-8.
 _NEVER = re.compile("[\x00\ud800-\udfff]+")
@@ -21,44 +30,158 @@ _CONTROL = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     "\ufff0-\ufffb\ufffe\uffff\ud800-\udfff]+"
 )
-_NOT_LETTER = re.compile(r"[\W\d_]+")
+# Han, its radicals and iteration marks, bopomofo, kana, hangul; punctuation and full-width forms are not among them.
+_CJK = (
+    (0x1100, 0x11FF),
+    (0x2E80, 0x2FD5),
+    (0x3005, 0x3007),
+    (0x3021, 0x3029),
+    (0x3031, 0x3035),
+    (0x3041, 0x318E),
+    (0x31A0, 0x31BF),
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xA960, 0xA97C),
+    (0xAC00, 0xD7FB),
+    (0xF900, 0xFAFF),
+    (0xFF66, 0xFFDC),
+    (0x1B000, 0x1B2FF),
+    (0x20000, 0x3FFFD),
+)
+_CODE_POINTS, _LAST_WITH_LETTERS, _VARIATION_SELECTORS = 0x110000, 0x40000, (0xE0100, 0xE01F0)
 
-_LAST_BEFORE_MARKS = "\u02ff"
+DROP_REASONS = ("empty", "too_short", "too_long", "few_letters", "few_cjk")
 
-DROP_REASONS = ("empty", "too_short", "too_long", "few_letters")
+TextFunction = Callable[[str], str | None]
 
 
-def make_cleaner(section: CleaningSection) -> Callable[[str], tuple[str, str]]:
-    """Return `clean(text) -> (clean text, "")` or `("", reason)` with a reason of DROP_REASONS."""
-    unwanted = _CONTROL if section.strip_control else _NEVER
-    form: Literal["NFC", "NFKC"] | None = {"nfc": "NFC", "nfkc": "NFKC", "none": None}[section.unicode]
-    longest = section.max_characters or float("inf")
+class Cleaner:
+    """The cleaning of a configuration. `cleaner(text)` is `(clean text, "")` or `("", reason)`; the reason is one of
+    DROP_REASONS, or the import path of the user's function that dropped the text.
+    """
 
-    def clean(text: str) -> tuple[str, str]:
+    def __init__(self, section: CleaningSection) -> None:
+        self._section = section
+        self._unwanted = _CONTROL if section.strip_control else _NEVER
+        forms: dict[str, Literal["NFC", "NFKC"] | None] = {"nfc": "NFC", "nfkc": "NFKC", "none": None}
+        self._form = forms[section.unicode]
+        self._longest = section.max_characters or sys.maxsize
+        self._functions = [(path, load_function(path)) for path in section.functions]
+        shares = (("few_letters", section.min_letter_share), ("few_cjk", section.min_cjk_share))
+        self._shares = [(reason, share) for reason, share in shares if share]
+
+    def __call__(self, text: str) -> tuple[str, str]:
+        texts, reasons = self.all([text])
+        return texts[0], reasons[0]
+
+    def all(self, texts: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Clean texts and, in step with them, the reasons of those that are dropped ("" for the others)."""
+        cleaned, reasons = [], []
+        for text in texts:
+            text, reason = self._clean(text)
+            cleaned.append(text)
+            reasons.append(reason)
+        for name, share in self._shares:
+            kept = [number for number, reason in enumerate(reasons) if not reason]
+            few = _has_few([cleaned[number] for number in kept], share, name == "few_cjk")
+            for position in np.flatnonzero(few).tolist():
+                cleaned[kept[position]], reasons[kept[position]] = "", name
+        return cleaned, reasons
+
+    def _clean(self, text: str) -> tuple[str, str]:
+        section = self._section
+        for path, function in self._functions:
+            try:
+                found = function(text)
+            except Exception as error:
+                raise DataPrepError(
+                    f"cleaning.functions: {path} raised {error!r} for {text[:40]!r}; let it return None to drop a text"
+                ) from None
+            if found is None:
+                return "", path
+            if not isinstance(found, str):
+                raise DataPrepError(
+                    f"cleaning.functions: {path} returned {type(found).__name__} for {text[:40]!r}; expected the text, "
+                    "or None to drop it"
+                )
+            text = found
+        collapse = section.collapse_whitespace
         plain = text.isprintable()  # then the only white space is U+0020
+        if not plain and collapse:
+            text = " ".join(text.split())  # most of what is not printable is white space
+            plain = text.isprintable()
         if not plain:
-            text = unwanted.sub("", text)
-        if form and not text.isascii():
-            text = unicodedata.normalize(form, text)
-        if section.collapse_whitespace and (not plain or "  " in text or text[:1] == " " or text[-1:] == " "):
+            text = self._unwanted.sub("", text)
+        if self._form and not text.isascii():
+            text = unicodedata.normalize(self._form, text)
+        if collapse and (not plain or "  " in text or text[:1] == " " or text[-1:] == " "):
             text = " ".join(text.split())
         if not text or text.isspace():
             return "", "empty"
         if len(text) < section.min_characters:
             return "", "too_short"
-        if len(text) > longest:
+        if len(text) > self._longest:
             return "", "too_long"
-        if section.min_letter_share and _has_few_letters(text, section.min_letter_share):
-            return "", "few_letters"
         return text, ""
 
-    return clean
+
+def make_cleaner(section: CleaningSection) -> Cleaner:
+    """Raises DataPrepError when a user's function cannot be imported."""
+    return Cleaner(section)
 
 
-def _has_few_letters(text: str, share: float) -> bool:
-    """Are less than this share of the characters, spaces left out, letters or marks that combine with letters?"""
-    wanted = share * len("".join(text.split()))
-    letters = len(_NOT_LETTER.sub("", text))
-    if letters >= wanted or text.isascii():
-        return letters < wanted
-    return letters + sum(unicodedata.category(c)[0] == "M" for c in text if c > _LAST_BEFORE_MARKS) < wanted
+def load_function(path: str) -> TextFunction:
+    """The function at `module:name`. It takes a text and returns it, changed or not, or None to drop it; it must
+    depend on the text alone. Raises DataPrepError when there is none.
+    """
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it, also in a worker process
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataPrepError(
+            f"cleaning.functions: {path} cannot be imported ({error}); write module:name"
+        ) from None
+    if not callable(function):
+        raise DataPrepError(f"cleaning.functions: {path} is not a function")
+    found: TextFunction = function
+    return found
+
+
+def function_identity(path: str) -> str:
+    """A hash of the source file that a user's function lies in: another file is another data set."""
+    module = inspect.getmodule(load_function(path))
+    source = inspect.getsource(module) if module is not None else path
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def _has_few(texts: list[str], share: float, cjk: bool) -> np.ndarray:
+    """bool [n]: is less than this share of a text's characters, spaces left out, letters (or CJK)?"""
+    if not texts:
+        return np.zeros(0, dtype=bool)
+    points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")
+    lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    counts = np.add.reduceat(_table(cjk).take(points), np.cumsum(lengths) - lengths)
+    return (counts >> 32) < share * (counts & 0xFFFFFFFF)
+
+
+@lru_cache(maxsize=2)
+def _table(cjk: bool) -> np.ndarray:
+    """int64 by code point: 1 for what is not a space, plus 2^32 for a letter (or for CJK).
+
+    A letter is any letter, letter number, or mark that combines with letters, of any script.
+    """
+    table = np.ones(_CODE_POINTS, dtype=np.int64)
+    wanted = np.zeros(_CODE_POINTS, dtype=bool)
+    if cjk:
+        for first, last in _CJK:
+            wanted[first : last + 1] = True
+    else:
+        kinds = [unicodedata.category(chr(point)) for point in range(_LAST_WITH_LETTERS)]
+        wanted[:_LAST_WITH_LETTERS] = [kind[0] in "LM" or kind == "Nl" for kind in kinds]
+        wanted[slice(*_VARIATION_SELECTORS)] = True
+    table[wanted] += 1 << 32
+    table[[point for point in range(0x3001) if chr(point).isspace()]] = 0
+    return table

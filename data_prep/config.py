@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -67,6 +67,18 @@ class CleaningSection(Section):
         le=1,
         description="texts with a smaller share of letters (CJK and combining marks included) among their "
         "characters other than spaces are dropped as few_letters",
+    )
+    min_cjk_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="texts with a smaller share of Han characters, kana and hangul among their characters other than "
+        "spaces are dropped as few_cjk",
+    )
+    functions: list[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = Field(
+        default=[],
+        description="your own functions as module:name, called in order before everything else with the raw text; "
+        "each returns the text, or None to drop it (counted under its name). Importable where the workers run",
     )
     max_record_bytes: int = Field(
         default=16 * MEBIBYTE,

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .clean import function_identity
 from .config import DEFAULT_WORK, PrepareConfig
 from .errors import DataPrepError
 from .executor import usable_cores
@@ -76,6 +77,9 @@ class Plan:
         if self.config.tokenizer.load:
             model = read_model(Path(self.config.tokenizer.load).expanduser())
             content["tokenizer"]["sha256"] = hashlib.sha256(model).hexdigest()
+        if self.config.cleaning.functions:
+            sources = {path: function_identity(path) for path in self.config.cleaning.functions}
+            content["cleaning"]["function_sources"] = sources
         content["words"] = segmenter_identity(self.config.words.segmenter)
         names = [corpus.name for corpus in self.config.corpora]
         return {

@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from .clean import make_cleaner
+from .clean import Cleaner, make_cleaner
 from .config import CleaningSection
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
 from .fingerprint import document_sum
 from .keys import philox_words, share_threshold, stream_id, stripe_words
-from .measure import TaskMeter
+from .measure import TaskMeter, boot_id
 from .quarantine import quarantine_line
 from .shards import SPECIAL_IDS, SPLITS, token_dtype
 from .sources import FileChangedError, InputFile, RawBatch, parse, read_batches
@@ -68,6 +68,7 @@ class ScatterTask:
     frame_bytes: int
     codec: str
     as_it_is: bool = False
+    sync: bool = True  # without it the files are only good as long as the machine runs
     algorithm: str = "key"
 
 
@@ -94,6 +95,7 @@ def finished_scatter(task: ScatterTask) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         mine = (manifest["run"], manifest["tokenizer"]) == (task.run_hash, task.tokenizer_sha256)
+        mine &= manifest["boot"] in ("", boot_id())
         # A file that had changed and is whole again is read again.
         mine = mine and not any("file_changed" in book["quarantined"] for book in manifest["books"].values())
         sizes = {name: size_or_none(path.with_name(name)) for name in manifest["files"]}
@@ -120,7 +122,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
     books = {str(segment.input.corpus): new_book() for segment in task.segments}
     sums = {split: {"documents": 0, "tokens": 0, "document_sum": 0} for split in SPLITS}
     paths = [path(folder, task.number) for path in (spill_path, index_path, quarantine_path)]
-    with atomic_file(paths[0]) as spill, atomic_file(paths[2]) as quarantine:
+    with atomic_file(paths[0], task.sync) as spill, atomic_file(paths[2]) as quarantine:
         writer = SpillWriter(spill, int(task.memory_bytes * _SPILL_SHARE), task.frame_bytes, task.codec)
         for segment in task.segments:
             for records, side in _segment_records(
@@ -130,7 +132,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
                     _account(records, side == number, sums[split])
                 writer.add(records, side)
         index = writer.finish()
-        with atomic_file(paths[1]) as file:
+        with atomic_file(paths[1], task.sync) as file:
             np.save(file, index, allow_pickle=False)
     spilled = [path.stat().st_size for path in paths]
     manifest = {
@@ -145,6 +147,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
         "written_bytes": sum(spilled),
         "raw_spill_bytes": writer.raw_bytes,
         "runs": writer.runs,
+        "boot": "" if task.sync else boot_id(),
         "records": sum(book["read"] for book in books.values()),
         **meter.finish(),
     }
@@ -163,14 +166,14 @@ def clean_texts(
     segment: Segment,
     batch: RawBatch,
     chosen: np.ndarray,
-    clean: Any,
+    clean: Cleaner,
     book: dict[str, Any],
     quarantine: BinaryIO | None = None,
 ) -> tuple[list[str], list[int]]:
     """Clean texts and record numbers of the `chosen` records (positions) of a batch; the others' fate goes
     to the book.
     """
-    texts, numbers = [], []
+    raws, places = [], []
     for position in chosen.tolist():
         raw, reason = parse(segment.input, batch.lines[position])
         if raw is None:
@@ -178,13 +181,14 @@ def clean_texts(
             if quarantine is not None:
                 quarantine.write(quarantine_line(segment.corpus_name, segment.input, batch, position, reason))
             continue
-        text, reason = clean(raw)
-        if reason:
-            book["dropped"][reason] += 1
-        else:
-            texts.append(text)
-            numbers.append(batch.first_record + position)
-    return texts, numbers
+        raws.append(raw)
+        places.append(batch.first_record + position)
+    texts, reasons = clean.all(raws)
+    if any(reasons):
+        book["dropped"].update(filter(None, reasons))
+        texts = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
+        places = [place for place, reason in zip(places, reasons, strict=True) if not reason]
+    return texts, places
 
 
 def record_keys(

@@ -23,7 +23,7 @@ from .keys import key_range
 from .merge import SpillSet, sorted_records
 from .places import is_remote
 from .shards import SPLITS, Manifest, ShardEntry
-from .sources import BLOCK_BYTES, FileChangedError, InputFile, is_unchanged
+from .sources import BLOCK_BYTES, InputFile, is_unchanged
 from .spill import Items, Records
 
 _CHUNK_BYTES = 4 * 1024**2
@@ -38,10 +38,9 @@ _MIX = tuple(np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 
 def leaves_text_alone(cleaning: CleaningSection) -> bool:
     """Does cleaning only take out NUL, carriage returns and empty lines?"""
-    asks = (cleaning.strip_control, cleaning.collapse_whitespace, cleaning.max_characters)
-    return cleaning.unicode == "none" and not any(
-        (*asks, cleaning.min_letter_share, cleaning.min_characters > 1)
-    )
+    asks = (cleaning.strip_control, cleaning.collapse_whitespace, cleaning.max_characters, cleaning.functions)
+    shares = (cleaning.min_letter_share, cleaning.min_cjk_share)
+    return cleaning.unicode == "none" and not any((*asks, *shares, cleaning.min_characters > 1))
 
 
 def is_plain_text(file: InputFile) -> bool:
@@ -79,67 +78,73 @@ def read_lines(
     with open(file.path, "rb", buffering=0) as handle:
         if not is_unchanged(file, cast(BinaryIO, handle)):
             return number
-        for data, position in _whole_lines(handle, block, limit, max_record_bytes):
-            if not data or not _is_plain(data, position == 0):
+        for data, size, position in _whole_lines(handle, block, limit, max_record_bytes):
+            if not size or not _is_plain(data, size, position == 0):
                 return number
-            values = np.frombuffer(data, np.uint8)
+            values = np.frombuffer(data, np.uint8, size)
             stops = np.flatnonzero(values == _LINE_END) + 1
-            if position + len(data) > limit:  # lines that start behind the block are those of the next one
+            if position + size > limit:  # lines that start behind the block are those of the next one
                 stops = stops[: int(np.searchsorted(stops[:-1] + position, limit)) + 1]
-                data = data[: int(stops[-1])]
+                values = values[: int(stops[-1])]
             lengths = np.diff(stops, prepend=0)
             if int(lengths.max()) > max_record_bytes:
                 return number
-            records = _as_they_are(data, lengths, keys_of(block, number, len(lengths)), book)
+            records = _as_they_are(values, lengths, keys_of(block, number, len(lengths)), book)
             number += len(lengths)
             if len(records):
                 yield records
-        if not is_unchanged(file, cast(BinaryIO, handle)):
-            raise FileChangedError(f"{file.path}: changed while it was read")
+            del values, records
     return None
 
 
-def _whole_lines(handle: Any, block: int, limit: int, max_record_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """(whole lines, position of the first byte) from the first line that starts in the block on; no bytes where a
-    record is too large. A last line of the file may lack its end.
+def _whole_lines(
+    handle: Any, block: int, limit: int, max_record_bytes: int
+) -> Iterator[tuple[bytearray, int, int]]:
+    """(buffer, bytes in it that are whole lines, position of the first) from the first line that starts in the
+    block on; 0 bytes where a record is too large. A last line of the file may lack its end. The buffer is used
+    again: what is to be kept must be copied before the next step.
     """
     position = max(0, block * BLOCK_BYTES - 1)
     handle.seek(position)
-    carry, skipping = b"", block > 0
-    while chunk := handle.read(_CHUNK_BYTES):
-        data, carry = carry + chunk, b""
+    buffer, held, skipping = bytearray(2 * _CHUNK_BYTES), 0, block > 0
+    while True:
+        if len(buffer) - held < _CHUNK_BYTES:
+            buffer = buffer + bytearray(len(buffer))
+        count = handle.readinto(memoryview(buffer)[held : held + _CHUNK_BYTES])
+        if not count:
+            break
+        held += count
         if skipping:  # what is before the first line end belongs to a record of an earlier block
-            end = data.find(b"\n")
-            position += len(data) if end < 0 else end + 1
-            data, skipping = data[end + 1 :], end < 0
+            end = buffer.find(b"\n", 0, held)
+            done = held if end < 0 else end + 1
+            buffer[: held - done] = buffer[done:held]
+            held, position, skipping = held - done, position + done, end < 0
             if skipping and position < limit:
                 continue
         if position >= limit:
             return
-        cut = data.rfind(b"\n") + 1
+        cut = buffer.rfind(b"\n", 0, held) + 1
         if cut:
-            yield data[:cut], position
-            data, position = data[cut:], position + cut
+            yield buffer, cut, position
+            buffer[: held - cut] = buffer[cut:held]
+            held, position = held - cut, position + cut
             if position >= limit:
                 return
-        if len(data) > max_record_bytes:
-            yield b"", position
-        carry = data
-    if carry:
-        yield carry, position
+        if held > max_record_bytes:
+            yield buffer, 0, position
+    if held and not skipping:
+        yield buffer, held, position
 
 
-def _is_plain(data: bytes, at_start: bool) -> bool:
-    if (
-        b"\r" in data
-        or b"\0" in data
-        or data[-1:] != b"\n"
-        or (at_start and data.startswith(b"\xef\xbb\xbf"))
-    ):
+def _is_plain(data: bytearray, size: int, at_start: bool) -> bool:
+    if data.find(b"\r", 0, size) >= 0 or data.find(b"\0", 0, size) >= 0 or data[size - 1] != _LINE_END:
         return False
-    if data.isascii():
+    if at_start and data.startswith(b"\xef\xbb\xbf"):
+        return False
+    values = np.frombuffer(data, np.uint8, size)
+    if values.max() < 128:
         return True
-    text = pa.LargeStringArray.from_buffers(1, pa.py_buffer(np.array([0, len(data)])), pa.py_buffer(data))
+    text = pa.LargeStringArray.from_buffers(1, pa.py_buffer(np.array([0, size])), pa.py_buffer(values))
     try:
         text.validate(full=True)
     except pa.ArrowInvalid:
@@ -147,11 +152,10 @@ def _is_plain(data: bytes, at_start: bool) -> bool:
     return True
 
 
-def _as_they_are(data: bytes, lengths: np.ndarray, keys: np.ndarray, book: dict[str, Any]) -> Records:
+def _as_they_are(values: np.ndarray, lengths: np.ndarray, keys: np.ndarray, book: dict[str, Any]) -> Records:
     """The lines of plain UTF-8 text but the blank ones, which are dropped as empty."""
-    values = np.frombuffer(data, np.uint8)
     book["read"] += len(lengths)
-    book["bytes"] += len(data)
+    book["bytes"] += len(values)
     records = Records({"key": keys, "length": lengths.astype(np.uint32)}, values, None)
     starts = np.cumsum(lengths) - lengths
     first = values[starts]
@@ -160,7 +164,7 @@ def _as_they_are(data: bytes, lengths: np.ndarray, keys: np.ndarray, book: dict[
         n
         for n, byte in zip(suspects.tolist(), first[suspects].tolist(), strict=True)
         if (byte < 33 or values[starts[n] + 1] in _SECOND_OF_BLANK[byte])
-        and not data[starts[n] : starts[n] + lengths[n]].decode().strip()
+        and not values[starts[n] : starts[n] + lengths[n]].tobytes().decode().strip()
     ]
     if blank:
         book["dropped"]["empty"] += len(blank)
@@ -178,13 +182,21 @@ def line_sum(data: np.ndarray, lengths: np.ndarray) -> int:
     """
     if not len(lengths):
         return 0
-    padded = np.concatenate([np.zeros(8, np.uint8), data, np.zeros(8, np.uint8)])
-    words: np.ndarray = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
-    stops = np.cumsum(lengths, dtype=np.int64) + 8
+    if len(data) < 8:
+        data = np.concatenate([data, np.zeros(8, np.uint8)])
+    words: np.ndarray = np.ndarray((len(data) - 7,), dtype="<u8", buffer=data, strides=(1,))
+    eight, last = np.uint64(8), len(words) - 1
+    stops = np.cumsum(lengths, dtype=np.int64)
+    starts = stops - lengths
     lengths = lengths.astype(np.uint64)
-    surplus = np.uint64(8) * (np.uint64(8) - np.minimum(lengths, np.uint64(8)))
-    heads = words[stops - lengths.astype(np.int64)] << surplus
-    tails = words[stops - 8] >> surplus
+    surplus = eight * (eight - np.minimum(lengths, eight))
+    # A word that would reach over an end of the data is read inside and shifted.
+    first, final = np.minimum(starts, last), np.minimum(np.maximum(stops - 8, 0), last)
+    heads = (words[first] >> (eight * (starts - first).astype(np.uint64))) << surplus
+    tails = words[final]
+    early = stops < 8
+    tails[early] <<= eight * (8 - stops[early]).astype(np.uint64)
+    tails >>= surplus
     mixed = (heads * _MIX[0]) ^ (tails * _MIX[1]) ^ (lengths * _MIX[2])
     mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[1]
     return int(np.sum(mixed ^ (mixed >> np.uint64(32)), dtype=np.uint64))

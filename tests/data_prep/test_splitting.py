@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -132,7 +133,7 @@ def test_a_seek_table_tells_the_frames(tmp_path, small_blocks):
     offsets = frames_file(tmp_path / "a.txt.zst", cuts, sizes=False)
     size = sum(map(len, LINES)) + len(LINES)
     texts = [b - a for a, b in zip([0, *cuts], [*cuts, size], strict=True)]
-    packed = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    packed = [b - a for a, b in pairwise(offsets)]
     table = b"".join(
         p.to_bytes(4, "little") + t.to_bytes(4, "little") for p, t in zip(packed, texts, strict=True)
     )
