@@ -73,7 +73,9 @@ class LocalExecutor:
             yield from map(function, descriptions)
             return
         if self._pool is None:
-            context = multiprocessing.get_context("spawn")
+            # A server process imports once and then forks; it has no threads, so that is safe.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["data_prep.gather", "data_prep.scatter"])
             self._pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
         waiting = iter(descriptions)
         running = {

@@ -52,11 +52,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under `path` only when the block ends without an exception.
 
     Raises DiskFullError when the disk is full, LostLeaseError when another run has taken over; the temporary file
-    is removed then.
+    is removed then. Without `sync` the file may be torn after a power cut (not after a kill).
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}")
     with disk_errors(path):
@@ -65,7 +65,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             check_fence()
             temporary.replace(path)
         except BaseException:
@@ -102,7 +103,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def write_speed(folder: Path, size_bytes: int = 48 * 1024**2) -> float:
+def write_speed(folder: Path, size_bytes: int = 24 * 1024**2) -> float:
     """Bytes a second that the disk of a folder takes, measured with a file that is written, synced and removed."""
     while not folder.is_dir():
         folder = folder.parent

@@ -46,6 +46,14 @@ def memory_bytes(name: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def boot_id() -> str:
+    """Names the time since this machine was started, "?" where it cannot be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "?"
+
+
 def _reset_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from VmRSS again

@@ -25,6 +25,7 @@ from .spill import (
     FRAME_INDEX,
     Records,
     SpillWriter,
+    arena,
     column_kinds,
     decode_frame,
     index_path,
@@ -115,9 +116,8 @@ def _load(spills: SpillSet, frames: np.ndarray, owners: np.ndarray, low: int, hi
     first, last = np.uint64(low), np.uint64(high - 1)
     wanted = np.flatnonzero((frames["first_key"] <= last) & (frames["last_key"] >= first))
     chosen, dtype = frames[wanted], np.dtype(spills.dtype)
-    # Room for whole frames; pages of which nothing is written are never taken.
-    room = int(chosen["tokens"].sum(dtype=np.int64))
-    tokens = np.empty(room, dtype=dtype)
+    room = int(chosen["tokens"].sum(dtype=np.int64))  # for whole frames
+    tokens = arena(room * dtype.itemsize).view(dtype)
     words = np.empty(room, dtype=bool) if spills.has_words else None
     spills.moved["read"] += int(chosen["bytes"].sum(dtype=np.int64))
     rows = int(chosen["documents"].sum(dtype=np.int64))

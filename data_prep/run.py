@@ -181,6 +181,7 @@ def run_scatter(
             codec=codec,
             as_it_is=leaves_text_alone(config.cleaning) and not config.shards.validation_share,
             algorithm=config.shuffle.algorithm,
+            sync=executor.name != "local",  # one machine: after a power cut the task is simply done again
         )
         for number, segments in enumerate(plan.tasks)
     ]

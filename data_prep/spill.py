@@ -102,6 +102,20 @@ def portions(records: Records, order: np.ndarray, portion_bytes: int | None = No
         yield Records(columns, tokens.take(chosen), None if words is None else words.take(chosen))
 
 
+_arena = np.empty(0, dtype=np.uint8)
+
+
+def arena(size_bytes: int) -> np.ndarray:
+    """Memory for the payload of what a task holds, uint8 [size_bytes]. A process has one, which the next task takes
+    over: fresh pages cost more than what is done with them.
+    """
+    global _arena
+    if len(_arena) < size_bytes:
+        _arena = np.empty(0, dtype=np.uint8)  # gone before the larger one comes
+        _arena = np.empty(size_bytes, dtype=np.uint8)  # pages are only taken when they are written
+    return _arena[:size_bytes]
+
+
 def sort_order(columns: dict[str, np.ndarray]) -> np.ndarray:
     """The order of the output, int64 [n]: by key; ties, which are next to impossible, by file (which stands for
     the source too), block and record, or by place where records carry no origin.
@@ -135,7 +149,7 @@ class SpillWriter:
         self._file, self._budget_bytes, self._frame_bytes = file, budget_bytes, frame_bytes
         self._codec = CODECS.index(codec)
         self._compress = _compressor(codec)
-        self._payload = np.empty(budget_bytes, dtype=np.uint8)  # pages are only taken when they are written
+        self._payload: np.ndarray | None = None
         self._words: np.ndarray | None = None
         self._dtype = np.dtype(np.uint8)
         self._columns: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
@@ -155,6 +169,8 @@ class SpillWriter:
                 self._write_run(records, split)
                 return
         self._dtype = records.tokens.dtype
+        if self._payload is None:
+            self._payload = arena(self._budget_bytes)
         begin = self._filled_bytes
         self._payload[begin : begin + len(payload)] = payload
         if records.words is not None:
@@ -180,6 +196,7 @@ class SpillWriter:
         columns = {name: np.concatenate([part[name] for part, _ in parts]) for name in parts[0][0]}
         split = np.concatenate([number for _, number in parts])
         del parts
+        assert self._payload is not None
         tokens = self._payload[: self._filled_bytes].view(self._dtype)
         words = None if self._words is None else self._words[: len(tokens)]
         self._write_run(Records(columns, tokens, words), split)
@@ -208,15 +225,19 @@ class SpillWriter:
         parts.append(records.tokens)
         if records.words is not None:
             parts.append(np.packbits(records.words))
-        raw = b"".join(part.view(np.uint8).data for part in parts)
-        data = self._compress(raw)
-        self._file.write(data)
-        key = records.columns["key"]
-        sizes = (self._offset, len(data), len(raw), xxhash.xxh3_64_intdigest(data))
+        views = [part.view(np.uint8).data for part in parts]
+        raw_bytes = sum(map(len, views))
+        stored = [self._compress(b"".join(views))] if self._codec else views
+        checksum = xxhash.xxh3_64()
+        for data in stored:
+            checksum.update(data)
+            self._file.write(data)
+        key, stored_bytes = records.columns["key"], sum(map(len, stored))
+        sizes = (self._offset, stored_bytes, raw_bytes, checksum.intdigest())
         counts = (len(key), len(records.tokens), self.runs, split, self._codec)
         self._frames.append((key[0], key[-1], *sizes, *counts))
-        self._offset += len(data)
-        self.raw_bytes += len(raw)
+        self._offset += stored_bytes
+        self.raw_bytes += raw_bytes
 
 
 def decode_frame(
@@ -252,7 +273,7 @@ def _compressor(codec: str) -> Any:
     if codec == "lz4":
         lz4 = pa.Codec("lz4")
         return lambda raw: lz4.compress(raw, asbytes=True)
-    return lambda raw: raw
+    return None
 
 
 def _decompress(data: bytes, codec: str, raw_bytes: int) -> bytes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import numpy as np
-import rjieba
 import xxhash
 
 _SPACE = ord(" ")
@@ -28,6 +27,8 @@ def segmenter_identity(segmenter: str) -> dict[str, str]:
     """
     if segmenter == "none":
         return {"segmenter": "none"}
+    import rjieba  # loads its dictionary: a quarter of a second that runs without word starts do not pay
+
     cut = "\n".join(rjieba.cut(_PROBE, True))
     return {
         "segmenter": segmenter,
@@ -42,6 +43,8 @@ def word_start_characters(texts: list[str]) -> np.ndarray:
     The texts are cut as one, a line each: a line end always parts words, and one long call runs twice as
     fast.
     """
+    import rjieba
+
     joined = "\n".join(texts) + "\n"
     words = rjieba.cut(joined, True)
     word_lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))

@@ -63,9 +63,9 @@ def documents_of(output: Path, split: str) -> list[tuple[tuple[int, int, int], l
     ],
 )
 def test_workers_memory_and_tasks_change_no_byte(corpus, prepared, tmp_path, monkeypatch, workers, resources):
-    if (
-        workers == 1 and "min_read_bytes" not in resources
-    ):  # in this process: frames and sub-ranges so small that there are many of each
+    if "min_read_bytes" in resources:
+        monkeypatch.setattr("data_prep.estimate._FEW_READS", 1)
+    elif workers == 1:  # in this process: frames and sub-ranges so small that there are many of each
         monkeypatch.setattr("data_prep.run.frame_bytes", lambda plan: 1000)
         monkeypatch.setattr("data_prep.merge._LOADED_SHARE", 1 / 4096)
         monkeypatch.setattr("data_prep.spill._SORT_BYTES", 1400)
