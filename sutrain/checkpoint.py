@@ -4,11 +4,11 @@
         rank-00000.safetensors   this rank's slices: "master|NAME|OFFSET", "STATE KEY|NAME|OFFSET" (flat, fp32)
         rank-00000.json          checksum of that file
         replicated.safetensors   small optimizer state that is the same on every rank (rank 0 writes it)
-        manifest.json            counters, tensor shapes, and size and checksum of every file; written last
+        manifest.json            counters, tensor shapes, time, and size and checksum of every file; written last
     checkpoints/best.json        {"step", "validation_loss", "basis"}: that step is never pruned
 
 A checkpoint appears under its name only when it is complete: files are written and synced in a temporary folder,
-which is then renamed. Nothing is pickled.
+which is then renamed (checkpoint_writer.py). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 FORMAT = "sutrain-checkpoint-1"
 MASTER = "master"
@@ -42,49 +40,6 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or damaged; the message names the file and what was expected."""
 
 
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    slices: Iterable[Slice],
-    replicated: dict[str, torch.Tensor],
-    shapes: dict[str, list[int]],
-    counters: dict[str, Any],
-) -> Path:
-    """Write `directory`/step-XXXXXXXX, called by every rank; returns its path when it is complete on disk.
-
-    slices: what this rank owns; replicated: the same on every rank, written by rank 0; shapes: of every tensor of
-    the model; counters: numbers and strings that the manifest carries (samples_consumed, updates, …).
-    """
-    rank, world_size = _rank(), _world_size()
-    final = directory / step_name(step)
-    temporary = directory / f".writing-{final.name}"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier()
-    tensors = {f"{key}|{name}|{offset}": values for key, name, offset, values in slices}
-    _write_tensors(temporary / f"rank-{rank:05d}.safetensors", tensors)
-    if rank == 0:
-        _write_tensors(temporary / "replicated.safetensors", replicated)
-    _barrier()
-    if rank == 0:
-        names = ["replicated", *(f"rank-{r:05d}" for r in range(world_size))]
-        files = {
-            f"{name}.safetensors": json.loads((temporary / f"{name}.json").read_text()) for name in names
-        }
-        manifest = {"format": FORMAT, "step": step, "counters": counters, "shapes": shapes, "files": files}
-        _write_json(temporary / "manifest.json", manifest | {"xxh3_128": _json_checksum(manifest)})
-        _sync_directory(temporary)
-        replaced = directory / f".replaced-{final.name}"
-        if final.exists():  # the same step written again after a resume: never without one of the two on disk
-            final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        _sync_directory(directory)
-    _barrier()
-    return final
-
-
 def step_name(step: int) -> str:
     """Folder name of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
@@ -94,7 +49,10 @@ def mark_best(directory: Path, step: int, validation_loss: float, basis: str) ->
     """Remember which checkpoint has the lowest held-out loss; `prune` keeps it. `basis` says what it was measured on:
     losses over other rows or masks are not compared."""
     temporary = directory / ".best.json"
-    _write_json(temporary, {"step": step, "validation_loss": validation_loss, "basis": basis})
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump({"step": step, "validation_loss": validation_loss, "basis": basis}, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
     temporary.rename(directory / "best.json")
 
 
@@ -109,27 +67,17 @@ def best(directory: Path) -> dict[str, Any] | None:
 
 def set_aside(directory: Path, after_step: int) -> None:
     """Rename the damaged checkpoints of later steps, so that they are neither counted nor found again."""
-    for folder in _by_age(directory):
+    for folder in by_age(directory):
         if int(folder.name.removeprefix("step-")) > after_step:
             target = directory / f".damaged-{folder.name}"
             shutil.rmtree(target, ignore_errors=True)
             folder.rename(target)
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints and the best one, and what an interrupted save left behind."""
-    for leftover in [*directory.glob(".writing-*"), *directory.glob(".replaced-*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    marked = best(directory)
-    for checkpoint in _by_age(directory)[keep_last:]:
-        if marked is None or checkpoint.name != step_name(marked["step"]):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-
-
 def find_latest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest intact checkpoint, and one line for each newer one that is damaged and passed over."""
     damaged: list[str] = []
-    for folder in _by_age(directory):
+    for folder in by_age(directory):
         try:
             checkpoint = Checkpoint(folder)
             checkpoint.verify()
@@ -193,7 +141,7 @@ class Checkpoint:
             ) from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise CheckpointError(f"{self.folder}/manifest.json: not in the format {FORMAT!r}")
-        if manifest.pop("xxh3_128", None) != _json_checksum(manifest):
+        if manifest.pop("xxh3_128", None) != json_checksum(manifest):
             raise CheckpointError(f"{self.folder}/manifest.json: content does not match its checksum")
         return manifest
 
@@ -275,34 +223,12 @@ def load_full_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return checkpoint.full_weights()
 
 
-def _by_age(directory: Path) -> list[Path]:
+def by_age(directory: Path) -> list[Path]:
     """Complete checkpoint folders, newest first."""
     return sorted(directory.glob("step-*"), reverse=True) if directory.is_dir() else []
 
 
-def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises OSError, with the system's number, when the disk does not take it."""
-    try:
-        save_file(
-            {name: values.detach().cpu().contiguous().clone() for name, values in tensors.items()}, file
-        )
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(file)) from None
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
-    _write_json(file.with_suffix(".json"), {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)})
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        json.dump(content, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _json_checksum(content: dict[str, Any]) -> str:
+def json_checksum(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
@@ -319,22 +245,5 @@ def _chunks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
             yield chunk
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -10,20 +10,25 @@ Shapes: N rows, L tokens a row.
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 import torch
 import xxhash
 
 from data_prep.keys import philox_words, stream_id
 from data_prep.shards import Manifest, SplitReader
-from sutrain.masking import WordMasking
+from sutrain.masking import Spans, VocabularyWords, WordMasking
+from sutrain.mixture import Mixture
+from sutrain.remote import Remote, RemoteSplitReader
 
 BLOCK_ROWS = 256
 """Rows that stay together in later epochs: large enough to be read in one go, small enough to mix a small corpus."""
@@ -67,17 +72,38 @@ class Batch:
     def predicted_tokens(self) -> int:
         return int((self.labels_NL >= 0).sum())
 
+    def cut(self, row_tokens: int) -> Batch:
+        """The same tokens and masks in shorter rows, [N·L/row_tokens, row_tokens]; documents end where rows do."""
+        names = ("inputs_NL", "labels_NL", "hidden_NL", "document_NL")
+        return replace(self, **{name: getattr(self, name).reshape(-1, row_tokens) for name in names})
+
+
+class Rows(threading.local):
+    """A reader of one split for each thread: a reader remembers what it decoded, which two threads must not share."""
+
+    def __init__(self, directory: str | Path, split: str, remote: Remote | None):
+        self.reader = (
+            SplitReader(directory, split) if remote is None else RemoteSplitReader(remote, directory, split)
+        )
+
 
 class Samples:
     """The endless sequence of masked samples of one split: epoch after epoch, addressed by sample number."""
 
-    def __init__(self, directory: str | Path, split: str, seed: int, masking: WordMasking):
+    def __init__(
+        self, directory: str | Path, split: str, seed: int, masking: WordMasking, remote: Remote | None = None
+    ):
         """Raises DataError when the folder holds no finished data set or the split is empty."""
         self.manifest = load_manifest(directory)
-        self.reader = SplitReader(directory, split)
+        self._rows = Rows(directory, split, remote)
         if len(self.reader) == 0:
             raise DataError(f"{directory}: the {split} split holds no rows; prepare more text")
         self.seed, self.masking = seed, masking
+        self.vocabulary = None if self.manifest.has_words else vocabulary_words(Path(directory))
+
+    @property
+    def reader(self) -> SplitReader:
+        return self._rows.reader
 
     @property
     def rows_per_epoch(self) -> int:
@@ -109,35 +135,115 @@ class Samples:
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Samples [first_sample, first_sample + count), read, verified and masked."""
-        numbers = self.row_numbers(first_sample, count)
-        tokens_NL, word_start_NL, document_NL = self._read(numbers)
-        masked = self.masking(tokens_NL, word_start_NL, first_sample)
-        digests = [
-            xxhash.xxh3_64_intdigest(np.stack([tokens, inputs]).tobytes())
-            for tokens, inputs in zip(tokens_NL, masked.inputs_NL, strict=True)
-        ]
-        return Batch(
-            first_sample,
-            torch.from_numpy(masked.inputs_NL),
-            torch.from_numpy(masked.labels_NL),
-            torch.from_numpy(masked.hidden_NL),
-            torch.from_numpy(document_NL),
-            sum(digests) % FINGERPRINT_MODULUS,
-        )
+        return masked_batch(self.masking, first_sample, *self.read(first_sample, count))
 
-    def _read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Rows in the given order; consecutive stretches of the sorted numbers are read in one go."""
+    def read(self, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """(tokens, word starts or None, document numbers) of samples [first_sample, first_sample + count), [N, L]."""
+        # Consecutive stretches of the sorted numbers are read in one go.
+        numbers = self.row_numbers(first_sample, count)
         ascending = np.argsort(numbers, kind="stable")
         ordered = numbers[ascending]
         cuts = np.flatnonzero(np.diff(ordered) != 1) + 1
         parts = [self.reader.rows(int(s[0]), int(s[-1]) + 1) for s in np.split(ordered, cuts)]
         back = np.empty_like(ascending)
         back[ascending] = np.arange(len(ascending))
-        tokens_NL = np.concatenate([part.tokens_NL for part in parts]).astype(np.int64)[back]
+        tokens_NL = np.concatenate([part.tokens_NL for part in parts]).astype(np.int64, copy=False)[back]
         document_NL = np.concatenate([part.document_NL for part in parts]).astype(np.int64)[back]
-        if parts[0].word_start_NL is None:
-            return tokens_NL, None, document_NL
-        return tokens_NL, np.concatenate([part.word_start_NL for part in parts])[back], document_NL
+        words = [part.word_start_NL for part in parts if part.word_start_NL is not None]
+        if words:
+            return tokens_NL, np.concatenate(words)[back], document_NL
+        return tokens_NL, self.vocabulary.starts(tokens_NL) if self.vocabulary else None, document_NL
+
+
+class MixedSamples:
+    """The samples of several data sets mixed by weight, addressed by their number in the mixture."""
+
+    def __init__(self, corpora: Sequence[Samples], weights: Sequence[float], seed: int, masking: WordMasking):
+        """Raises DataError, naming the difference, for data sets that cannot be mixed."""
+        self.corpora, self.masking = list(corpora), masking
+        self.mixture = Mixture(tuple(weights), seed)
+        self.manifest = self.corpora[0].manifest
+        for other in (corpus.manifest for corpus in self.corpora[1:]):
+            for name in ("vocab_size", "row_tokens", "special_ids", "tokenizer"):
+                if getattr(other, name) != getattr(self.manifest, name):
+                    raise DataError(
+                        f"{other.directory}: {name} differs from {self.manifest.directory}; prepare both with one "
+                        "tokenizer and one row length"
+                    )
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all data sets together."""
+        return sum(corpus.rows_per_epoch for corpus in self.corpora)
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples [first_sample, first_sample + count), read, verified and masked."""
+        # The samples of a data set inside a stretch of the mixture are consecutive in that data set.
+        corpus_N, number_N = self.mixture.assign(first_sample, count)
+        tokens_NL = np.empty((count, self.manifest.row_tokens), np.int64)
+        document_NL, words_NL = np.empty_like(tokens_NL), np.empty(tokens_NL.shape, bool)
+        has_words = True
+        for index, corpus in enumerate(self.corpora):
+            mine = np.flatnonzero(corpus_N == index)
+            if len(mine):
+                tokens_NL[mine], words, document_NL[mine] = corpus.read(int(number_N[mine[0]]), len(mine))
+                has_words &= words is not None
+                words_NL[mine] = True if words is None else words
+        return masked_batch(
+            self.masking, first_sample, tokens_NL, words_NL if has_words else None, document_NL
+        )
+
+
+def masked_batch(
+    masking: WordMasking, first_sample: int, tokens_NL: np.ndarray, word_start_NL: np.ndarray | None,
+    document_NL: np.ndarray,
+) -> Batch:  # fmt: skip
+    """Rows as a batch of the samples first_sample, first_sample + 1, …"""
+    masked = masking(tokens_NL, word_start_NL, first_sample)
+    hashed = np.stack([tokens_NL, masked.inputs_NL], axis=1)
+    return Batch(
+        first_sample,
+        torch.from_numpy(masked.inputs_NL),
+        torch.from_numpy(masked.labels_NL),
+        torch.from_numpy(masked.hidden_NL),
+        torch.from_numpy(document_NL),
+        sum(xxhash.xxh3_64_intdigest(row) for row in hashed) % FINGERPRINT_MODULUS,
+    )
+
+
+def open_samples(data: Any, seed: int, masking: WordMasking) -> Samples | MixedSamples:
+    """The training samples of a run; `data` is that section of its configuration. Raises DataError."""
+    samples = Samples(data.dir, "train", seed, masking, remote_of(data))
+    if not data.others:
+        return samples
+    others = [Samples(other.dir, "train", seed, masking) for other in data.others]
+    weights = [data.weight, *(other.weight for other in data.others)]
+    return MixedSamples([samples, *others], weights, seed, masking)
+
+
+def open_manifest(data: Any) -> Manifest:
+    """The manifest of data.dir, brought there first where the shards lie elsewhere. Raises DataError, ShardError."""
+    if (remote := remote_of(data)) is not None:
+        remote.mirror()
+    return load_manifest(data.dir)
+
+
+def remote_of(data: Any) -> Remote | None:
+    """Where the shards of data.dir come from when they are not there."""
+    return None if data.remote is None else Remote(data.remote, data.dir, data.cache_bytes)
+
+
+def vocabulary_words(directory: Path) -> VocabularyWords | None:
+    """Word starts by the pieces of the data set's tokenizer; None where the folder has neither kind of vocabulary."""
+    model, vocabulary = directory / "tokenizer/tokenizer.model", directory / "tokenizer/vocab.txt"
+    if model.is_file():
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        return VocabularyWords.of_pieces(
+            [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+        )
+    if vocabulary.is_file():
+        return VocabularyWords.of_pieces(vocabulary.read_text(encoding="utf-8").splitlines())
+    return None
 
 
 def word_masking(manifest: Manifest, settings: Any, seed: int, stream: str) -> WordMasking:
@@ -153,6 +259,7 @@ def word_masking(manifest: Manifest, settings: Any, seed: int, stream: str) -> W
         keep_share=settings.keep_share,
         whole_words=settings.whole_words,
         stream=stream,
+        spans=Spans(settings.span_stop, settings.span_longest) if settings.style == "spans" else None,
     )
 
 
@@ -168,60 +275,80 @@ def load_manifest(directory: str | Path) -> Manifest:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is spread: rank r, micro-batch m reads a contiguous range of the batch's samples."""
+    """How global batches are spread: rank r, micro-batch m reads a contiguous range of the batch's samples.
+
+    `size_warmup` and `length_warmup` are {samples consumed: rows an update, tokens a row} as sorted pairs, valid from
+    that
+    position on; after the last comes the full size. A row is cut into shorter ones, so that position, documents and
+    masks are the same with and without warm-up.
+    """
 
     global_sequences: int
     micro_sequences: int
     world_size: int
     rank: int
+    size_warmup: tuple[tuple[int, int], ...] = ()
+    length_warmup: tuple[tuple[int, int], ...] = ()
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches each rank computes for one update."""
+        """Micro-batches each rank computes for one update of full size."""
         return self.global_sequences // (self.micro_sequences * self.world_size)
+
+    def sequences_at(self, samples_consumed: int) -> int:
+        """Rows of the update that starts at `samples_consumed`, over all ranks."""
+        return _stage_at(self.size_warmup, samples_consumed) or self.global_sequences
+
+    def tokens_at(self, samples_consumed: int) -> int | None:
+        """Tokens that rows are cut to in that update; None: whole rows."""
+        return _stage_at(self.length_warmup, samples_consumed)
 
     def ranges(self, samples_consumed: int) -> list[tuple[int, int]]:
         """(first sample, count) of this rank's micro-batches of the update that starts at `samples_consumed`."""
-        share = self.global_sequences // self.world_size
+        share = self.sequences_at(samples_consumed) // self.world_size
         first = samples_consumed + self.rank * share
-        return [(first + m * self.micro_sequences, self.micro_sequences) for m in range(self.accumulation)]
+        micro = self.micro_sequences
+        return [(first + start, micro) for start in range(0, share, micro)]
+
+
+def _stage_at(stages: tuple[tuple[int, int], ...], samples_consumed: int) -> int | None:
+    """The value of the last stage that has begun; the final one, 0, stands for the full value."""
+    values = [value for start, value in stages if start <= samples_consumed]
+    return values[-1] or None if values else None
 
 
 def prefetch(
-    samples: Samples, plan: BatchPlan, samples_consumed: int, updates: int, depth: int = 2
+    samples: Samples | MixedSamples,
+    plan: BatchPlan,
+    samples_consumed: int,
+    updates: int,
+    depth: int = 2,
+    workers: int = 1,
 ) -> Generator[list[Batch], None, None]:
-    """Yield this rank's micro-batches for each of the next `updates`, read ahead by a background thread.
+    """Yield this rank's micro-batches for each of the next `updates`, `depth` updates ahead by `workers` threads.
 
-    Only what is yielded counts as read: position is advanced by the caller after the optimizer step.
+    Workers take micro-batches and deliver in order, so their number changes nothing; with 0 everything is read when
+    it is
+    asked for. Only what is yielded counts as read: position is advanced by the caller after the optimizer step.
     """
-    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+    position, planned = samples_consumed, 0
+    ahead: deque[list[Callable[[], Batch]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batch-reader") if workers else None
 
-    def offer(item: list[Batch] | BaseException) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
+    def read(first: int, count: int, row_tokens: int | None) -> Batch:
+        batch = samples.batch(first, count)
+        return batch.cut(row_tokens) if row_tokens else batch
 
-    def read() -> None:
-        try:
-            for update in range(updates):
-                if stopped.is_set():
-                    return
-                position = samples_consumed + update * plan.global_sequences
-                offer([samples.batch(first, count) for first, count in plan.ranges(position)])
-        except BaseException as error:  # raised again by the training loop, where the batch is missing
-            offer(error)
-
-    thread = threading.Thread(target=read, name="batch-reader", daemon=True)
-    thread.start()
     try:
         for _ in range(updates):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            while planned < updates and len(ahead) < (depth if pool else 1):
+                jobs = [(first, count, plan.tokens_at(position)) for first, count in plan.ranges(position)]
+                ahead.append(
+                    [pool.submit(read, *job).result if pool else partial(read, *job) for job in jobs]
+                )
+                position += plan.sequences_at(position)
+                planned += 1
+            yield [ready() for ready in ahead.popleft()]
     finally:
-        stopped.set()
-        thread.join(timeout=5)
+        if pool:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -18,7 +18,8 @@ from data_prep.config_file import ConfigError
 from data_prep.shards import Manifest
 from sutrain.models.configuration import EncoderConfig
 
-EXIT_USER_ERROR = 2
+EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
+"""Started again, a run that failed may go on (see supervise.py); one that is wrong may not."""
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -103,28 +104,6 @@ def hold_run_folder(folder: Path) -> TextIO:
     return lock
 
 
-def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises ConfigError naming everything that differs between a checkpoint and the run that would go on from it."""
-    differences = []
-    for key, now in current.items():
-        before = saved.get(key)
-        if key == "model" and isinstance(before, dict):  # settings younger than the checkpoint had their defaults
-            before = {name: value for name, value in vars(EncoderConfig()).items() if name in now} | before
-        if isinstance(now, dict) and isinstance(before, dict):
-            differences += [
-                f"{key}.{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} now"
-                for name in sorted({*before, *now})
-                if before.get(name) != now.get(name)
-            ]
-        elif before != now:
-            differences.append(f"{key}: {before!r} in the checkpoint, {now!r} now")
-    if differences:
-        lines = "\n".join(differences)
-        raise ConfigError(
-            f"{lines}\nthe run in this folder cannot go on so; restore these, or choose another run_dir"
-        )
-
-
 def environment(world_size: int) -> dict[str, Any]:
     """Versions and machine, for environment.json."""
     accelerator = torch.accelerator.is_available()
@@ -155,13 +134,18 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def stop(message: str, on_every_rank: bool = False) -> NoReturn:
-    """Print one error and exit; what every rank finds alike only rank 0 says."""
+def stop(
+    message: str, on_every_rank: bool = False, status: int = EXIT_USER_ERROR, at_once: bool = False
+) -> NoReturn:
+    """Print one error and exit; what every rank finds alike only rank 0 says. `at_once`: without waiting for a
+    collective that does not end, which an ordinary exit does."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or on_every_rank:
         where = f" (rank {rank})" if on_every_rank and rank else ""
         print(f"error{where}: {message}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_USER_ERROR)
+    if at_once:
+        os._exit(status)
+    sys.exit(status)
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 
 from sutrain import checkpoint as checkpoints
 from sutrain.checkpoint import MASTER, Checkpoint, CheckpointError
+from sutrain.checkpoint_writer import prune, save_checkpoint, sweep
 from tests.conftest import ROOT, environment
 
 
@@ -16,7 +17,7 @@ def save(directory, step, values=0.0):
     weight = torch.arange(12, dtype=torch.float32) + values
     slices = [(MASTER, "a", 0, weight[:5]), (MASTER, "a", 5, weight[5:]), ("moment", "b", 0, weight[:3] * 2)]
     shapes = {"a": [3, 4]}
-    return checkpoints.save_checkpoint(
+    return save_checkpoint(
         directory,
         step,
         slices,
@@ -64,7 +65,7 @@ def test_an_interrupted_save_is_never_seen_and_swept_away(tmp_path):
     half.mkdir()
     (half / "rank-00000.safetensors").write_bytes(b"half")
     assert checkpoints.find_latest(tmp_path)[0].step == 4
-    checkpoints.prune(tmp_path, keep_last=2)
+    sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
@@ -72,7 +73,7 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
     checkpoints.mark_best(tmp_path, 2, 1.5, "40 rows")
-    checkpoints.prune(tmp_path, keep_last=2)
+    prune(tmp_path, keep_last=2)
     assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4", "5"]
     assert checkpoints.best(tmp_path) == {"step": 2, "validation_loss": 1.5, "basis": "40 rows"}
 
@@ -95,7 +96,7 @@ def test_damaged_later_checkpoints_do_not_push_out_the_intact_ones(tmp_path):
     assert found.step == 1 and len(damaged) == 2
     checkpoints.set_aside(tmp_path, after_step=1)
     save(tmp_path, 2)
-    checkpoints.prune(tmp_path, keep_last=2)
+    prune(tmp_path, keep_last=2)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000002"]
     assert checkpoints.find_latest(tmp_path)[0].step == 2
     assert sorted(path.name for path in tmp_path.glob(".damaged-*")) == [
@@ -108,7 +109,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from sutrain.checkpoint import save_checkpoint
+from sutrain.checkpoint_writer import save_checkpoint
 from sutrain.launch import explain
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,5 +1,7 @@
 """Samples by number: every row once an epoch, any cut gives the same, shared out without overlap."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,10 +10,12 @@ from sutrain.data import (
     BLOCK_ROWS,
     BatchPlan,
     DataError,
+    MixedSamples,
     Samples,
     load_manifest,
     permuted,
     prefetch,
+    vocabulary_words,
     word_masking,
 )
 
@@ -87,6 +91,79 @@ def test_prefetching_reads_the_planned_ranges_and_stops(samples):
     plan = BatchPlan(8, 2, 2, 1)
     read = [[batch.first_sample for batch in batches] for batches in prefetch(samples, plan, 16, updates=3)]
     assert read == [[20, 22], [28, 30], [36, 38]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_every_sample_once_an_epoch_at_any_world_size_and_number_of_workers(samples, world_size, workers):
+    """Two epochs and the batch that wraps into the third, through the real loader of every rank."""
+    batch, rows = 30, samples.rows_per_epoch
+    updates = -(-2 * rows // batch)
+    seen, fingerprints = {}, np.zeros(updates, np.int64)
+    for rank in range(world_size):
+        plan = BatchPlan(batch, {1: 10, 2: 5, 3: 5, 5: 3}[world_size], world_size, rank)
+        for update, batches in enumerate(prefetch(samples, plan, 0, updates, workers=workers)):
+            fingerprints[update] += sum(part.fingerprint for part in batches)
+            for part in batches:
+                original = np.where(part.labels_NL >= 0, part.labels_NL, part.inputs_NL)
+                seen |= {part.first_sample + i: row.tobytes() for i, row in enumerate(original)}
+    assert sorted(seen) == list(range(updates * batch))
+    stored = samples.reader.rows(0, rows).tokens_NL
+    expected = sorted(row.tobytes() for row in stored)
+    for epoch in (0, 1):
+        assert sorted(seen[epoch * rows + i] for i in range(rows)) == expected
+    once = [samples.batch(update * batch, batch).fingerprint for update in range(updates)]
+    assert (fingerprints % 2**48 == once).all(), "the same documents and masks as read in one go"
+
+
+def test_warm_ups_change_the_size_of_updates_and_the_length_of_rows_but_not_what_is_read(samples):
+    plan = BatchPlan(
+        24, 2, 2, 0, size_warmup=((0, 8), (16, 12), (40, 0)), length_warmup=((0, 8), (28, 16), (64, 0))
+    )
+    other = dataclasses.replace(plan, rank=1)
+    read, lengths, position = [], [], 0
+    for mine, theirs in zip(prefetch(samples, plan, 0, 6), prefetch(samples, other, 0, 6), strict=True):
+        batches = [*mine, *theirs]
+        position += plan.sequences_at(position)
+        read.append(sum(len(batch.inputs_NL.ravel()) for batch in batches) // samples.manifest.row_tokens)
+        lengths.append(batches[0].inputs_NL.shape[1])
+    assert read == [8, 8, 12, 12, 24, 24] and position == sum(read)
+    assert lengths == [8, 8, 8, 16, 16, 32]
+    whole, cut = samples.batch(3, 4), samples.batch(3, 4).cut(8)
+    assert (cut.labels_NL.reshape(4, -1) == whole.labels_NL).all() and cut.fingerprint == whole.fingerprint
+    # A run that goes on in the middle of the warm-up sees what it would have seen.
+    later = [batches[0].first_sample for batches in prefetch(samples, plan, 16, 4)]
+    assert later == [16, 28, 40, 64]
+
+
+def test_corpora_are_mixed_and_masked_by_their_place_in_the_mixture(samples, dataset):
+    other = Samples(dataset, "validation", 5, samples.masking)
+    mixed = MixedSamples([samples, other], [3, 1], 5, samples.masking)
+    whole = mixed.batch(1000, 60)
+    parts = [mixed.batch(1000 + a, b - a) for a, b in ((0, 7), (7, 40), (40, 60))]
+    assert (np.concatenate([part.inputs_NL for part in parts]) == whole.inputs_NL.numpy()).all()
+    assert sum(part.fingerprint for part in parts) % 2**48 == whole.fingerprint
+    corpus_N, number_N = mixed.mixture.assign(1000, 60)
+    assert 5 < (corpus_N == 1).sum() < 30
+    original = np.where(whole.labels_NL >= 0, whole.labels_NL, whole.inputs_NL)
+    for row, (corpus, number) in enumerate(zip(corpus_N, number_N, strict=True)):
+        assert (original[row] == [samples, other][corpus].read(int(number), 1)[0][0]).all()
+
+
+def test_corpora_of_other_tokenizers_are_not_mixed(samples, dataset):
+    other = Samples(dataset, "validation", 5, samples.masking)
+    other.manifest = dataclasses.replace(other.manifest, row_tokens=64)
+    with pytest.raises(DataError, match="row_tokens differs"):
+        MixedSamples([samples, other], [1, 1], 5, samples.masking)
+
+
+def test_shards_without_word_starts_take_them_from_the_vocabulary(dataset):
+    words = vocabulary_words(dataset)
+    reader = Samples(dataset, "train", 5, word_masking(load_manifest(dataset), Masking(), 5, "masks"))
+    tokens_NL, segmented_NL, _ = reader.read(0, 50)
+    starts_NL = words.starts(tokens_NL)
+    assert starts_NL.shape == segmented_NL.shape and 0.2 < starts_NL.mean() <= 1
+    assert vocabulary_words(dataset.parent) is None
 
 
 def test_an_error_while_reading_ahead_reaches_the_loop(samples, monkeypatch):

@@ -11,6 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 import sutrain.huggingface  # noqa: F401
 from data_prep.config_file import load_config, to_yaml
 from sutrain import checkpoint as checkpoints
+from sutrain.checkpoint_writer import save_checkpoint
 from sutrain.config import PretrainConfig
 from sutrain.export import ExportError, choose_checkpoint, export_weights, main
 from sutrain.models.masked_lm import MaskedLanguageModel
@@ -171,7 +172,7 @@ def write_run(folder, dataset, config_file):
             "tokens": 2304,
             "data_content_hash": "abc",
         }
-        checkpoints.save_checkpoint(folder / "checkpoints", updates, slices, {}, shapes, counters)
+        save_checkpoint(folder / "checkpoints", updates, slices, {}, shapes, counters)
         models.append(model)
     checkpoints.mark_best(folder / "checkpoints", 6, 1.25, "40 rows")
     return models

@@ -11,7 +11,6 @@ from data_prep.config_file import ConfigError
 from sutrain.data import load_manifest
 from sutrain.launch import (
     check_model_fits_data,
-    check_same_run,
     environment,
     explain,
     hold_run_folder,
@@ -65,26 +64,6 @@ def test_model_and_data_must_agree_on_vocabulary_rows_and_padding(dataset):
         f"set model.vocab_size={VOCAB_SIZE}" in lines[0]
         and f"set model.max_row_tokens={ROW_TOKENS}" in lines[1]
     )
-
-
-def test_everything_that_keeps_a_run_from_going_on_is_named():
-    saved = {"seed": 1, "model": {"num_layers": 2, "hidden_size": 8}}
-    check_same_run(saved, {"seed": 1, "model": {"num_layers": 2, "hidden_size": 8}})
-    with pytest.raises(ConfigError) as raised:
-        check_same_run(saved, {"seed": 2, "model": {"num_layers": 3, "hidden_size": 8}})
-    text = str(raised.value)
-    assert (
-        "seed: 1 in the checkpoint, 2 now" in text and "model.num_layers: 2 in the checkpoint, 3 now" in text
-    )
-    assert "hidden_size" not in text
-
-
-def test_a_setting_of_the_model_that_is_younger_than_the_checkpoint_had_its_default():
-    now = vars(EncoderConfig())
-    older = {name: value for name, value in now.items() if name != "talking_heads"}
-    check_same_run({"model": older}, {"model": now})
-    with pytest.raises(ConfigError, match=r"model\.talking_heads: 'none' in the checkpoint, 'scores' now"):
-        check_same_run({"model": older}, {"model": now | {"talking_heads": "scores"}})
 
 
 def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):

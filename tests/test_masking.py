@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sutrain.masking import IGNORED, WordMasking
+from sutrain.masking import IGNORED, Spans, VocabularyWords, WordMasking
 
 SPECIAL = (0, 1, 2, 3, 4)
 CLS, SEP, MASK, PAD = 2, 3, 4, 0
@@ -110,3 +110,68 @@ def test_whole_words_without_word_starts_are_refused_with_the_way_out():
         masking()(tokens, None, 0)
     single = masking(whole_words=False)(np.full((2000, 16), 9), None, 0)
     assert (single.labels_NL != IGNORED).mean() == pytest.approx(0.15, abs=0.01)
+
+
+def long_rows(rows=600, length=400):
+    """Rows of one document without special tokens inside, so that edges hardly count."""
+    random = np.random.default_rng(1)
+    tokens = random.integers(5, VOCAB, (rows, length))
+    tokens[:, 0], tokens[:, -1] = CLS, SEP
+    return tokens, random.random((rows, length)) < 0.5
+
+
+def test_spans_cover_their_share_of_words_in_stretches_of_geometric_length():
+    tokens, starts = long_rows()
+    rows = masking(spans=Spans(stop=0.2, longest=10))(tokens, starts, 0)
+    predicted = rows.labels_NL != IGNORED
+    for part in (predicted[:, 1:6], predicted[:, 30:-30], predicted[:, -6:-1]):
+        assert part.mean() == pytest.approx(0.15, abs=0.02 if part.size < 4000 else 0.004)
+    words = word_numbers(tokens, starts)
+    single = masking()(tokens, starts, 0).labels_NL != IGNORED
+
+    def mean_words_of_a_stretch(mask):
+        begins = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
+        return len(np.unique(words[mask])) / begins.sum()
+
+    # (1 - 0.8^10) / 0.2 = 4.5 words a span, more where two meet; single words meet by chance only.
+    assert mean_words_of_a_stretch(predicted) > 4 > 1.5 > mean_words_of_a_stretch(single)
+    hidden = (rows.inputs_NL == MASK)[predicted].mean()
+    assert hidden == pytest.approx(0.8, abs=0.03)
+
+
+def test_spans_hide_whole_words_inside_one_document_and_know_no_batch():
+    tokens, starts = random_rows(300, 64)
+    spans = masking(spans=Spans(), predict_share=0.4)
+    rows = spans(tokens, starts, 50)
+    words = word_numbers(tokens, starts).ravel()
+    total = np.bincount(words, (rows.labels_NL != IGNORED).ravel().astype(float))
+    assert ((total == 0) | (total == np.bincount(words))).all()
+    special = np.isin(tokens, SPECIAL)
+    assert (rows.inputs_NL[special] == tokens[special]).all()
+    for first, stop in ((0, 1), (1, 17), (17, 300)):
+        part = spans(tokens[first:stop], starts[first:stop], 50 + first)
+        assert (part.inputs_NL == rows.inputs_NL[first:stop]).all()
+        assert (part.labels_NL == rows.labels_NL[first:stop]).all()
+
+
+def test_a_span_does_not_reach_over_a_special_token():
+    tokens = np.array([[CLS, 10, 11, SEP, CLS, 12, 13, SEP]])
+    starts = np.ones_like(tokens, dtype=bool)
+    spans = masking(spans=Spans(stop=0.05), predict_share=0.3)
+    fates = [spans(tokens, starts, sample).labels_NL[0, [1, 2, 5, 6]] != IGNORED for sample in range(3000)]
+    left, right = np.array(fates)[:, 1], np.array(fates)[:, 2]
+    assert left.mean() == pytest.approx(0.3, abs=0.03) and abs(np.corrcoef(left, right)[0, 1]) < 0.06
+    assert np.corrcoef(np.array(fates)[:, 0], left)[0, 1] > 0.3, "inside of a document spans do reach further"
+
+
+def test_words_of_a_bert_vocabulary_begin_without_the_continuation_mark():
+    words = VocabularyWords.of_pieces(["[PAD]", "play", "##ing", "中", "##", "国"])
+    assert words.starts(np.array([[1, 2, 2, 3, 5, 4]])).tolist() == [[True, False, False, True, True, True]]
+
+
+def test_words_of_a_sentencepiece_vocabulary_begin_at_spaces_and_at_chinese_pieces():
+    pieces = ["[PAD]", "▁play", "ing", "中国", "人", "。", "▁", "abc", "12", "の"]
+    words = VocabularyWords.of_pieces(pieces)
+    row = [1, 2, 3, 4, 5, 7, 2, 6, 7, 8, 9, 2]
+    expected = [1, 0, 1, 1, 1, 1, 0, 1, 0, 0, 1, 1]
+    assert words.starts(np.array([row])).astype(int).tolist() == [expected]

@@ -1,0 +1,162 @@
+"""Shards that lie elsewhere (any fsspec URL: s3://, gs://, http://, file://), read by range, kept in a bounded cache.
+
+The local folder of the data set mirrors what is small: manifest, tokenizer, counts, the validation split; indexes
+when they
+are needed.
+Blocks are fetched when a batch needs them, by as many threads as the loader has workers, and kept as files below
+FOLDER/.blocks until the cache is full; then those go that were used longest ago. Ranks of one host share the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from data_prep.shards import Block, ShardEntry, ShardError, ShardReader, SplitReader, index_name
+
+ATTEMPTS = 4
+_PAUSE_SECONDS = 0.5
+
+
+class Remote:
+    """One data set at `url`, mirrored in `directory`, with at most `cache_bytes` of blocks on the local disk."""
+
+    def __init__(self, url: str, directory: Path, cache_bytes: int):
+        self.directory, self.cache_bytes = Path(directory), cache_bytes
+        self._files, self._root = fsspec.core.url_to_fs(url)
+        self._lock = threading.Lock()
+        self._cache = self.directory / ".blocks"
+
+    def mirror(self) -> None:
+        """Bring the small files here; the manifest comes last, so a folder with one is whole.
+
+        Raises ShardError when the data set cannot be reached.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        manifest = self._get("manifest.json")
+        here = self.directory / "manifest.json"
+        if here.is_file() and here.read_bytes() == manifest:
+            return
+        for name in (
+            "token_counts.bin",
+            "tokenizer/tokenizer.model",
+            "tokenizer/tokenizer.json",
+            "tokenizer/vocab.txt",
+        ):
+            if self._files.exists(f"{self._root}/{name}"):
+                _write(self.directory / name, self._get(name))
+        for shard in json.loads(manifest)["splits"].get("validation", {}).get("shards", []):
+            self.index("validation", shard["name"])
+            _write(self.directory / "validation" / shard["name"], self._get(f"validation/{shard['name']}"))
+        _write(here, manifest)
+
+    def size(self, split: str, shard: str) -> int | None:
+        """Bytes of a shard there, None where it cannot be seen."""
+        try:
+            return int(self._files.size(f"{self._root}/{split}/{shard}"))
+        except Exception:  # every storage has exceptions of its own
+            return None
+
+    def index(self, split: str, shard: str) -> None:
+        """Bring the index of one shard here."""
+        name = f"{split}/{index_name(shard)}"
+        if not (self.directory / name).is_file():
+            _write(self.directory / name, self._get(name))
+
+    def block(self, split: str, shard: str, offset: int, length: int) -> bytes:
+        """A range of a shard, from the cache or from afar."""
+        file = self._block_file(split, shard, offset)
+        try:
+            data = file.read_bytes()
+            if len(data) == length:
+                os.utime(file)
+                return data
+        except OSError:
+            pass
+        data = self._get(f"{split}/{shard}", offset, offset + length)
+        if len(data) == length and length <= self.cache_bytes:
+            _write(file, data)
+            self._evict()
+        return data
+
+    def forget(self, split: str, shard: str, offset: int) -> None:
+        """Drop a block that turned out damaged from the cache."""
+        self._block_file(split, shard, offset).unlink(missing_ok=True)
+
+    def _block_file(self, split: str, shard: str, offset: int) -> Path:
+        return self._cache / f"{split}-{shard}-{offset}"
+
+    def _get(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Bytes of a file or a range of it, tried again when the network fails. Raises ShardError."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return bytes(self._files.cat_file(f"{self._root}/{name}", start=start, end=end))
+            except FileNotFoundError:
+                raise ShardError(f"{self._root}/{name}: no such file") from None
+            except Exception as error:  # every storage has exceptions of its own
+                if attempt == ATTEMPTS - 1:
+                    raise ShardError(
+                        f"{self._root}/{name}: cannot be read after {ATTEMPTS} attempts ({error})"
+                    ) from None
+                time.sleep(_PAUSE_SECONDS * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _evict(self) -> None:
+        with self._lock:
+            found = []
+            for file in self._cache.iterdir():
+                try:
+                    status = file.stat()
+                except FileNotFoundError:  # another rank was faster
+                    continue
+                found.append((status.st_mtime, status.st_size, file))
+            total = sum(size for _, size, _ in found)
+            for _, size, file in sorted(found):
+                if total <= self.cache_bytes:
+                    break
+                file.unlink(missing_ok=True)
+                total -= size
+
+
+class _RemoteShardReader(ShardReader):
+    def __init__(self, remote: Remote, manifest: Any, split: str, entry: ShardEntry):
+        remote.index(split, entry.name)
+        super().__init__(manifest, split, entry)
+        self._remote, self._split, self._name = remote, split, entry.name
+        self._offset = 0
+
+    def read_range(self, offset: int, length: int) -> bytes:
+        self._offset = offset
+        return self._remote.block(self._split, self._name, offset, length)
+
+    def read(self, number: int) -> Block:
+        try:
+            return super().read(number)
+        except ShardError:  # once more, from afar: the copy in the cache may be what is damaged
+            self._remote.forget(self._split, self._name, self._offset)
+            return super().read(number)
+
+
+class RemoteSplitReader(SplitReader):
+    """A SplitReader whose shards lie elsewhere."""
+
+    def __init__(self, remote: Remote, directory: str | Path, split: str):
+        self._remote = remote
+        super().__init__(directory, split)
+
+    def open_shard(self, entry: ShardEntry) -> ShardReader:
+        return _RemoteShardReader(self._remote, self.manifest, self.split, entry)
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Atomic, and under a name of this process and thread, so that ranks of one host may write the same file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_bytes(data)
+    temporary.rename(file)

@@ -1,0 +1,234 @@
+"""Keep a run going: python -m sutrain.supervise [options] -- deepspeed … sutrain/pretrain.py --config X [overrides]
+
+Starts the command, and starts it again from its newest intact checkpoint after a crash or a hang, with growing pauses,
+until it ends by itself. A mistake that starting again cannot mend (exit status 2: configuration, data) ends it at once,
+and so do too many restarts without a new checkpoint between them. SIGTERM and SIGINT make the run save and stop,
+SIGUSR1 makes it save and go on; DeepSpeed's launcher passes no signal on, so they travel through the run folder (see
+heartbeat.py). Every event is a line of RUN/supervise.jsonl.
+
+Everything the command started on this host is ended with it: it carries a mark in its environment that children
+inherit. Ranks on other hosts are asked to end through the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from sutrain import heartbeat
+
+MARK = "SUTRAIN_SUPERVISED"
+EXIT_USER_ERROR = 2  # as in launch.py, which would import torch here
+LONGEST_PAUSE_SECONDS = 300.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line entry; returns the exit status of the run, 1 where it was given up."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sutrain.supervise", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=5,
+        help="starts in a row without a new checkpoint before it gives up (5)",
+    )
+    parser.add_argument(
+        "--pause_seconds", type=float, default=10, help="before the first restart; doubles up to 300 (10)"
+    )
+    parser.add_argument(
+        "--hang_seconds", type=float, default=600, help="without a sign of life of any rank: a hang (600)"
+    )
+    parser.add_argument(
+        "--grace_seconds",
+        type=float,
+        default=120,
+        help="for the checkpoint after SIGTERM, then SIGKILL (120)",
+    )
+    parser.add_argument("command", nargs="+", help="after --: the command that trains")
+    options = parser.parse_args(arguments)
+    try:
+        run_dir = run_folder(options.command)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return Supervisor(
+        options.command, run_dir, options.restarts, options.pause_seconds, options.hang_seconds, options.grace_seconds
+    ).run()  # fmt: skip
+
+
+def run_folder(command: list[str]) -> Path:
+    """The run_dir that a training command will write to: its override, else that of its --config file.
+
+    Raises ValueError when the command names neither, OSError or yaml.YAMLError for an unreadable file.
+    """
+    config: str | None = None
+    for number, word in enumerate(command):
+        if word.startswith("--run_dir="):
+            return Path(word.partition("=")[2])
+        if word.startswith("--config="):
+            config = word.partition("=")[2]
+        elif word == "--config" and number + 1 < len(command):
+            config = command[number + 1]
+    if config is None:
+        raise ValueError("the command has no --config FILE: supervise needs the run's folder; see --help")
+    tree = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    if not isinstance(tree, dict) or "run_dir" not in tree:
+        raise ValueError(f"{config}: no run_dir there")
+    return Path(tree["run_dir"])
+
+
+class Supervisor:
+    """One supervised run; `run` returns when it is over."""
+
+    def __init__(
+        self, command: list[str], run_dir: Path, restarts: int, pause_seconds: float, hang_seconds: float,
+        grace_seconds: float,
+    ):  # fmt: skip
+        self.command, self.run_dir = command, run_dir
+        self.restarts, self.pause_seconds = restarts, pause_seconds
+        self.hang_seconds, self.grace_seconds = hang_seconds, grace_seconds
+        self.mark = uuid.uuid4().hex
+        self.stop_asked_at: float | None = None
+        self.save_asked = False
+
+    def run(self) -> int:
+        """Start, watch, start again. Returns the exit status of the run, 1 where it was given up."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGUSR1, self._on_save)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        fruitless, start = 0, 0
+        while True:
+            start += 1
+            before = self._newest_checkpoint()
+            self._log("start", number=start, from_checkpoint=before, command=self.command)
+            status, reason = self._watch_one_start()
+            self._end_all()
+            if self.stop_asked_at is not None or status == 0:
+                self._log("end", status=status, stopped=self.stop_asked_at is not None)
+                return max(status, 0) if self.stop_asked_at is None else 0
+            if status == EXIT_USER_ERROR:
+                self._log("given_up", reason="exit status 2: a mistake that starting again cannot mend")
+                return EXIT_USER_ERROR
+            fruitless = 0 if self._newest_checkpoint() > before else fruitless + 1
+            if fruitless > self.restarts:
+                self._log(
+                    "given_up", reason=f"{fruitless} starts in a row without a new checkpoint; last: {reason}"
+                )
+                return 1
+            pause = min(self.pause_seconds * 2 ** max(fruitless - 1, 0), LONGEST_PAUSE_SECONDS)
+            self._log("restart", reason=reason, pause_seconds=pause, without_progress=fruitless)
+            self._sleep(pause)
+            if self.stop_asked_at is not None:
+                self._log("end", status=0, stopped=True)
+                return 0
+
+    def _watch_one_start(self) -> tuple[int, str]:
+        """(exit status, reason in words) of one start; a hang is status -1."""
+        process = subprocess.Popen(self.command, env=os.environ | {MARK: self.mark}, start_new_session=True)
+        # Compared on this host's clock alone: when did the beats of this start last change?
+        earlier = {(beat.rank, beat.pid, beat.beats) for beat in heartbeat.read_beats(self.run_dir)}
+        known, changed_at = earlier, time.monotonic()
+        while process.poll() is None:
+            time.sleep(0.2)
+            beats = [b for b in heartbeat.read_beats(self.run_dir) if (b.rank, b.pid, b.beats) not in earlier]
+            now = {(beat.rank, beat.pid, beat.beats) for beat in beats}
+            if now != known:
+                known, changed_at = now, time.monotonic()
+            if self.stop_asked_at is not None:
+                if not beats or time.monotonic() - self.stop_asked_at > self.grace_seconds:
+                    return -1, "stopped before it could save"
+                heartbeat.request(self.run_dir, "TERM")
+                time.sleep(1)
+            elif self.save_asked and beats:
+                self.save_asked = False
+                heartbeat.request(self.run_dir, "USR1")
+                self._log("save", reason="SIGUSR1")
+            elif time.monotonic() - changed_at > self.hang_seconds:
+                where = describe(beats)
+                self._log("hang", seconds=self.hang_seconds, ranks=[vars(beat) for beat in beats])
+                self._show_stacks()
+                return -1, f"no sign of life for {self.hang_seconds:.0f} s: {where}"
+        status = process.returncode
+        return status, f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
+
+    def _show_stacks(self) -> None:
+        """Ask the ranks of this host to print where they stand: a hang that nobody can see is never mended."""
+        pids = {beat.pid for beat in heartbeat.read_beats(self.run_dir)}
+        for process in self._marked():
+            if process.pid in pids:
+                process.send_signal(signal.SIGUSR2)
+        time.sleep(1)
+
+    def _end_all(self) -> None:
+        """End everything the command started: here by the mark, on other hosts by request."""
+        heartbeat.request(self.run_dir, "KILL")
+        deadline = time.monotonic() + 30
+        while (left := self._marked()) and time.monotonic() < deadline:
+            for process in left:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    pass
+            psutil.wait_procs(left, timeout=1)
+
+    def _marked(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def _newest_checkpoint(self) -> int:
+        """Step of the newest complete checkpoint, -1 without one; whether it is intact the run itself finds out."""
+        names = [folder.name for folder in (self.run_dir / "checkpoints").glob("step-*")]
+        return max((int(name.removeprefix("step-")) for name in names), default=-1)
+
+    def _on_stop(self, *_: Any) -> None:
+        if self.stop_asked_at is None:
+            self.stop_asked_at = time.monotonic()
+
+    def _on_save(self, *_: Any) -> None:
+        self.save_asked = True
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.stop_asked_at is None:
+            time.sleep(min(0.2, seconds))
+
+    def _log(self, event: str, **facts: Any) -> None:
+        line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
+        with (self.run_dir / "supervise.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        shown = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("command", "ranks"))
+        print(f"supervise: {event} {shown}", flush=True)
+
+
+def describe(beats: list[heartbeat.Beat]) -> str:
+    """Where the ranks stand, the one that said least first: the others usually wait for it."""
+    if not beats:
+        return "no rank said anything since the start"
+    slowest = min(beats, key=lambda beat: (beat.step, beat.beats))
+    others = len(beats) - 1
+    rest = f"; {others} others wait" if others else ""
+    return f"rank {slowest.rank} on {slowest.host} in {slowest.phase!r} at step {slowest.step}{rest}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

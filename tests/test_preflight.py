@@ -1,0 +1,132 @@
+"""Checks at the start: real processes that meet, or do not; every failure in seconds, in one message that names whom."""
+
+import dataclasses
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sutrain.data import load_manifest
+from sutrain.preflight import interface_to, local_findings
+from tests.conftest import ROOT, environment
+
+# A rank that does what pretrain.py does first. Faults are put in here, from outside.
+RANK = """
+import json, os, sys, time
+import torch, torch.distributed as dist
+from sutrain import launch, preflight
+
+options = json.loads(sys.argv[1])
+rank, world_size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), options["limit"]
+try:
+    store = preflight.meet(limit)
+    facts = preflight.facts_of_this_rank({}) | options.get("facts", {})
+    preflight.compare_notes(store, rank, world_size, options.get("findings", []), facts, limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    if options.get("asleep"):
+        time.sleep(60)
+    preflight.check_collectives(store, rank, world_size, torch.device("cpu"), limit)
+    print("ready")
+except preflight.PreflightTimeoutError as error:
+    launch.stop(str(error), on_every_rank=True, at_once=True)
+except preflight.PreflightError as error:
+    print(f"PreflightError: {error}")
+"""
+
+
+def start(options):
+    """One process for each entry of `options` that is not None; the world has as many ranks as entries."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank, option in enumerate(options):
+        if option is None:
+            continue
+        where = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(options),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        command = [sys.executable, "-c", RANK, json.dumps({"limit": 30, **option})]
+        variables = environment(**{key: str(value) for key, value in where.items()})
+        ranks.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    return ranks
+
+
+def outputs(ranks, of=None):
+    """What the ranks (or the first `of`) printed; the others are ended."""
+    try:
+        return [process.communicate(timeout=90)[0] for process in ranks[:of]]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def test_ranks_that_agree_are_ready():
+    assert [output.strip().splitlines()[-1] for output in outputs(start([{}, {}]))] == ["ready", "ready"]
+
+
+def test_findings_and_differences_of_any_rank_are_said_on_all():
+    found = outputs(start([{}, {"findings": ["/data: full"], "facts": {"torch": "1.0"}}]))
+    host = socket.gethostname()
+    for output in found:
+        assert "PreflightError" in output and f"{host}: /data: full" in output, output
+        assert f"1.0 on rank 1 ({host}); install the same everywhere" in output and "torch: 2." in output
+
+
+def test_a_rank_that_does_not_come_is_named_with_who_is_there():
+    started = time.monotonic()
+    (output,) = outputs(start([{"limit": 2}, None]))
+    assert "rank 1 did not come within 2 s" in output and f"0 on {socket.gethostname()}" in output, output
+    assert interface_to("127.0.0.1") in output and "interface lo" in output
+    assert time.monotonic() - started < 60
+
+
+def test_rank_0_that_cannot_be_reached_is_named_with_its_address():
+    (output,) = outputs(start([None, {"limit": 2}]))
+    assert "rank 1 on" in output and "did not reach rank 0 at 127.0.0.1:" in output, output
+
+
+def test_a_collective_that_does_not_end_names_who_did_not_begin_it():
+    (output,) = outputs(start([{"limit": 3}, {"asleep": True}]), of=1)
+    assert "the first all-reduce did not end within 3 s; rank 1 did not begin it" in output, output
+
+
+def test_what_is_wrong_on_this_host_is_all_found_at_once(dataset, tmp_path):
+    manifest = load_manifest(dataset)
+    assert local_findings(tmp_path / "run", 1000, manifest, 0, 1) == []
+    copied = tmp_path / "data"
+    shutil.copytree(dataset, copied)
+    moved = dataclasses.replace(manifest, directory=str(copied))
+    (copied / "train/shard-000000.tar").write_bytes(b"short")
+    (copied / "train/shard-000000.index.json").unlink()
+    (copied / "validation/shard-000000.tar").unlink()
+    (tmp_path / "file").write_text("")
+    found = "\n".join(local_findings(tmp_path / "run", 10**18, moved, 0, 1))
+    assert "free, a checkpoint and the one before it take 1,000,000,000,000 MB" in found
+    assert "shard-000000.tar: 5 bytes, expected" in found and "shard-000000.index.json: missing" in found
+    assert "validation/shard-000000.tar: missing" in found
+    assert "cannot be written" in local_findings(tmp_path / "file/run", 1, manifest, 0, 1)[0]
+
+
+def test_each_rank_looks_at_its_share_of_the_shards(dataset, tmp_path):
+    manifest = load_manifest(dataset)
+    nowhere = dataclasses.replace(manifest, directory=str(tmp_path))
+    whole = local_findings(tmp_path, 1, nowhere, 0, 1)
+    shares = [line for rank in (0, 1) for line in local_findings(tmp_path, 1, nowhere, rank, 2)]
+    assert sorted(whole) == sorted(shares) and len(whole) > 2
+
+
+@pytest.mark.parametrize("name", ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"])
+def test_an_interface_that_was_set_is_the_one_named(monkeypatch, name):
+    monkeypatch.setenv(name, "eth7")
+    assert interface_to("127.0.0.1") == "interface eth7, as set"

@@ -1,0 +1,100 @@
+"""Shards that lie elsewhere: the same rows, by range reads, with a bounded cache, through a network that fails."""
+
+import shutil
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from data_prep.shards import ShardError, SplitReader
+from sutrain import remote as remotes
+from sutrain.remote import Remote, RemoteSplitReader
+
+
+class Counting(MemoryFileSystem):
+    """Storage in memory that counts what is fetched, and fails when told to."""
+
+    protocol = "counting"
+    store, pseudo_dirs = {}, [""]
+    fetched, failures = [], 0
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        if Counting.failures:
+            Counting.failures -= 1
+            raise ConnectionError("reset")
+        data = super().cat_file(path, start=start, end=end, **kwargs)
+        Counting.fetched.append((path, len(data)))
+        return data
+
+
+fsspec.register_implementation("counting", Counting, clobber=True)
+
+
+@pytest.fixture(scope="module")
+def url(dataset):
+    files = Counting()
+    for file in dataset.rglob("*"):
+        if file.is_file() and not file.name.startswith("."):
+            files.pipe_file(f"/bucket/{file.relative_to(dataset).as_posix()}", file.read_bytes())
+    return "counting://bucket"
+
+
+def open_remote(url, folder, cache_bytes=10**9):
+    remote = Remote(url, folder, cache_bytes)
+    remote.mirror()
+    return remote
+
+
+def test_rows_are_those_of_the_local_reader_and_a_block_is_fetched_once(url, dataset, tmp_path):
+    local = SplitReader(dataset, "train")
+    reader = RemoteSplitReader(open_remote(url, tmp_path), tmp_path, "train")
+    Counting.fetched.clear()
+    for start in (0, 100, 300):
+        for name in ("tokens_NL", "word_start_NL", "document_NL"):
+            here, there = local.rows(start, start + 90), reader.rows(start, start + 90)
+            assert (getattr(here, name) == getattr(there, name)).all()
+    shards = [size for path, size in Counting.fetched if path.endswith(".tar")]
+    whole = sum(file.stat().st_size for file in dataset.glob("train/*.tar"))
+    assert 0 < sum(shards) < whole, "ranges, not files"
+    Counting.fetched.clear()
+    again = RemoteSplitReader(open_remote(url, tmp_path), tmp_path, "train")
+    assert (again.rows(0, 90).tokens_NL == local.rows(0, 90).tokens_NL).all()
+    assert [path for path, _ in Counting.fetched] == ["/bucket/manifest.json"], "all else is there already"
+
+
+def test_the_cache_stays_within_its_bound(url, tmp_path):
+    bound = 12_000
+    reader = RemoteSplitReader(open_remote(url, tmp_path, bound), tmp_path, "train")
+    for start in range(0, len(reader) - 10, 40):
+        reader.rows(start, start + 10)
+        assert sum(file.stat().st_size for file in (tmp_path / ".blocks").glob("*")) <= bound
+    assert list((tmp_path / ".blocks").glob("*"))
+
+
+def test_a_network_that_fails_for_a_moment_is_asked_again(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(remotes, "_PAUSE_SECONDS", 0.001)
+    reader = RemoteSplitReader(open_remote(url, tmp_path), tmp_path, "train")
+    Counting.failures = 3
+    assert len(reader.rows(0, 5).tokens_NL) == 5
+    Counting.failures = 100
+    with pytest.raises(ShardError, match="cannot be read after 4 attempts"):
+        reader.rows(len(reader) - 5, len(reader))
+    Counting.failures = 0
+
+
+def test_damage_in_the_cache_is_mended_and_damage_over_there_is_named(url, tmp_path):
+    remote = open_remote(url, tmp_path)
+    expected = RemoteSplitReader(remote, tmp_path, "train").rows(0, 5).tokens_NL
+    for file in (tmp_path / ".blocks").glob("*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 255
+        file.write_bytes(content)
+    assert np.array_equal(RemoteSplitReader(remote, tmp_path, "train").rows(0, 5).tokens_NL, expected)
+    files, path = Counting(), "/bucket/train/shard-000000.tar"
+    intact = files.cat_file(path)
+    files.pipe_file(path, intact[:600] + bytes([intact[600] ^ 255]) + intact[601:])
+    shutil.rmtree(tmp_path / ".blocks")
+    with pytest.raises(ShardError, match="damaged"):
+        RemoteSplitReader(remote, tmp_path, "train").rows(0, 5)
+    files.pipe_file(path, intact)

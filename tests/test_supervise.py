@@ -1,0 +1,167 @@
+"""The supervisor with real processes: restarts, gives up, notices hangs, passes signals on, leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from sutrain import heartbeat
+from sutrain.supervise import run_folder
+from tests.conftest import ROOT, environment
+
+# A launcher that, as DeepSpeed's, starts a rank in a group of its own and hands no signal down.
+LAUNCHER = """
+import subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], start_new_session=True)
+sys.exit(rank.wait())
+"""
+
+# A rank that counts its starts and does what the n-th word on its command line says.
+RANK = """
+import os, pathlib, signal, subprocess, sys, time
+from sutrain import heartbeat
+run = pathlib.Path(sys.argv[1].partition("=")[2])
+plan = sys.argv[2:]
+starts = run / "starts"
+number = int(starts.read_text()) if starts.exists() else 0
+starts.write_text(str(number + 1))
+todo = plan[min(number, len(plan) - 1)]
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), (run / "saved").write_text(""), os._exit(0)))
+signal.signal(signal.SIGUSR1, lambda *_: (run / "usr1").write_text(""))
+subprocess.Popen(["sleep", "600"], start_new_session=True)  # what a crash leaves behind
+heartbeat.start(run, 0)
+def checkpoint():
+    (run / f"checkpoints/step-{number + 1:08d}").mkdir(parents=True)
+if todo == "crash": os.kill(os.getpid(), signal.SIGKILL)
+if todo == "progress": checkpoint(); sys.exit(1)
+if todo == "mistake": sys.exit(2)
+if todo == "hang":
+    heartbeat.beat("training step", 7)
+    time.sleep(600)
+while todo == "work":
+    heartbeat.beat("training step", 7)
+    time.sleep(0.1)
+print("done")
+"""
+
+
+def supervise(run_dir, *plan, restarts=3, hang_seconds=60):
+    command = [sys.executable, "-m", "sutrain.supervise", f"--restarts={restarts}", "--pause_seconds=0.1"]
+    command += [f"--hang_seconds={hang_seconds}", "--", sys.executable, "-c", LAUNCHER, RANK]
+    return subprocess.Popen(
+        [*command, f"--run_dir={run_dir}", *plan], cwd=ROOT, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process):
+    """(exit status, output) of a supervisor that must end, and leave no process that it started."""
+    output = process.communicate(timeout=90)[0]
+    return process.returncode, output
+
+
+def events(run_dir):
+    return [json.loads(line) for line in (run_dir / "supervise.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def sleepers():
+    """The `sleep 600` processes that were there before the test; none may be added."""
+
+    def now():
+        return {p.pid for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "600"]}
+
+    before = now()
+    yield
+    assert now() <= before, "the supervisor left processes behind"
+
+
+def test_a_crash_is_followed_by_a_restart_and_the_end_by_nothing(tmp_path, sleepers):
+    status, output = finish(supervise(tmp_path, "crash", "crash", "end"))
+    assert status == 0, output
+    assert [event["event"] for event in events(tmp_path)] == ["start", "restart"] * 2 + ["start", "end"]
+    pauses = [event["pause_seconds"] for event in events(tmp_path) if event["event"] == "restart"]
+    assert pauses == [0.1, 0.2], "pauses grow"
+    assert "done" in output
+
+
+def test_it_gives_up_after_so_many_starts_without_a_checkpoint(tmp_path, sleepers):
+    status, output = finish(supervise(tmp_path, "crash", restarts=2))
+    assert status == 1 and events(tmp_path)[-1]["event"] == "given_up", output
+    assert (tmp_path / "starts").read_text() == "3"
+
+
+def test_a_new_checkpoint_starts_the_count_again(tmp_path, sleepers):
+    plan = ("crash", "progress", "crash", "progress", "crash", "end")
+    assert finish(supervise(tmp_path, *plan, restarts=1))[0] == 0
+
+
+def test_a_mistake_is_not_tried_again(tmp_path, sleepers):
+    status, _ = finish(supervise(tmp_path, "mistake"))
+    assert status == 2 and (tmp_path / "starts").read_text() == "1"
+
+
+def test_a_hang_is_noticed_shown_and_restarted(tmp_path, sleepers):
+    status, output = finish(supervise(tmp_path, "hang", "end", hang_seconds=4))
+    assert status == 0, output
+    hang = next(event for event in events(tmp_path) if event["event"] == "hang")
+    assert hang["ranks"][0]["phase"] == "training step" and hang["ranks"][0]["step"] == 7
+    assert "in 'training step' at step 7" in output
+    assert "Current thread" in output, "the stack of the hanging rank is printed"
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen"
+        time.sleep(0.1)
+
+
+def test_signals_reach_the_rank_behind_a_launcher_that_hands_none_down(tmp_path, sleepers):
+    process = supervise(tmp_path, "work")
+    wait_until(lambda: any(beat.phase == "training step" for beat in heartbeat.read_beats(tmp_path)))
+    process.send_signal(signal.SIGUSR1)
+    wait_until((tmp_path / "usr1").exists)
+    process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 0 and (tmp_path / "saved").exists(), output
+    assert events(tmp_path)[-1] | {"time": ""} == {"event": "end", "time": "", "status": 0, "stopped": True}
+
+
+def test_a_rank_on_another_host_ends_when_asked_and_ignores_what_was_asked_before_it_began(tmp_path):
+    """A rank that no supervisor of this host started: it only shares the run folder."""
+    heartbeat.request(tmp_path, "KILL")
+    command = [sys.executable, "-c", RANK, f"--run_dir={tmp_path}", "work"]
+    (tmp_path / "starts").write_text("0")
+    rank = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
+    try:
+        wait_until(lambda: heartbeat.read_beats(tmp_path) != [])
+        time.sleep(1.5)
+        assert rank.poll() is None, "the request was older than the rank"
+        heartbeat.request(tmp_path, "KILL")
+        assert rank.wait(timeout=30) == heartbeat.EXIT_KILLED
+    finally:
+        os.killpg(rank.pid, signal.SIGKILL) if rank.poll() is None else None
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            if process.info["cmdline"] == ["sleep", "600"] and process.ppid() == 1:
+                process.kill()
+
+
+@pytest.mark.parametrize("command", [["train", "--config", "FILE"], ["train", "--config=FILE"]])
+def test_the_run_folder_is_found_in_the_command(tmp_path, command):
+    file = tmp_path / "run.yaml"
+    file.write_text("run_dir: runs/x\nsteps: 3\n")
+    words = [word.replace("FILE", str(file)) for word in command]
+    assert str(run_folder(words)) == "runs/x"
+    assert str(run_folder([*words, "--run_dir=runs/y"])) == "runs/y"
+
+
+def test_a_command_without_a_configuration_is_refused_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "sutrain.supervise", "--", "sleep", "1"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: the command has no --config")
