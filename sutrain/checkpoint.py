@@ -173,6 +173,12 @@ class Checkpoint:
         with safe_open(self.folder / "replicated.safetensors", framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
+    def contents(self) -> dict[tuple[str, str], int]:
+        """(key, tensor name) -> elements, of everything that `read` finds."""
+        return {
+            of: max(piece[0] + piece[1] for piece in pieces) for of, pieces in sorted(self._pieces.items())
+        }
+
     def read(self, key: str, name: str, offset: int, length: int) -> torch.Tensor:
         """Elements [offset, offset + length) of one flattened tensor, put together from whichever ranks wrote them.
 

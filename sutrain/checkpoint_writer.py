@@ -183,7 +183,8 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     offset = 0
     for name, values in tensors.items():
         header[name] = {
-            "dtype": _TYPES[values.dtype], "shape": list(values.shape), "data_offsets": [offset, offset + values.nbytes],
+            "dtype": _TYPES[values.dtype], "shape": list(values.shape), 
+            "data_offsets": [offset, offset + values.nbytes],
         }  # fmt: skip
         offset += values.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -79,7 +79,7 @@ class Spans:
         return (1 - self.stop) ** np.arange(self.longest, dtype=np.float64)
 
     def owners(self, begins_W: np.ndarray, draw_W: np.ndarray, part_W: np.ndarray) -> np.ndarray:
-        """The word that begins the span each word lies in, int64 [W], -1 outside of spans; the latest one where two meet.
+        """The word that begins the span each word lies in, int64 [W], -1 outside; the latest one where two meet.
 
         begins_W: bool, a span begins; draw_W: uniform in [0, 1), for its length; part_W: spans end where this changes.
         """
@@ -144,8 +144,8 @@ class WordMasking:
         tokens_NL = np.asarray(tokens_NL, dtype=np.int64)
         if self.whole_words and word_start_NL is None:
             raise ValueError(
-                "masking.whole_words: the shards carry no word starts, and no tokenizer to tell them by; prepare them with "
-                "words.segmenter=rjieba, or set masking.whole_words=false"
+                "masking.whole_words: the shards carry no word starts, and no tokenizer to tell them by; prepare them "
+                "with words.segmenter=rjieba, or set masking.whole_words=false"
             )
         rows, length = tokens_NL.shape
         words = philox_words(self.seed, stream_id(self.stream), 2 * length * first_sample, 2 * length * rows)

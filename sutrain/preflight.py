@@ -48,7 +48,7 @@ class PreflightTimeoutError(RuntimeError):
 def join(
     config: PretrainConfig, manifest: Manifest, device: torch.device, rank: int, world_size: int
 ) -> TextIO | None:
-    """All checks; afterwards the process group is there and this rank's heart beats. Returns rank 0's hold on the folder.
+    """All checks; afterwards there is a process group, and this rank's heart beats. Returns rank 0's hold on run_dir.
 
     Raises PreflightError or PreflightTimeoutError.
     """

@@ -1,4 +1,4 @@
-"""Checks at the start: real processes that meet, or do not; every failure in seconds, in one message that names whom."""
+"""Checks at the start: real processes that meet, or do not; every failure in seconds, in one message with names."""
 
 import dataclasses
 import json
