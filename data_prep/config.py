@@ -12,6 +12,7 @@ from .config_file import ConfigError, Section, load_config
 
 MEBIBYTE = 1024**2
 DEFAULT_WORK = ".work"
+_BATCH_BYTES, _RECORD_COPIES = 40 * MEBIBYTE, 8
 
 
 class CorpusSection(Section):
@@ -35,6 +36,13 @@ class CorpusSection(Section):
     )
     records: Literal["line", "paragraph"] = Field(
         default="line", description="txt: a record is a line, or the lines between two empty ones"
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="how often a record is taken, after deduplication: 2 twice, 0.25 one of four, 1.5 once or twice "
+        "(chosen by key; every copy has a place of its own in the shuffle)",
     )
     text_field: str = Field(
         default="text",
@@ -84,6 +92,16 @@ class CleaningSection(Section):
         default=16 * MEBIBYTE,
         ge=1024,
         description="larger raw records are quarantined as record_too_large [bytes]",
+    )
+
+
+class DeduplicationSection(Section):
+    """Texts that occur more than once."""
+
+    method: Literal["exact", "none"] = Field(
+        default="none",
+        description="exact: of records with the same clean text, also in different corpora, the one at the first "
+        "place (corpus, file, record) stays, the others are dropped as duplicate",
     )
 
 
@@ -206,8 +224,8 @@ class ResourcesSection(Section):
     )
     worker_memory_bytes: int = Field(
         default=1024 * MEBIBYTE,
-        ge=8 * MEBIBYTE,
-        description="memory a task may fill with records, without the program itself",
+        ge=48 * MEBIBYTE,
+        description="memory of a worker above what the idle program takes; larger means longer reads in pass 2",
     )
     memory_bytes: int | None = Field(
         default=None,
@@ -256,6 +274,7 @@ class PrepareConfig(Section):
     )
     corpora: list[CorpusSection] = Field(min_length=1)
     cleaning: CleaningSection = CleaningSection()
+    deduplication: DeduplicationSection = DeduplicationSection()
     quarantine: QuarantineSection = QuarantineSection()
     tokenizer: TokenizerSection = TokenizerSection()
     words: WordsSection = WordsSection()
@@ -269,6 +288,17 @@ class PrepareConfig(Section):
         double = sorted({name for name in names if names.count(name) > 1})
         if double:
             raise ValueError(f"two corpora are called {double[0]!r}; each needs a name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _the_largest_record_fits(self) -> PrepareConfig:
+        least = _BATCH_BYTES + _RECORD_COPIES * self.cleaning.max_record_bytes
+        if self.resources.worker_memory_bytes < least:
+            raise ValueError(
+                f"resources.worker_memory_bytes: {self.resources.worker_memory_bytes:,} is too little for records of "
+                f"cleaning.max_record_bytes={self.cleaning.max_record_bytes:,}; give at least {least:,}, or lower the "
+                "limit of a record"
+            )
         return self
 
     @model_validator(mode="after")
@@ -304,6 +334,15 @@ class PrepareConfig(Section):
         if self.tokenizer.load:
             del tree["tokenizer"]["train"]
         return tree
+
+
+def records_bytes(worker_memory_bytes: int, max_record_bytes: int) -> int:
+    """What a worker of pass 1 may fill with records: its memory without what it takes to read, clean and encode a
+    batch, and the largest record (as bytes, as text, its ids and its words).
+    """
+    return max(
+        worker_memory_bytes - _BATCH_BYTES - _RECORD_COPIES * max_record_bytes, worker_memory_bytes // 8
+    )
 
 
 def load(path: str | Path, overrides: list[str]) -> PrepareConfig:

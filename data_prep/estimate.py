@@ -16,6 +16,7 @@ import numpy as np
 import zstandard
 
 from .clean import make_cleaner
+from .config import records_bytes
 from .errors import DataPrepError
 from .executor import usable_cores
 from .files import write_speed
@@ -83,7 +84,10 @@ def estimate(plan: Plan, tokenizer: Tokenizer | None, workers: int | None = None
     spill = int(payload * ratios[codec])
     output = int(payload * (probe["final_ratio"] if not text or config.shards.compress_text else 1))
     shards = max(1, -(-payload // config.shards.target_bytes))
-    runs = max(len(plan.tasks), -(-payload // max(1, int(config.resources.worker_memory_bytes * 0.7))))
+    runs = max(
+        len(plan.tasks),
+        -(-payload // records_bytes(config.resources.worker_memory_bytes, config.cleaning.max_record_bytes)),
+    )
     passes = 2 + (needed_groups(spill, runs, shards, config.resources.min_read_bytes) < runs)
     moved = plan.input_bytes + 2 * spill * (passes - 1) + output
     compress = (probe["fast_seconds"] if codec == "zstd" else 0.0) + probe["final_seconds"]

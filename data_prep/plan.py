@@ -30,7 +30,7 @@ from .tokenizer import read_model
 from .words import segmenter_identity
 
 WORK_PREFIX = ".sutrain-"
-_WORK_VERSION = 2  # of the intermediate files; another program must not take up what it cannot read
+_WORK_VERSION = 3  # of the intermediate files; another program must not take up what it cannot read
 _MIN_TASK_BYTES, _MAX_TASK_BYTES = BLOCK_BYTES, 1024**3
 _TASKS_PER_RUN = 64
 # Rough sizes per byte of text, for the estimate only (16-bit ids, Chinese statutes).
@@ -179,8 +179,12 @@ def make_plan(config: PrepareConfig) -> Plan:
 
 def _segments(config: PrepareConfig, files: list[InputFile], cuts: Sequence[Any]) -> list[list[Segment]]:
     names = [corpus.name for corpus in config.corpora]
+    weights = [corpus.weight for corpus in config.corpora]
     return [
-        [Segment(file, files[file], names[files[file].corpus], first, stop) for file, first, stop in cut]
+        [
+            Segment(file, files[file], names[files[file].corpus], first, stop, weights[files[file].corpus])
+            for file, first, stop in cut
+        ]
         for cut in cuts
     ]
 

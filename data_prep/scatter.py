@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 import xxhash
 
 from .clean import Cleaner, make_cleaner
-from .config import CleaningSection
+from .config import CleaningSection, records_bytes
+from .dedup import HashWriter, hashes_index_path, hashes_path, repeated, selected
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
 from .fingerprint import document_sum
@@ -33,8 +35,8 @@ from .tokenizer import Tokenizer, load_tokenizer
 from .words import word_start_characters
 
 _ENCODE_BYTES = 1024**2
-# What a worker fills with records; the rest is for the batch being read and encoded, and for one frame.
-_SPILL_SHARE = 0.7
+_LONG_CHARACTERS = 32 * 1024
+_HASH_SHARE = 0.2  # of what a worker fills with records, with deduplication
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Segment:
     corpus_name: str
     first_block: int
     stop_block: int | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class ScatterTask:
     frame_bytes: int
     codec: str
     as_it_is: bool = False
+    deduplicate: bool = False
     sync: bool = True  # without it the files are only good as long as the machine runs
     algorithm: str = "key"
 
@@ -121,12 +125,27 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
     meter = TaskMeter()
     books = {str(segment.input.corpus): new_book() for segment in task.segments}
     sums = {split: {"documents": 0, "tokens": 0, "document_sum": 0} for split in SPLITS}
-    paths = [path(folder, task.number) for path in (spill_path, index_path, quarantine_path)]
-    with atomic_file(paths[0], task.sync) as spill, atomic_file(paths[2]) as quarantine:
-        writer = SpillWriter(spill, int(task.memory_bytes * _SPILL_SHARE), task.frame_bytes, task.codec)
+    budget = records_bytes(task.memory_bytes, task.cleaning.max_record_bytes)
+    hash_bytes = int(budget * _HASH_SHARE) if task.deduplicate else 0
+    kinds: tuple[Callable[[str | Path, int], Path], ...] = (spill_path, index_path, quarantine_path)
+    kinds += (hashes_path, hashes_index_path) if task.deduplicate else ()
+    paths = [path(folder, task.number) for path in kinds]
+    with ExitStack() as stack:
+        spill = stack.enter_context(atomic_file(paths[0], task.sync))
+        quarantine = stack.enter_context(atomic_file(paths[2]))
+        hashes = None
+        if task.deduplicate:
+            file = stack.enter_context(atomic_file(paths[3], task.sync))
+            hashes = HashWriter(file, hash_bytes)
+        writer = SpillWriter(
+            spill,
+            budget - hash_bytes,
+            task.frame_bytes,
+            task.codec,
+        )
         for segment in task.segments:
             for records, side in _segment_records(
-                task, segment, tokenizer, books[str(segment.input.corpus)], quarantine
+                task, segment, tokenizer, books[str(segment.input.corpus)], quarantine, hashes
             ):
                 for number, split in enumerate(SPLITS):
                     _account(records, side == number, sums[split])
@@ -134,6 +153,9 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
         index = writer.finish()
         with atomic_file(paths[1], task.sync) as file:
             np.save(file, index, allow_pickle=False)
+        if hashes is not None:
+            with atomic_file(paths[4], task.sync) as file:
+                np.save(file, hashes.finish(), allow_pickle=False)
     spilled = [path.stat().st_size for path in paths]
     manifest = {
         "task": task.number,
@@ -147,6 +169,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
         "written_bytes": sum(spilled),
         "raw_spill_bytes": writer.raw_bytes,
         "runs": writer.runs,
+        "hash_entries": 0 if hashes is None else hashes.entries,
         "boot": "" if task.sync else boot_id(),
         "records": sum(book["read"] for book in books.values()),
         **meter.finish(),
@@ -159,7 +182,7 @@ def new_book() -> dict[str, Any]:
     """The account of one corpus: every record read is written, dropped for a reason, or quarantined for a
     reason.
     """
-    return {"read": 0, "bytes": 0, "written": 0, "dropped": Counter(), "quarantined": Counter()}
+    return {"read": 0, "bytes": 0, "written": 0, "repeated": 0, "dropped": Counter(), "quarantined": Counter()}
 
 
 def clean_texts(
@@ -192,11 +215,19 @@ def clean_texts(
 
 
 def record_keys(
-    seed: int, corpus: str, relative: str, block: int, first: int, count: int, algorithm: str = "key"
+    seed: int,
+    corpus: str,
+    relative: str,
+    block: int,
+    first: int,
+    count: int,
+    algorithm: str = "key",
+    copy: int = 0,
 ) -> np.ndarray:
-    """Shuffle keys of raw records first .. first + count - 1 of a block, uint64 [count]."""
+    """Shuffle keys of raw records first .. first + count - 1 of a block, or of another copy of them, uint64 [count]."""
     words = stripe_words if algorithm == "stripe" else philox_words
-    return words(seed, stream_id("order", corpus, relative, block), first, count)
+    again = ("copy", copy) if copy else ()
+    return words(seed, stream_id("order", corpus, relative, block, *again), first, count)
 
 
 def _segment_records(
@@ -205,31 +236,49 @@ def _segment_records(
     tokenizer: Tokenizer | None,
     book: dict[str, Any],
     quarantine: BinaryIO,
+    hashes: HashWriter | None = None,
 ) -> Iterator[tuple[Records, np.ndarray]]:
     """Yield Records and the split of each for every batch of a segment, and keep the book."""
     clean = make_cleaner(task.cleaning)
     file, limit = segment.input, task.cleaning.max_record_bytes
     blocks = segment.first_block, segment.stop_block
 
-    def keys_of(block: int, first: int, count: int) -> np.ndarray:
-        return record_keys(task.seed, segment.corpus_name, file.relative, block, first, count, task.algorithm)
+    names = task.seed, segment.corpus_name, file.relative
+
+    def keys_of(block: int, first: int, count: int, copy: int = 0) -> np.ndarray:
+        return record_keys(*names, block, first, count, task.algorithm, copy)
 
     def records_of(batch: RawBatch) -> Iterator[tuple[Records, np.ndarray]]:
         book["read"] += len(batch.lines)
         book["bytes"] += sum(len(line) + 1 for line in batch.lines if isinstance(line, bytes))
         texts, numbers = clean_texts(segment, batch, np.arange(len(batch.lines)), clean, book, quarantine)
-        if not texts:
+        where = batch.block, batch.first_record, len(batch.lines)
+        taken = selected(texts, numbers, where, names, segment.weight, segment.file, hashes, book)
+        if not taken.texts:
             return
-        records = np.array(numbers, dtype=np.int64)
-        keys = keys_of(batch.block, batch.first_record, len(batch.lines))[records - batch.first_record]
-        for part in _portions(texts):
+        places = taken.records - batch.first_record
+        keys = keys_of(*where)[places]
+        for part in _portions(taken.texts):
+            texts, origin = taken.texts[part], (segment.file, batch.block, taken.records[part])
             if tokenizer is None:
-                found = text_records(texts[part], keys[part])
+                found = text_records(texts, keys[part])
             else:
-                origin = segment.file, batch.block, records[part]
-                found = tokenise(texts[part], keys[part], *origin, tokenizer, task.segmenter)
-            yield found, split_of(texts[part], task.seed, task.validation_share)
-        book["written"] += len(texts)
+                found = tokenise(texts, keys[part], *origin, tokenizer, task.segmenter)
+            side = split_of(texts, task.seed, task.validation_share)
+            for copy in range(taken.most):
+                if copy:
+                    again = np.flatnonzero(taken.copies[part] > copy)
+                    if not len(again):
+                        continue
+                    other = repeated(found, again, keys_of(*where, copy)[places[part][again]])
+                else:
+                    again, other = np.arange(len(texts)), found
+                if hashes is not None:
+                    columns = other.columns["key"], other.columns["length"], side[again]
+                    hashes.add(taken.hashes[part][again], *origin[:2], origin[2][again], *columns)
+                yield other, side[again]
+        book["written"] += int(taken.copies.sum())
+        book["repeated"] += int(taken.copies.sum()) - len(taken.texts)
 
     if tokenizer is None and task.as_it_is and is_plain_text(file):
         for block in range(segment.first_block, segment.stop_block or file.blocks or 1):
@@ -268,8 +317,7 @@ def tokenise(
 
     Raises DataPrepError when the pieces of a text do not add up to its characters.
     """
-    ids, lengths, counts = tokenizer.encode(texts, exact=segmenter != "none")
-    _check_characters(texts, lengths, counts, f"file {file}, block {block}", records)
+    ids, counts, starts = _encode(texts, tokenizer, segmenter, f"file {file}, block {block}", records)
     document_lengths = counts + 2
     stops = np.cumsum(document_lengths)
     inner = np.ones(int(stops[-1]), dtype=bool)
@@ -280,9 +328,9 @@ def tokenise(
     tokens[stops - 1] = SPECIAL_IDS["[SEP]"]
     tokens[inner] = ids
     words = None
-    if segmenter != "none":
+    if starts is not None:
         words = np.ones(len(inner), dtype=bool)
-        words[inner] = word_start_characters(texts)[np.cumsum(lengths) - lengths]
+        words[inner] = starts
     n = len(texts)
     columns = {
         "key": keys,
@@ -292,6 +340,42 @@ def tokenise(
         "length": document_lengths.astype(np.uint32),
     }
     return Records(columns, tokens, words)
+
+
+def _encode(
+    texts: list[str], tokenizer: Tokenizer, segmenter: str, where: str, records: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids of all texts in a row, ids of each text, and for each id whether a word starts there (None without a
+    segmenter). Long texts are encoded part by part: what an encoder needs grows with its text.
+    """
+    parts = [cut_long(text) for text in texts]
+    flat = [part for text in parts for part in text]
+    of_part = np.repeat(np.arange(len(texts)), [len(text) for text in parts])
+    ids, counts, starts = [], [], []
+    for portion in _portions(flat):
+        some, lengths, number = tokenizer.encode(flat[portion], exact=segmenter != "none")
+        _check_characters(flat[portion], lengths, number, where, records[of_part[portion]])
+        ids.append(some)
+        counts.append(number)
+        if segmenter != "none":
+            starts.append(word_start_characters(flat[portion])[np.cumsum(lengths) - lengths])
+    total = np.bincount(of_part, weights=np.concatenate(counts), minlength=len(texts)).astype(np.int64)
+    return np.concatenate(ids), total, np.concatenate(starts) if starts else None
+
+
+def cut_long(text: str) -> list[str]:
+    """Parts of at most _LONG_CHARACTERS that join to the text: cut before a space, which no piece of an encoder that
+    parts words crosses, else behind the end of a sentence or clause, else anywhere.
+    """
+    parts, begin = [], 0
+    while len(text) - begin > _LONG_CHARACTERS:
+        stop = begin + _LONG_CHARACTERS
+        cut = text.rfind(" ", begin + 1, stop)
+        if cut < 0:
+            cut = max(text.rfind(mark, begin, stop) for mark in "。！？；，\n") + 1 or stop
+        parts.append(text[begin:cut])
+        begin = cut
+    return [*parts, text[begin:]] if parts else [text]
 
 
 def _check_characters(

@@ -56,9 +56,9 @@ def documents_of(output: Path, split: str) -> list[tuple[tuple[int, int, int], l
 @pytest.mark.parametrize(
     ("workers", "resources"),
     [
-        (1, {"worker_memory_bytes": 8 * 1024**2, "task_bytes": 1_000_000_000}),
+        (1, {"worker_memory_bytes": 64 * 1024**2, "task_bytes": 1_000_000_000}),
         (2, {"worker_memory_bytes": 2 * 1024**3, "task_bytes": 1}),
-        (5, {"worker_memory_bytes": 8 * 1024**2, "task_bytes": 1, "spill": "none"}),
+        (5, {"worker_memory_bytes": 64 * 1024**2, "task_bytes": 1, "spill": "none"}),
         (1, {"min_read_bytes": 10**9, "task_bytes": 1, "spill": "lz4"}),  # a third pass
     ],
 )
@@ -69,7 +69,7 @@ def test_workers_memory_and_tasks_change_no_byte(corpus, prepared, tmp_path, mon
         monkeypatch.setattr("data_prep.run.frame_bytes", lambda plan: 1000)
         monkeypatch.setattr("data_prep.merge._LOADED_SHARE", 1 / 4096)
         monkeypatch.setattr("data_prep.spill._SORT_BYTES", 1400)
-        monkeypatch.setattr("data_prep.scatter._SPILL_SHARE", 1 / 1024)
+        monkeypatch.setattr("data_prep.scatter.records_bytes", lambda memory, record: 60_000)
         monkeypatch.setattr("data_prep.scatter._ENCODE_BYTES", 5000)
         monkeypatch.setattr("data_prep.sources.CHUNK_BYTES", 3000)
     output = tmp_path / "out"
