@@ -1,0 +1,355 @@
+"""How fast the data preparation is, beside its peers and its own floor, in one run.
+
+`python benchmarks/data_prep.py [--size=2.0]` prints a table and writes benchmarks/results/data_prep.json. The text is
+real and repeated (benchmarks/data_prep_text.py); 2 workers with 0.25 GB each; every time is that of a process from its
+start until its output is on disk (fsync). Sides alternate, and ratios are medians over the rounds, so that both meet
+the same machine. `cpu_` results are the same ratios in core seconds, which other load on the machine blurs less.
+
+Peers: `--terashuf=PATH` is its binary, built from github.com/alexandres/terashuf; `--datatrove=PATH` the Python of an
+environment with datatrove[io,processing]; what is not given, or not asked for with `--only`, is not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.data_prep_text import make_file
+from data_prep.config import TrainSection
+from data_prep.tokenizer import train
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "benchmarks/results/data_prep.json"
+PEERS = str(ROOT / "benchmarks/data_prep_peers.py")
+WORKER_BYTES = 250_000_000
+GOALS = {
+    "shuffle_vs_terashuf": 2.0,
+    "shuffle_zstd_vs_terashuf": 1.3,
+    "shuffle_short_lines_vs_terashuf": 1.5,
+    "shuffle_vs_shuf": None,
+    "shuffle_vs_ray_data": 8.0,
+    "pipeline_vs_encode_english": 1.3,
+    "pipeline_vs_encode_chinese": 1.6,
+    "pipeline_vs_datatrove": 2.0,
+    "bytes_moved": 2.2,
+    "growth": 1.2,
+    "resume_repeats": 1.0,
+}
+LOWER = {
+    "pipeline_vs_encode_english",
+    "pipeline_vs_encode_chinese",
+    "bytes_moved",
+    "growth",
+    "resume_repeats",
+}
+GROUPS = ("terashuf", "short", "ray", "encode", "datatrove", "growth", "resume")
+
+
+class Bench:
+    """Files, configurations and measured runs below one folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.folder = options, Path(options.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.results: list[dict[str, Any]] = []
+        self.notes: dict[str, Any] = {}
+
+    def text(self, language: str, line_bytes: int, size_gb: float) -> Path:
+        path = self.folder / f"{language}-{line_bytes}-{size_gb:g}.txt"
+        source = getattr(self.options, language)
+        make_file(
+            path, language, line_bytes, int(size_gb * 1e9), Path(source) if source else None, self.folder
+        )
+        return path
+
+    def model(self, language: str) -> Path:
+        path = self.folder / f"{language}.model"
+        if not path.exists():
+            with self.text(language, 700, self.options.size).open(encoding="utf-8") as file:
+                lines = (line.rstrip("\n") for _, line in zip(range(30_000), file, strict=False))
+                path.write_bytes(
+                    train(lines, TrainSection(vocab_size=32_000, threads=2, seed_pieces=300_000))[0]
+                )
+        return path
+
+    def config(self, name: str, text: Path, **sections: Any) -> tuple[list[str], Path]:
+        """(command, output folder) of our run over a text."""
+        output = self.folder / f"out-{name}"
+        tree: dict[str, Any] = {
+            "output_dir": str(output),
+            "corpora": [{"name": "text", "paths": [str(text)]}],
+            "words": {"segmenter": "none"},
+            "resources": {"workers": 2, "worker_memory_bytes": WORKER_BYTES, "log_seconds": 600},
+        }
+        for key, value in sections.items():
+            tree[key] = tree.get(key, {}) | value
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return [sys.executable, "-m", "data_prep", "run", "--config", str(path)], output
+
+    def shuffle(self, name: str, text: Path, spill: str) -> Callable[[], tuple[float, float]]:
+        """Our shuffle of text, lines in and lines out."""
+        as_it_is = {
+            "unicode": "none",
+            "strip_control": False,
+            "collapse_whitespace": False,
+            "max_record_bytes": 2**20,
+        }
+        shards = {"content": "text", "compress_text": False, "validation_share": 0}
+        command, output = self.config(
+            name, text, cleaning=as_it_is, shards=shards, resources={"spill": spill}
+        )
+        return lambda: measured(command, fresh=output)
+
+    def pipeline(
+        self, name: str, text: Path, model: Path, **sections: Any
+    ) -> Callable[[], tuple[float, float]]:
+        """Our whole pipeline: read, clean, exact deduplication where there is one, encode, shuffle, write."""
+        sections.setdefault("cleaning", {"max_record_bytes": 2**20, "min_letter_share": 0.3})
+        command, output = self.config(name, text, tokenizer={"load": str(model)}, **sections)
+        return lambda: measured(command, fresh=output)
+
+    def compare(self, sides: dict[str, Callable[[], tuple[float, float]]], rounds: int) -> dict[str, Any]:
+        """Medians of alternating runs, by side: (seconds, core seconds), and all pairs."""
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for number in range(rounds):
+            for name in sides if number % 2 == 0 else reversed(sides):
+                times[name].append(sides[name]())
+                print(
+                    f"  {name:<24}{times[name][-1][0]:>9.1f} s{times[name][-1][1]:>9.1f} core s", flush=True
+                )
+        return times
+
+    def ratio(self, name: str, over: list[tuple[float, float]], under: list[tuple[float, float]]) -> None:
+        """Record `name`: the median over the rounds of seconds / seconds, and the same in core seconds."""
+        for prefix, which in (("", 0), ("cpu_", 1)):
+            ratios = [a[which] / b[which] for a, b in zip(over, under, strict=True) if b[which] > 0]
+            if ratios:
+                self.record(prefix + name, statistics.median(ratios), None if prefix else GOALS[name])
+
+    def record(self, name: str, value: float, goal: float | None, unit: str = "ratio") -> None:
+        better = "lower" if name.removeprefix("cpu_") in LOWER else "higher"
+        entry = {"name": name, "value": round(value, 3), "unit": unit, "goal": goal, "better": better}
+        self.results = [one for one in self.results if one["name"] != name] + [entry]
+
+
+def measured(
+    command: list[str], fresh: Path | None = None, standard: tuple[Path, Path] | None = None, **kwargs: Any
+):
+    """(seconds, core seconds) of a command; `standard` names the files for its input and output, which is synced."""
+    if fresh is not None:
+        shutil.rmtree(fresh, ignore_errors=True)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    kwargs |= {"stderr": subprocess.PIPE, "cwd": ROOT}
+    if standard is None:
+        result = subprocess.run(command, stdout=subprocess.PIPE, **kwargs)
+    else:
+        with standard[0].open("rb") as source, standard[1].open("wb") as target:
+            result = subprocess.run(command, stdin=source, stdout=target, **kwargs)
+            os.fsync(target.fileno())
+    if result.returncode:
+        sys.exit(f"{' '.join(command)}\n{result.stderr.decode()[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def terashuf(bench: Bench, text: Path) -> Callable[[], tuple[float, float]]:
+    environment = os.environ | {
+        "MEMORY": str(2 * WORKER_BYTES / 1e9),
+        "TMPDIR": str(bench.folder),
+        "SEED": "1",
+    }
+    return lambda: measured(
+        [bench.options.terashuf], standard=(text, bench.folder / "out.txt"), env=environment
+    )
+
+
+def against_terashuf(bench: Bench, text: Path, names: tuple[str, ...], tag: str) -> None:
+    sides = {spill: bench.shuffle(f"{tag}-{spill}", text, spill) for spill in ("none", "zstd")}
+    sides["terashuf"] = terashuf(bench, text)
+    if tag == "long":
+        target = bench.folder / "out.txt"
+        sides["shuf"] = lambda: measured(["shuf", str(text)], standard=(text, target))
+    times = bench.compare(sides, bench.options.rounds)
+    for name, side in zip(names, ("none", "zstd"), strict=False):
+        bench.ratio(name, times["terashuf"], times[side])
+    if tag == "long":
+        bench.ratio("shuffle_vs_shuf", times["shuf"], times["none"])
+
+
+def against_ray(bench: Bench, text: Path) -> None:
+    output = bench.folder / "out-ray"
+    command = [sys.executable, PEERS, "ray", str(text), str(output), str(2 * WORKER_BYTES)]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    sides = {
+        "none": bench.shuffle("ray-none", text, "none"),
+        "ray data": lambda: measured(command, env=environment),
+    }
+    times = bench.compare(sides, 1 + bench.options.rounds // 4)
+    bench.ratio("shuffle_vs_ray_data", times["ray data"], times["none"])
+
+
+def against_encode(bench: Bench, language: str) -> None:
+    text, model = bench.text(language, 700, bench.options.pipeline_size), bench.model(language)
+    command = [sys.executable, PEERS, "encode", str(model), str(text)]
+
+    def encode() -> tuple[float, float]:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds, core_seconds = map(float, result.stdout.split())
+        return seconds, core_seconds
+
+    name = f"pipe-{language}"
+    sides = {"pipeline": bench.pipeline(name, text, model, **bench.options.dedup), "encode": encode}
+    times = bench.compare(sides, bench.options.rounds)
+    bench.ratio(f"pipeline_vs_encode_{language}", times["pipeline"], times["encode"])
+    run = json.loads((bench.folder / f"out-{name}" / "run.json").read_text())
+    bench.notes[f"core_seconds_per_gb_{language}"] = {
+        stage: round(found["core_seconds_per_gb"], 2) for stage, found in run["stages"].items()
+    } | {
+        "encode": round(statistics.median(time[1] for time in times["encode"]) / text.stat().st_size * 1e9, 2)
+    }
+    bench.notes[f"peak_bytes_{language}"] = {
+        stage: found["peak_bytes"] for stage, found in run["stages"].items()
+    }
+    if language == "english":
+        bench.record(
+            "bytes_moved", run["bytes"]["per_input_byte"], GOALS["bytes_moved"], "bytes per input byte"
+        )
+        bench.notes["bytes_moved_proc"] = round(run["proc_bytes"] / text.stat().st_size, 3)
+
+
+def against_datatrove(bench: Bench) -> None:
+    text, model = bench.text("english", 700, bench.options.pipeline_size), bench.model("english")
+    source, tokenizer = bench.folder / "jsonl", bench.folder / "tokenizer.json"
+    source.mkdir(exist_ok=True)
+    with text.open() as lines, (source / "0.jsonl").open("w") as one, (source / "1.jsonl").open("w") as two:
+        for number, line in enumerate(lines):
+            print(json.dumps({"text": line.rstrip("\n")}, ensure_ascii=False), file=(one, two)[number % 2])
+    python = bench.options.datatrove
+    subprocess.run([python, PEERS, "hf-tokenizer", str(model), str(tokenizer)], check=True)
+    command = [python, PEERS, "datatrove", str(source), str(bench.folder / "out-datatrove"), str(tokenizer)]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    ours = bench.pipeline("jsonl", source, model, cleaning={"max_record_bytes": 2**20})
+    sides = {"pipeline": ours, "datatrove": lambda: measured(command, env=environment)}
+    times = bench.compare(sides, 1 + bench.options.rounds // 4)
+    bench.ratio("pipeline_vs_datatrove", times["datatrove"], times["pipeline"])
+
+
+def growth(bench: Bench) -> None:
+    """Seconds per GB at four sizes of `--growth` over those at a quarter, text in and out, memory fixed."""
+    small, large = bench.options.growth, bench.options.growth * 16
+    texts = [bench.text("english", 700, size) for size in (small, large)]
+    sides = {f"{n}": bench.shuffle(f"growth-{n}", text, "none") for n, text in enumerate(texts)}
+    times = bench.compare(sides, 1 + bench.options.rounds // 4)
+    sizes = [text.stat().st_size for text in texts]
+    per_byte = [[(a / size, b / size) for a, b in times[f"{n}"]] for n, size in enumerate(sizes)]
+    bench.ratio("growth", per_byte[1], per_byte[0])
+    bench.notes["growth_gb"] = [small, large]
+
+
+def resume(bench: Bench) -> None:
+    """Tasks that were begun before a kill -9 and are done again after it, per worker; the worst of five kills."""
+    text, model = bench.text("english", 700, bench.options.growth), bench.model("english")
+    resources = {"task_bytes": 1}
+    command, output = bench.config("resume", text, tokenizer={"load": str(model)}, resources=resources)
+    worst = 0
+    for share in (1, 2, 3, 4, 5):
+        shutil.rmtree(output, ignore_errors=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and len(list(output.glob(".work/*/scatter/task-*.json"))) < share:
+            time.sleep(0.01)
+        time.sleep(0.1 * share)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        begun = {path.name.split(".")[0] for path in output.glob(".work/*/scatter/task-*.spill.tmp-*")}
+        worst = max(worst, len(begun))
+        subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    bench.record("resume_repeats", worst / 2, GOALS["resume_repeats"], "tasks per worker")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=float, default=2.0, help="GB of text for the shuffles")
+    parser.add_argument("--pipeline-size", type=float, help="GB for encoding; default: a quarter of size")
+    parser.add_argument(
+        "--growth", type=float, help="GB of the smaller side of growth; default: a quarter of size"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default="build/benchmarks/data_prep")
+    parser.add_argument("--only", nargs="*", choices=GROUPS, default=list(GROUPS))
+    for name in ("terashuf", "datatrove", "english", "chinese"):
+        parser.add_argument(f"--{name}")
+    options = parser.parse_args()
+    options.pipeline_size = options.pipeline_size or options.size / 4
+    options.growth = options.growth or options.size / 4
+    options.dedup = {}
+    bench = Bench(options)
+    long_lines = bench.text("english", 700, options.size)
+    steps: dict[str, Callable[[], None]] = {
+        "terashuf": lambda: against_terashuf(
+            bench, long_lines, ("shuffle_vs_terashuf", "shuffle_zstd_vs_terashuf"), "long"
+        ),
+        "short": lambda: against_terashuf(
+            bench, bench.text("english", 75, options.size), ("shuffle_short_lines_vs_terashuf",), "short"
+        ),
+        "ray": lambda: against_ray(bench, long_lines),
+        "encode": lambda: [against_encode(bench, language) for language in ("english", "chinese")] and None,
+        "datatrove": lambda: against_datatrove(bench),
+        "growth": lambda: growth(bench),
+        "resume": lambda: resume(bench),
+    }
+    for name in options.only:
+        if (name in ("terashuf", "short") and not options.terashuf) or (
+            name == "datatrove" and not options.datatrove
+        ):
+            print(f"{name}: not measured, no --{'datatrove' if name == 'datatrove' else 'terashuf'}")
+            continue
+        print(f"{name}:", flush=True)
+        steps[name]()
+        write(bench)
+    print(f"\n{'result':<36}{'value':>10}{'goal':>10}")
+    for one in bench.results:
+        goal = "" if one["goal"] is None else f"{'≤' if one['better'] == 'lower' else '≥'} {one['goal']}"
+        print(f"{one['name']:<36}{one['value']:>10.2f}{goal:>10}")
+
+
+def write(bench: Bench) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    processor = next(
+        (x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ""
+    )
+    machine = {"processor": processor.partition(": ")[2], "cores": len(os.sched_getaffinity(0))}
+    machine |= {"python": platform.python_version(), "load_average": os.getloadavg()}
+    command = "python benchmarks/data_prep.py " + " ".join(
+        f"--{name}={getattr(bench.options, name)}" for name in ("size", "pipeline_size", "growth", "rounds")
+    )
+    content = {"commit": commit, "machine": machine, "command": command.replace("_size", "-size")}
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(json.dumps(content | {"notes": bench.notes, "results": bench.results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
