@@ -6,6 +6,7 @@ settings follow from it. Units are in the names; steps are optimizer updates, ne
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,32 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.config_file import ConfigError, Section
 from sutrain.data import BatchPlan
-from sutrain.models.configuration import EncoderConfig
+from sutrain.models.configuration import EncoderConfig, EncoderConfigError
+from sutrain.models.depth import resolve_auto
 from sutrain.optim import Schedule, ScheduleError, build_optimizer, build_schedule
+
+
+class OtherData(Section):
+    dir: Path = Field(description="folder with prepared shards, made with the same tokenizer and row length")
+    weight: float = Field(gt=0, description="share of the samples, relative to the others")
 
 
 class Data(Section):
     dir: Path = Field(description="folder with the prepared shards (it holds manifest.json)")
+    weight: float = Field(
+        1.0, gt=0, description="share of the samples from this folder, relative to `others`"
+    )
+    others: list[OtherData] = Field(
+        default_factory=list, description="further data sets to mix in, by weight"
+    )
+    remote: str | None = Field(
+        None, description="URL of the shards where they are not in dir (s3://…); dir then mirrors and caches"
+    )
+    cache_bytes: int = Field(10_000_000_000, ge=0, description="of blocks from `remote` kept in dir")
     prefetch_updates: int = Field(2, ge=1, description="updates read ahead by the loader")
+    workers: int = Field(
+        1, ge=0, le=64, description="threads that read ahead; the samples do not depend on it"
+    )
 
 
 class Masking(Section):
@@ -28,8 +48,12 @@ class Masking(Section):
     mask_share: float = Field(0.8, ge=0, le=1, description="share of the predicted words shown as [MASK]")
     keep_share: float = Field(0.1, ge=0, le=1, description="share of the predicted words left as they are")
     whole_words: bool = Field(
-        True, description="mask all tokens of a word together (needs word starts in the shards)"
+        True,
+        description="mask all tokens of a word together (needs word starts in the shards, or a tokenizer)",
     )
+    style: Literal["words", "spans"] = Field("words", description="single words, or spans of several words")
+    span_stop: float = Field(0.2, gt=0, le=1, description="spans: chance that a span ends after each word")
+    span_longest: int = Field(10, ge=1, le=100, description="spans: words at most")
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Masking:
@@ -44,6 +68,13 @@ class Batch(Section):
         None, ge=1, description="or: tokens per update; a multiple of the row length"
     )
     micro_sequences: int = Field(ge=1, description="rows per rank in one forward and backward pass")
+    size_warmup: dict[int, int] = Field(
+        default_factory=dict,
+        description="{samples consumed: rows per update until then} before the full size",
+    )
+    length_warmup: dict[int, int] = Field(
+        default_factory=dict, description="{samples consumed: tokens that rows are cut to until then}"
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> Batch:
@@ -53,9 +84,10 @@ class Batch(Section):
 
 
 class Optimizer(Section):
-    name: Literal["adafactor", "lamb", "adamw"] = Field("adafactor", description="update rule")
+    name: Literal["adafactor", "lamb", "adamw", "egd"] = Field("adafactor", description="update rule")
     learning_rate: float = Field(
-        gt=0, description="peak; AdaFactor and LAMB multiply it by the size of each tensor, AdamW does not"
+        gt=0,
+        description="peak; AdaFactor and LAMB multiply it by the size of each tensor, AdamW and EGD do not",
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled, multiplied by the learning rate")
     clip_global_norm: float | None = Field(
@@ -77,8 +109,12 @@ class Optimizer(Section):
         twice = sorted({"learning_rate", "weight_decay", "clip_global_norm"} & set(self.settings))
         if twice:
             raise ValueError(f"settings: {', '.join(twice)} belongs one level up, beside name")
-        # per_tensor names tensors of the real model, so it is checked when that is built.
-        settings = {key: value for key, value in self.arguments().items() if key != "per_tensor"}
+        # These two name tensors of the real model, and are checked when that is built.
+        settings = {
+            key: value
+            for key, value in self.arguments().items()
+            if key not in ("per_tensor", "logical_tensors")
+        }
         try:
             build_optimizer(self.name, [("probe", torch.nn.Parameter(torch.zeros(1)))], **settings)
         except TypeError as error:
@@ -102,9 +138,45 @@ class LearningRate(Section):
 
 
 class Zero(Section):
-    stage: Literal[0, 1, 2] = Field(
-        1, description="DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too"
+    stage: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 weights too"
     )
+    offload: bool = Field(
+        False,
+        description="stages 1 to 3: masters and optimizer state in the hosts' memory, updated by their CPUs",
+    )
+    sub_group_parameters: int = Field(
+        1_000_000_000, ge=1, description="stage 3: parameters a rank updates in one call of the optimizer"
+    )
+    whole_below_parameters: int = Field(
+        100_000, ge=0, description="stage 3: smaller tensors stay whole on every rank between their uses"
+    )
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> Zero:
+        problems = []
+        if self.offload and self.stage == 0:
+            problems.append("offload needs stage 1, 2 or 3")
+        for name in ("sub_group_parameters", "whole_below_parameters"):
+            if self.stage != 3 and getattr(self, name) != Zero.model_fields[name].default:
+                problems.append(f"{name} has no effect at stage {self.stage}: leave it out")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class LossScale(Section):
+    initial: float = Field(65536.0, ge=1, description="first factor on the loss; a power of two")
+    grow_after_updates: int = Field(1000, ge=1, description="updates without an overflow before it doubles")
+    hysteresis: int = Field(2, ge=1, description="overflows before it halves (without ZeRO always 1)")
+    least: int = Field(1, ge=1, description="the run stops when an overflow would take it below this")
+
+    @field_validator("initial")
+    @classmethod
+    def _power_of_two(cls, initial: float) -> float:
+        if not math.log2(initial).is_integer():
+            raise ValueError(f"must be a power of two, found {initial:g}")
+        return initial
 
 
 class Evaluation(Section):
@@ -115,6 +187,12 @@ class Evaluation(Section):
 class Checkpoints(Section):
     every_steps: int = Field(500, ge=1, description="updates between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept besides the best one")
+    keep_every_hours: float | None = Field(
+        None, gt=0, description="of the run: one checkpoint is kept for good each time"
+    )
+    stop_within_seconds: float = Field(
+        90.0, gt=0, description="after SIGTERM: time for the last checkpoint to reach the disk"
+    )
 
 
 class Monitor(Section):
@@ -133,7 +211,25 @@ class Monitor(Section):
         description="updates between tables of norms by layer in metrics.jsonl (100 kB at 1000 layers)",
     )
     max_layers: int = Field(
-        64, ge=1, description="layers with series of their own; deeper models get quantiles"
+        48, ge=1, description="layers with series of their own; deeper models get quantiles"
+    )
+    also: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="log to these too (pip install tensorboard, or wandb)"
+    )
+
+
+class Acting(Section):
+    skip_sigmas: float | None = Field(
+        None,
+        gt=0,
+        description="refuse an update whose loss or gradient norm is so many robust standard deviations above its "
+        "history; none: never",
+    )
+    stop_after_broken_steps: int | None = Field(
+        None,
+        ge=1,
+        description="stop, with a dump, after so many steps in a row without a finite loss or without an update; "
+        "none: go on",
     )
 
 
@@ -143,11 +239,21 @@ class PretrainConfig(Section):
     run_dir: Path = Field(description="folder of the run: config, metrics, checkpoints, report")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of initialisation, order, masks and dropout")
     steps: int = Field(ge=1, description="optimizer updates of the whole run")
-    precision: Literal["bf16", "fp32"] = Field(
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="of weights and activations; masters are fp32"
     )
-    gradient_precision: Literal["fp32", "bf16"] = Field(
+    gradient_precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="in which gradients accumulate and are reduced over ranks"
+    )
+    loss_scale: LossScale = LossScale()
+    init_from: Path | None = Field(
+        None, description="begin a new run with the weights of a checkpoint, run or exported folder"
+    )
+    accept_changes: list[Literal["corpora", "seed", "masking"]] = Field(
+        default_factory=list, description="go on from a checkpoint although these differ (docs/resume.md)"
+    )
+    start_timeout_seconds: float = Field(
+        120.0, gt=0, description="for all ranks to meet at the start, and for the first all-reduce"
     )
     data: Data
     model: EncoderConfig
@@ -159,23 +265,53 @@ class PretrainConfig(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
     monitor: Monitor = Monitor()
+    acting: Acting = Acting()
 
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:
         problems = []
+        if (
+            self.model.initialisation == "auto"
+        ):  # written down as what it stands for, also in the run's config.yaml
+            relative = self.optimizer.name in ("adafactor", "lamb") and self.optimizer.settings.get(
+                "parameter_scale", True
+            )
+            try:
+                object.__setattr__(self, "model", resolve_auto(self.model, "lamb" if relative else "adam"))
+            except EncoderConfigError as error:
+                problems += str(error).splitlines()
+        if self.model.context != "bidirectional":
+            problems.append(
+                f"model.context: found {self.model.context}; pretraining predicts masked words from both sides: "
+                "use bidirectional"
+            )
         try:
             learning_rate_schedule(self)
         except ScheduleError as error:
             problems += [f"schedule: {line}" for line in str(error).splitlines()]
-        if self.zero.stage == 0 and self.precision == "bf16" and self.gradient_precision == "fp32":
-            problems.append(
-                "zero.stage 0 accumulates bf16 gradients in bf16 only: use stage 1, or gradient_precision bf16"
-            )
-        if self.precision == "fp32" and self.gradient_precision == "bf16":
-            problems.append("gradient_precision bf16 needs precision bf16")
+        problems += self._impossible_precisions()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _impossible_precisions(self) -> list[str]:
+        precision, gradients = self.precision, self.gradient_precision
+        problems = []
+        if self.zero.stage == 0 and precision != "fp32" and gradients == "fp32":
+            problems.append(
+                f"zero.stage 0 accumulates {precision} gradients in {precision} only: "
+                f"use stage 1, or gradient_precision {precision}"
+            )
+        if gradients not in ("fp32", precision):
+            problems.append(f"gradient_precision {gradients} needs precision {gradients}")
+        if self.zero.offload and self.zero.stage in (1, 2) and (precision, gradients) == ("fp16", "fp32"):
+            problems.append(
+                f"zero.offload at stage {self.zero.stage} never recovers from an overflow of fp16 with fp32 gradients: "
+                "use stage 3, gradient_precision fp16, or precision bf16"
+            )
+        if precision != "fp16" and self.loss_scale != LossScale():
+            problems.append(f"loss_scale has no effect with precision {precision}: leave it out, or use fp16")
+        return problems
 
 
 def _as_number(value: Any) -> Any:
@@ -215,44 +351,37 @@ def batch_plan(config: PretrainConfig, row_tokens: int, world_size: int, rank: i
             )
         sequences = batch.global_tokens // row_tokens
     pass_sequences = batch.micro_sequences * world_size
-    if sequences % pass_sequences:
-        lower = sequences // pass_sequences * pass_sequences
-        nearest = f"{lower} or {lower + pass_sequences}" if lower else str(pass_sequences)
-        raise ConfigError(
-            f"batch: {sequences} rows a step do not divide into micro-batches of {batch.micro_sequences} on "
-            f"{world_size} ranks; use batch.global_sequences {nearest}, or another batch.micro_sequences"
-        )
-    return BatchPlan(sequences, batch.micro_sequences, world_size, rank)
+    problems = []
+    for name, size in [
+        ("", sequences),
+        *((f".size_warmup.{at}", size) for at, size in batch.size_warmup.items()),
+    ]:
+        if size < 1 or size % pass_sequences:
+            lower = size // pass_sequences * pass_sequences
+            nearest = f"{lower} or {lower + pass_sequences}" if lower > 0 else str(pass_sequences)
+            key = name.removeprefix(".") or "batch.global_sequences"
+            problems.append(
+                f"batch{name}: {size} rows a step do not divide into micro-batches of {batch.micro_sequences} on "
+                f"{world_size} ranks; use {key} {nearest}, or another batch.micro_sequences"
+            )
+    problems += [
+        f"batch.length_warmup.{until}: rows of {row_tokens} tokens cannot be cut into {tokens}; use a divisor"
+        for until, tokens in batch.length_warmup.items()
+        if tokens < 1 or row_tokens % tokens
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return BatchPlan(
+        sequences,
+        batch.micro_sequences,
+        world_size,
+        rank,
+        _stages(batch.size_warmup),
+        _stages(batch.length_warmup),
+    )
 
 
-def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """The engine's settings, with every default written out that changes the mathematics.
-
-    Clipping is off because our optimizers clip from sums they compute anyway (unset, the engine clips at 1.0);
-    gradients are averaged over ranks by the engine and divided by nothing else (the loss is normalised by the
-    global count of predicted tokens instead of by accumulation steps).
-    """
-    bf16 = config.precision == "bf16"
-    return {
-        "train_batch_size": plan.global_sequences,
-        "train_micro_batch_size_per_gpu": plan.micro_sequences,
-        "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": 0.0,
-        "prescale_gradients": False,
-        "gradient_predivide_factor": 1.0,
-        "communication_data_type": config.gradient_precision,
-        "bf16": {"enabled": bf16},
-        "fp16": {"enabled": False},
-        "data_types": {"grad_accum_dtype": config.gradient_precision},
-        "zero_optimization": {
-            "stage": config.zero.stage,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "round_robin_gradients": False,
-            "reduce_scatter": True,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
+def _stages(until: dict[int, int]) -> tuple[tuple[int, int], ...]:
+    """{samples consumed: value until then} as (valid from, value), ended by a 0 for the full value."""
+    ends = sorted(until)
+    return tuple(zip([0, *ends], [*(until[end] for end in ends), 0], strict=True)) if ends else ()

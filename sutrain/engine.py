@@ -34,6 +34,8 @@ def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
             "enabled": config.precision == "bf16",
             "bf16_master_weights_and_grads": False,
             "bf16_optimizer_states": False,
+            # With offload the engine would never get rid of an infinite gradient; the optimizer looks for it too.
+            "check_grad_overflow": not config.zero.offload,
         },
         "fp16": {
             "enabled": config.precision == "fp16",

@@ -1,7 +1,8 @@
 """Held-out evaluation: the same validation rows with the same masks every time, shared out among the ranks.
 
 Accuracy is counted only where the input shows [MASK]: a kept or a random token would flatter the model. The unigram
-baseline guesses the most frequent training token at those very positions.
+baseline guesses the most frequent training token at those very positions. Loss and accuracy are also told apart by the
+length of the document's piece in the row and by source corpus. M predicted positions, K kinds (lengths, then sources).
 """
 
 from __future__ import annotations
@@ -10,12 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig
-from sutrain.data import Samples, word_masking
-from sutrain.models.masked_lm import MaskedLanguageModel
-from sutrain.objectives.masked_lm import masked_lm_loss
+from sutrain.data import Batch, Samples, word_masking
+from sutrain.heartbeat import beat
+from sutrain.masking import IGNORED
+from sutrain.objectives.training_model import TrainingModel
+from sutrain.pieces import PieceReader
+
+SHORTEST = 32
+"""Tokens of the first class of lengths; each of the others reaches twice as far as the one before."""
 
 
 class Evaluator:
@@ -30,36 +37,100 @@ class Evaluator:
         self.sequences = min(config.evaluation.sequences, self.samples.rows_per_epoch)
         self.micro_sequences = config.batch.micro_sequences
         self.device, self.rank, self.world_size = device, rank, world_size
+        classes = range(max(0, (manifest.row_tokens - 1).bit_length() - (SHORTEST - 1).bit_length()) + 1)
+        self.lengths = [str(SHORTEST << number) for number in classes]
+        self.sources = [source["name"] for source in manifest.sources]
+        self._pieces = PieceReader(config.data.dir, "validation") if len(self.sources) > 1 else None
+        self._kinds: dict[
+            int, torch.Tensor
+        ] = {}  # first sample -> what _kinds_of found, for the rows never change
         self.most_frequent = most_frequent_token(manifest)
         self.basis = f"{self.sequences} rows of {manifest.content_hash}, masking {config.masking!r}, seed {config.seed}"
         """What a held-out loss was measured on; losses on another basis are not comparable."""
 
     @torch.no_grad()
-    def __call__(self, model: MaskedLanguageModel, step: int) -> dict[str, Any]:
-        """{step, validation_loss, validation_accuracy, unigram_accuracy, validation_tokens} of `model` as it is."""
+    def __call__(self, model: TrainingModel, step: int) -> dict[str, Any]:
+        """{step, validation_loss, validation_accuracy, unigram_accuracy, validation_tokens} of `model` as it is, and
+        {class: value} as validation_loss_by_length, validation_loss_by_source and the same of accuracy."""
         was_training = model.training
         model.eval()
-        totals = torch.zeros(5, dtype=torch.float64, device=self.device)
-        for start in range(
-            self.rank * self.micro_sequences, self.sequences, self.world_size * self.micro_sequences
-        ):
-            batch = self.samples.batch(start, min(self.micro_sequences, self.sequences - start))
-            tensors = (batch.inputs_NL, batch.labels_NL, batch.hidden_NL, batch.document_NL)
-            result = masked_lm_loss(model, model.logits, *(t.to(self.device) for t in tensors))
+        kinds = len(self.lengths) + len(self.sources)
+        totals = torch.zeros(5 + 4 * kinds, dtype=torch.float64, device=self.device)
+        by_kind_4K = totals[5:].view(4, kinds)  # loss, predicted, right, hidden
+        kept: list[torch.Tensor] = []
+
+        for first in range(0, self.sequences, self.world_size * self.micro_sequences):
+            beat("evaluation", step)
+            start = first + self.rank * self.micro_sequences
+            idle = start >= self.sequences  # yet takes part: under ZeRO-3 a pass needs every rank
+            count = 1 if idle else min(self.micro_sequences, self.sequences - start)
+            batch = self.samples.batch(0 if idle else start, count)
+            tokens, labels, hidden, document = (
+                tensor.to(self.device)
+                for tensor in (batch.inputs_NL, batch.labels_NL, batch.hidden_NL, batch.document_NL)
+            )
+            kept.clear()
+            result = model(tokens, document, labels_BL=labels, hidden_BL=hidden, see=kept.append)
+            if idle:
+                continue
+            self._add_by_kind(by_kind_4K, torch.cat(kept), batch)
             by_unigram = int(((batch.labels_NL == self.most_frequent) & batch.hidden_NL).sum())
             counts = (batch.predicted_tokens, int(result.correct_hidden), result.hidden_tokens, by_unigram)
-            totals += torch.tensor([float(result.loss_sum), *counts], dtype=torch.float64, device=self.device)
+            totals[:5] += torch.tensor(
+                [float(result.loss_sum), *counts], dtype=torch.float64, device=self.device
+            )
         if self.world_size > 1:
             dist.all_reduce(totals)
         model.train(was_training)
-        loss_sum, predicted, correct, hidden, by_unigram_total = totals.tolist()
+        loss_sum, predicted, correct, hidden, by_unigram_total = totals[:5].tolist()
         return {
             "step": step,
             "validation_loss": loss_sum / max(predicted, 1),
             "validation_accuracy": correct / max(hidden, 1),
             "unigram_accuracy": by_unigram_total / max(hidden, 1),
             "validation_tokens": int(hidden),
+            **self._by_kind(by_kind_4K.tolist()),
         }
+
+    def _add_by_kind(self, by_kind_4K: torch.Tensor, logits_MV: torch.Tensor, batch: Batch) -> None:
+        """Add each predicted token to the sums of its length and of its source."""
+        labels_NL = batch.labels_NL.to(self.device)
+        predicted_NL = labels_NL != IGNORED
+        labels_M = labels_NL[predicted_NL]
+        hidden_M = batch.hidden_NL.to(self.device)[predicted_NL].double()
+        loss_M = F.cross_entropy(logits_MV.float(), labels_M, reduction="none").double()
+        right_M = (logits_MV.argmax(-1) == labels_M).double() * hidden_M
+        values_4M = torch.stack([loss_M, torch.ones_like(loss_M), right_M, hidden_M])
+        for kind_NL in self._kinds_of(batch):
+            by_kind_4K.index_add_(1, kind_NL.to(self.device)[predicted_NL].long(), values_4M)
+
+    def _kinds_of(self, batch: Batch) -> torch.Tensor:
+        """int16 [2, N, L]: the class of length and the source of every token's document, as columns of the sums."""
+        if batch.first_sample not in self._kinds:
+            document_NL = batch.document_NL
+            found = torch.full((2, *document_NL.shape), len(self.lengths), dtype=torch.int16)
+            for n in range(len(document_NL)):
+                lengths = torch.bincount(document_NL[n])
+                kinds = [max(0, (int(k) - 1).bit_length() - (SHORTEST - 1).bit_length()) for k in lengths]
+                found[0, n] = torch.tensor(kinds, dtype=torch.int16)[document_NL[n]]
+            if self._pieces is not None:
+                numbers = self.samples.row_numbers(batch.first_sample, len(document_NL))
+                for n, row in enumerate(numbers):
+                    for piece in self._pieces.row(int(row))[1]:
+                        found[1, n, piece.start : piece.start + piece.length] += piece.source
+            self._kinds[batch.first_sample] = found
+        return self._kinds[batch.first_sample]
+
+    def _by_kind(self, sums_4K: list[list[float]]) -> dict[str, dict[str, float]]:
+        loss, predicted, right, hidden = sums_4K
+        found: dict[str, dict[str, float]] = {}
+        for number, name in enumerate([*self.lengths, *self.sources]):
+            of = "length" if number < len(self.lengths) else "source"
+            if predicted[number]:
+                found.setdefault(f"validation_loss_by_{of}", {})[name] = loss[number] / predicted[number]
+            if hidden[number]:
+                found.setdefault(f"validation_accuracy_by_{of}", {})[name] = right[number] / hidden[number]
+        return found
 
 
 def most_frequent_token(manifest: Manifest) -> int:

@@ -3,14 +3,13 @@
     deepspeed --num_gpus N sutrain/pretrain.py --config configs/pretrain/X.yaml [--section.key=value …]
 
 The file reads top to bottom: set up, build, resume, train. A run continues from its newest intact checkpoint when
-started again; SIGTERM makes it save one and stop. B rows of a micro-batch, L tokens a row.
+started again; SIGTERM makes it save one and stop, SIGUSR1 save one and go on. B rows of a micro-batch, L tokens a row.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -30,23 +29,20 @@ import torch.distributed as dist
 
 from data_prep.config_file import ConfigError, field_help, load_config, split_arguments
 from sutrain import checkpoint as checkpoints
+from sutrain import continuity, heartbeat, preflight
 from sutrain.build_extension import ExtensionError, build_extension, prepare_environment
-from sutrain.config import PretrainConfig, batch_plan, deepspeed_config, learning_rate_schedule
-from sutrain.data import FINGERPRINT_MODULUS, Batch, Samples, load_manifest, prefetch, word_masking
+from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
+from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
+from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, prefetch, word_masking
+from sutrain.engine import DTYPES, deepspeed_config
 from sutrain.evaluation import Evaluator
-from sutrain.launch import (
-    check_model_fits_data,
-    check_same_run,
-    explain,
-    hold_run_folder,
-    join_alone,
-    local_device,
-    stop,
-)
-from sutrain.models.masked_lm import MaskedLanguageModel
+from sutrain.launch import EXIT_FAILURE, check_model_fits_data, explain, join_alone, local_device, stop
+from sutrain.models.depth import describe
+from sutrain.monitor.acting import BrokenStreak, StepGate
 from sutrain.monitor.mfu import device_peak
 from sutrain.monitor.probes import Probe
-from sutrain.objectives.masked_lm import masked_lm_loss
+from sutrain.monitor.ranks import RankClock
+from sutrain.objectives.training_model import TrainingModel
 from sutrain.optim import FragmentMap, build_optimizer
 from sutrain.outputs import RunOutputs
 
@@ -60,12 +56,16 @@ def main(arguments: list[str] | None = None) -> None:
         run.train()
     except (ValueError, ExtensionError) as error:
         # Before training every rank finds the same mistake and one line says it; later it may be one rank's alone.
-        stop(str(error), on_every_rank=run is not None and run.training)
+        if run is None or not run.training:
+            stop(str(error))
+        stop(str(error), on_every_rank=True, status=EXIT_FAILURE)
     except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, preflight.PreflightTimeoutError):
+            stop(str(error), on_every_rank=True, status=EXIT_FAILURE, at_once=True)
         advice = explain(error)
         if advice is None:
             raise
-        stop(advice, on_every_rank=True)
+        stop(advice, on_every_rank=True, status=EXIT_FAILURE)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -80,14 +80,20 @@ class Run:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.config = config
         self.device = local_device()
-        self.manifest = load_manifest(config.data.dir)
+        self.manifest = open_manifest(config.data)
         self.plan = batch_plan(config, self.manifest.row_tokens, self.world_size, self.rank)
         check_model_fits_data(config.model, self.manifest, config.data.dir)
         masking = word_masking(self.manifest, config.masking, config.seed, stream="masks")
-        self.samples = Samples(config.data.dir, "train", config.seed, masking)
+        self.samples = open_samples(config.data, config.seed, masking)
         self.schedule = learning_rate_schedule(config)
 
+        self.stop_requested = self.save_requested = self.training = False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+        signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save_requested", True))
+        self.lock = preflight.join(config, self.manifest, self.device, self.rank, self.world_size)
+        heartbeat.beat("building the extension", 0)
         build_extension()
+        heartbeat.beat("building the engine", 0)
         import deepspeed  # after the environment is prepared: it reads it while importing
 
         deepspeed.utils.logger.setLevel("ERROR")
@@ -95,10 +101,9 @@ class Run:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         with contextlib.redirect_stdout(None):  # what it prints has no switch
             deepspeed.init_distributed(dist_backend="gloo" if self.device.type == "cpu" else None)
-        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.peak = device_peak(self.device, self.dtype)
+        self.peak = device_peak(self.device, DTYPES[config.precision])
         torch.manual_seed(config.seed)
-        model = MaskedLanguageModel(config.model)
+        model = TrainingModel(config.model)
         self.optimizer = build_optimizer(
             config.optimizer.name, model.named_parameters(), **config.optimizer.arguments()
         )
@@ -114,24 +119,38 @@ class Run:
         kept = self.evaluator.samples.batch(0, min(config.monitor.probe_sequences, self.evaluator.sequences))
         batch = (kept.inputs_NL.to(self.device), kept.document_NL.to(self.device))
         self.probe = Probe(config.model, self.fragments, config.monitor.probe_every_steps, *batch)
+        self.gate = StepGate(config.acting.skip_sigmas, self.device)
+        self.optimizer.gate = self.gate if self.gate.sigmas else None
+        self.broken = BrokenStreak(config.acting.stop_after_broken_steps)
+        self.clock = RankClock(self.rank, self.world_size, self.device, enabled=config.monitor.port > 0)
         self.steps_done = self.samples_consumed = self.tokens = self.skipped = 0
-        self.best_loss = float("inf")
-        self.stop_requested = self.training = False
+        self.best_loss, self.changes = float("inf"), list[str]()
         self.checkpoint_dir = config.run_dir / "checkpoints"
+        keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every_hours)
+        self.writer = CheckpointWriter(self.checkpoint_dir, keep, self.rank, self.world_size)
 
     # ------------------------------------------------------------------------------------------------ resuming
 
     def resume(self) -> bool:
-        """Load the newest intact checkpoint of the run folder; returns whether there was one."""
+        """Load the newest intact checkpoint, else what init_from names; returns whether there was one."""
+        heartbeat.beat("resuming", 0)
         if self.rank == 0:
-            self.lock = hold_run_folder(self.config.run_dir)
+            sweep(self.checkpoint_dir)
         agreed = checkpoints.agree_on_latest(self.checkpoint_dir, self.evaluator.basis, self.device)
         checkpoint, self.best_loss, damaged = agreed
         for line in damaged:
             self.say(f"warning: damaged checkpoint passed over: {line}")
         if checkpoint is None:
+            if self.config.init_from is not None:
+                weights = continuity.initial_weights(self.config.init_from, self.fragments.shapes)
+                for name, values in weights.items():
+                    self.fragments.load_master(name, 0, values)
+                self.fragments.refresh_model_weights()
+                self.say(f"a new run with the weights of {self.config.init_from}")
             return False
-        check_same_run(checkpoint.counters, self.identity())
+        self.changes = continuity.check(checkpoint.counters, self.identity(), self.config.accept_changes)
+        for line in self.changes:
+            self.say(f"changed since the checkpoint: {line}")
         if self.rank == 0:
             checkpoints.set_aside(self.checkpoint_dir, checkpoint.step)
         for piece in self.fragments.fragments:
@@ -141,6 +160,7 @@ class Run:
         self.optimizer.load_state_by_name(checkpoint.replicated(), counters["optimizer"], checkpoint.read)
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
+        self.gate.load(counters["gate"])
         return True
 
     def save(self, best: bool = False) -> None:
@@ -154,30 +174,23 @@ class Run:
             "samples_consumed": self.samples_consumed,
             "tokens": self.tokens,
             "skipped": self.skipped,
+            "gate": self.gate.state(),
             "optimizer": state.counters,
             **self.identity(),
         }
         shapes = {name: list(shape) for name, shape in self.fragments.shapes.items()}
-        checkpoints.save_checkpoint(
-            self.checkpoint_dir, self.steps_done, slices, state.replicated, shapes, counters
-        )
+        heartbeat.beat("checkpoint", self.steps_done)
+        self.writer.save(
+            self.steps_done, slices, state.replicated, shapes, counters,
+            best=(self.best_loss, self.evaluator.basis) if best else None,
+        )  # fmt: skip
         if self.rank == 0:
-            if best:  # marked before pruning, which keeps it
-                checkpoints.mark_best(
-                    self.checkpoint_dir, self.steps_done, self.best_loss, self.evaluator.basis
-                )
-            checkpoints.prune(self.checkpoint_dir, self.config.checkpoint.keep_last)
-            self.outputs.heartbeat()
+            self.outputs.checkpoint(self.steps_done)
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and the run that goes on from it."""
-        return {
-            "data_content_hash": self.manifest.content_hash,
-            "seed": self.config.seed,
-            "model": json.loads(json.dumps(vars(self.config.model))),
-            "masking": self.config.masking.model_dump(mode="json"),
-            "optimizer_name": self.config.optimizer.name,
-        }
+        """What a checkpoint remembers of the run, to be compared when it goes on (continuity.py)."""
+        manifests = [corpus.manifest for corpus in getattr(self.samples, "corpora", [self.samples])]
+        return continuity.identity(self.config, manifests)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -185,12 +198,21 @@ class Run:
         """Resume, train to the last step, leave a checkpoint."""
         config = self.config
         resumed = self.resume()
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
         if self.steps_done >= config.steps:
             self.say(f"{config.run_dir}: all {config.steps} steps are done already; raise `steps` to go on")
             return
         if self.rank == 0:
-            self.outputs = self.open_outputs(resumed)
+            shapes = self.optimizer.fragments.shapes  # of logical tensors
+            facts = {
+                "world_size": self.world_size,
+                "train_rows": self.samples.rows_per_epoch,
+                "changes": self.changes,
+            }
+            since = self.steps_done if resumed else None
+            self.outputs = RunOutputs(
+                config, self.manifest, shapes, self.peak, since, facts, self.clock.board
+            )
+        self.say(describe(config.model))
         self.say(
             f"{'resumed at' if resumed else 'starting'} step {self.steps_done} of {config.steps} in {config.run_dir}"
         )
@@ -198,35 +220,53 @@ class Run:
         if not resumed:
             self.evaluate()
         remaining = config.steps - self.steps_done
-        batches = prefetch(
-            self.samples, self.plan, self.samples_consumed, remaining, config.data.prefetch_updates
-        )
+        ahead = (config.data.prefetch_updates, config.data.workers)
+        batches = prefetch(self.samples, self.plan, self.samples_consumed, remaining, *ahead)
         ended = started = time.perf_counter()
+        self.clock.waiting(self.steps_done)
         for micro_batches in batches:
             waited = time.perf_counter() - started
             probing = self.probe.due(self.steps_done + 1)
+            for model in filter(None, (self.engine.module, self.probe.model)):
+                model.set_ramp(self.steps_done)
             if probing:
                 self.probe.before()
                 started = time.perf_counter() - waited  # a probe is no part of the step's time
+            self.clock.forward(waited)
             record = self.step(micro_batches)
             ended = time.perf_counter()
+            self.clock.finished(self.steps_done)
             if self.rank == 0:
                 self.outputs.step(record, self.optimizer.statistics, ended - started, waited)
             if probing and (seen := self.probe.after()):
                 self.outputs.probe(self.steps_done, seen)
+            self.broken.stop_after(record, self.outputs.dump if self.rank == 0 else None)
             last, stopping = self.steps_done == config.steps, bool(record["stop_requested"])
             best = False
             if last or self.steps_done % config.evaluation.every_steps == 0:
                 validation_loss = self.evaluate()
                 best = validation_loss < self.best_loss
                 self.best_loss = min(self.best_loss, validation_loss)
-            if best or last or stopping or self.steps_done % config.checkpoint.every_steps == 0:
+            due = self.steps_done % config.checkpoint.every_steps == 0
+            if best or last or stopping or due or self.save_now:
                 self.save(best)
+            self.writer.check()
             if stopping and not last:
-                self.say(f"stopped after step {self.steps_done} with a checkpoint; start again to go on")
+                whole = self.writer.wait(config.checkpoint.stop_within_seconds)
+                kept = (
+                    "with a checkpoint"
+                    if whole
+                    else "before its checkpoint was on disk, the one before stays"
+                )
+                self.say(f"stopped after step {self.steps_done} {kept}; start again to go on")
                 break
+            heartbeat.beat("waiting for data", self.steps_done)
             started = time.perf_counter()
+            self.clock.waiting(self.steps_done)
+        if self.steps_done == config.steps:
+            self.writer.wait()
         batches.close()
+        self.clock.close()
         if self.rank == 0:
             self.outputs.close()
 
@@ -239,11 +279,14 @@ class Run:
                 sum(int((batch.document_NL > 0).sum()) for batch in micro_batches),
                 sum(batch.fingerprint for batch in micro_batches) % FINGERPRINT_MODULUS,
                 int(self.stop_requested),
+                int(save_requested := self.save_requested),
             ],
             device=self.device,
         )
         dist.all_reduce(mine)
-        predicted, tokens, fingerprint, stop_requested = mine.tolist()
+        predicted, tokens, fingerprint, stop_requested, save_now = mine.tolist()
+        self.save_now, self.save_requested = bool(save_now), self.save_requested and not save_requested
+        sequences = self.plan.sequences_at(self.samples_consumed)
         learning_rate = config.optimizer.learning_rate * self.schedule(self.steps_done)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         # Dropout depends on the position and the rank alone, so a resumed run draws the same.
@@ -252,53 +295,53 @@ class Run:
         updates_before = self.optimizer.updates
         engine.train()
         loss_sum = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            tensors = (batch.inputs_NL, batch.labels_NL, batch.hidden_NL, batch.document_NL)
-            result = masked_lm_loss(engine, engine.module.logits, *(t.to(self.device) for t in tensors))
+        for number, batch in enumerate(micro_batches, 1):
+            heartbeat.beat("training step", self.steps_done)
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            inputs, labels, hidden, document = (
+                tensor.to(self.device)
+                for tensor in (batch.inputs_NL, batch.labels_NL, batch.hidden_NL, batch.document_NL)
+            )
+            result = engine(inputs, document, labels_BL=labels, hidden_BL=hidden)
             # The engine averages gradients over ranks; with this factor their sum is the gradient of the mean over
             # all predicted tokens of the global batch.
+            loss_sum += result.loss_sum.detach()
+            if number == len(micro_batches):
+                self.clock.update()
+                dist.all_reduce(loss_sum)
+                self.gate.loss = loss_sum / max(predicted, 1)
             engine.backward(result.loss_sum * (self.world_size / max(predicted, 1)), scale_wrt_gas=False)
             engine.step()
-            loss_sum += result.loss_sum.detach()
-        dist.all_reduce(loss_sum)
 
-        self.samples_consumed += self.plan.global_sequences
+        self.samples_consumed += sequences
         self.steps_done += 1
         # An update that is not finite is dropped, by engine or optimizer; its samples are consumed all the same.
-        if self.optimizer.updates == updates_before:
-            self.skipped += 1
+        applied = self.optimizer.updates != updates_before
+        if not applied:
+            self.skipped += self.gate.verdict is None
             self.optimizer.statistics.fill_(torch.nan)
         self.tokens += tokens
-        return {
+        return self.gate.as_record(self.samples_consumed, sequences) | {
             "step": self.steps_done,
             "samples_consumed_total": self.samples_consumed,
             "tokens_total": self.tokens,
             "step_tokens": tokens,
             "loss": loss_sum.item() / max(predicted, 1),
             "learning_rate": learning_rate,
+            "loss_scale": self.fragments.loss_scale,
             "batch_fingerprint": f"{fingerprint % FINGERPRINT_MODULUS:012x}",
             "skipped_steps_total": self.skipped,
+            "refused_steps_total": self.gate.refused,
             "stop_requested": stop_requested,
         }
 
     def evaluate(self) -> float:
         """Held-out loss and accuracy, logged; the loss is the same on every rank."""
+        self.engine.module.set_ramp(self.steps_done)
         result = self.evaluator(self.engine.module, self.steps_done)
         if self.rank == 0:
             self.outputs.evaluation(result)
         return result["validation_loss"]
-
-    def open_outputs(self, resumed: bool) -> RunOutputs:
-        """What rank 0 writes and shows: run folder, metrics, endpoint, terminal."""
-        shapes = {name: self.fragments.shapes[name] for name in self.optimizer.tensor_names}
-        facts = {
-            "world_size": self.world_size,
-            "total_steps": self.config.steps,
-            "parameters": sum(shape.numel() for shape in shapes.values()),
-            "row_tokens": self.manifest.row_tokens,
-            "train_rows": self.samples.rows_per_epoch,
-        }
-        return RunOutputs(self.config, shapes, self.peak, self.steps_done if resumed else None, facts)
 
     def say(self, text: str) -> None:
         if self.rank == 0:

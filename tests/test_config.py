@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from data_prep.config_file import ConfigError, load_config, to_yaml
-from sutrain.config import PretrainConfig, batch_plan, deepspeed_config, learning_rate_schedule
+from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
+from sutrain.engine import deepspeed_config
 from tests.conftest import ROOT
 
 
@@ -34,14 +35,14 @@ def test_all_mistakes_at_once(write_config):
         batch={"global_tokens": 64},
     )
     with pytest.raises(ConfigError) as raised:
-        load(path, "--zero.stage=3", "--checkpiont.every_steps=3")
+        load(path, "--zero.stage=4", "--checkpiont.every_steps=3")
     lines = str(raised.value).splitlines()
     expected = (
         "optimizer.nmae: unknown key; did you mean 'name'?",
         "unknown setting 'clip_treshold'; did you mean clip_threshold",
         "model.head_size",
         "give exactly one of global_sequences and global_tokens",
-        "zero.stage: input should be 0, 1 or 2, found 3",
+        "zero.stage: input should be 0, 1, 2 or 3, found 4",
         "checkpiont: unknown key; did you mean 'checkpoint'?",
     )
     for text in expected:

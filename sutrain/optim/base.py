@@ -257,9 +257,7 @@ class FragmentOptimizer(torch.optim.Optimizer):
         part._prepare(first, second)
         fragments.all_reduce(second.flat)
         part._apply(first, second)
-        if (
-            fragments.around.keeps_gradients
-        ):  # and adds the next ones to what it finds, where it overwrites nothing
+        if fragments.around.keeps_gradients:  # where nothing overwrites them, they would count again
             for buffer in fragments.buffers:
                 buffer.grad.zero_()  # type: ignore[union-attr]
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .fragments import Fragment, FragmentError, FragmentMap, Surroundings, is_optimized, whole_shape
-from .loss_scale import LossScaler
+from .loss_scale import ForgottenScale, LossScaler
 
 DEEPSPEED_VERSION = "0.19.8"
 """The version whose internals this file was written and tested against."""
@@ -67,12 +67,15 @@ def _map_copies(engine: Any, parameters: dict[str, Tensor]) -> FragmentMap:
                 parameter.data.copy_(masters[id(parameter)])
 
     by_name = {name: masters[id(parameter)] for name, parameter in parameters.items()}
+    scaler = _loss_scaler(engine)
+    if scaler is not None:
+        engine.torch_autocast_z0_gradscaler = ForgottenScale(scaler)
     around = Surroundings(
         replicated=True,
         refresh=refresh,
         weights=parameters.__getitem__,
         checks_finite=has_copies,
-        loss_scaler=_loss_scaler(engine),
+        loss_scaler=scaler,
     )
     return FragmentMap.of_copies(parameters, by_name, around)
 
@@ -203,8 +206,9 @@ def _refuse_unsupported(engine: Any) -> None:
         "zero_optimization.offload_optimizer to nvme swaps masters out between updates: use cpu": (
             offload is not None and offload.device == "nvme"
         ),
-        "zero_optimization.offload_optimizer at stage 1 or 2 with fp32 gradients of 16-bit weights never recovers from "
-        "an overflow (DeepSpeed keeps the infinite sums): use stage 3, or data_types.grad_accum_dtype fp16": (
+        "zero_optimization.offload_optimizer at stage 1 or 2, of 16-bit weights with fp32 gradients, never recovers "
+        "from an overflow that the engine sees (it keeps the infinite sums): set bf16.check_grad_overflow false, which "
+        "leaves the check to the optimizer; in fp16 use stage 3, or data_types.grad_accum_dtype fp16": (
             keeps_infinite_sums
         ),
         "zero_optimization.offload_param moves the weights away from the engine's device: remove it": (

@@ -1,4 +1,4 @@
-"""fp16's dynamic loss scale, which lives in the engine: its numbers, and one step in which the engine is wrong.
+"""fp16's dynamic loss scale, which lives in the engine: its numbers, and two places where the engine is wrong.
 
 The engine multiplies the loss by the scale, divides the gradients by it, halves it after an overflow and doubles it
 after so many updates without one (names as of DeepSpeed 0.19.8; `loss_scale_config` without ZeRO, `loss_scaler` with).
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 SCALE, GOOD_UPDATES, HYSTERESIS = "loss_scale", "loss_scale_good_updates", "loss_scale_hysteresis"
 
@@ -54,3 +56,21 @@ class LossScaler:
         good_before = self._state.cur_iter - self._state.last_overflow_iter - 2
         grown = good_before > 0 and good_before % self._state.scale_window == 0
         return float(self._state.scale_factor) if grown else 1.0
+
+
+class ForgottenScale:
+    """Without ZeRO the engine divides gradients by the scale and never multiplies the loss by it. This stands where it
+    looks for a torch.amp.GradScaler, whose scale() it does call."""
+
+    def __init__(self, scaler: LossScaler):
+        self._scaler = scaler
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss.float() * self._scaler.scale
+
+    def step(self, optimizer: Any) -> None:
+        """The wrapper unscales and looks for overflows by itself."""
+        optimizer.step()
+
+    def update(self) -> None:
+        """As the wrapper has done."""

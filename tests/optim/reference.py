@@ -12,7 +12,7 @@ def run(case: str, steps: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
     """(weights, state by "key|name", statistics by step and tensor) after `steps` updates of an OPTIMIZERS
     case."""
     kind, settings = OPTIMIZERS[case]
-    weights = {name: start(name).double().numpy() for name in SHAPES}
+    weights = {name: start(name) for name in SHAPES}
     state: dict[str, np.ndarray] = {}
     history = []
     for step in range(1, steps + 1):

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 RANK, WORLD_SIZE, PORT, OUTPUT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
@@ -26,26 +27,44 @@ from sutrain.optim.verification import verify_fragments  # noqa: E402
 from tests.optim.problem import (  # noqa: E402
     ENGINES,
     LEARNING_RATE,
+    LOGICAL,
+    MOVES,
     OPTIMIZERS,
+    PARAMETERS,
     PER_TENSOR,
-    SHAPES,
     STEPS,
     Toy,
     cases,
+    engines,
     rank_gradient,
 )
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CUT = {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0, "sub_group_size": 40}
+FP16 = {
+    "loss_scale": 0,
+    "initial_scale_power": 8,
+    "loss_scale_window": 5,
+    "hysteresis": 1,
+    "min_loss_scale": 1,
+}
+
 
 def make_engine(engine_name, optimizer_of, **overrides):
-    stage, bf16, accumulate = ENGINES[engine_name]
+    kind = ENGINES[engine_name]
     model = Toy()
+    zero = {"stage": kind.stage, "stage3_gather_16bit_weights_on_model_save": False}
+    zero |= CUT if kind.stage == 3 and kind.cut else {}
+    zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": False}} if kind.offload else {}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": bf16},
-        "data_types": {"grad_accum_dtype": accumulate},
-        "zero_optimization": {"stage": stage, **overrides.pop("zero", {})},
+        "bf16": {"enabled": kind.precision == "bf16", "check_grad_overflow": not kind.offload},
+        "fp16": {"enabled": kind.precision == "fp16", **FP16},
+        "data_types": {"grad_accum_dtype": kind.accumulate},
+        "zero_optimization": zero | overrides.pop("zero", {}),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     } | overrides
     optimizer = optimizer_of(model)
@@ -54,28 +73,34 @@ def make_engine(engine_name, optimizer_of, **overrides):
 
 def ours(optimizer_name):
     kind, settings = OPTIMIZERS[optimizer_name]
-    return lambda model: build_optimizer(
-        kind, model.named_parameters(), learning_rate=LEARNING_RATE, per_tensor=PER_TENSOR, **settings
-    )
+    common = {"learning_rate": LEARNING_RATE, "per_tensor": PER_TENSOR, "logical_tensors": LOGICAL}
+    return lambda model: build_optimizer(kind, model.named_parameters(), **common, **settings)
 
 
 def update(engine, step, spoil=False):
-    dtype = next(engine.module.parameters()).dtype
-    coefficients = {
-        name: torch.tensor(rank_gradient(step, name, RANK, WORLD_SIZE), dtype=dtype) for name in SHAPES
-    }
-    if spoil and RANK == WORLD_SIZE - 1:
-        coefficients["wide"][7, 3] = float("inf")
-    engine.backward(engine(coefficients))
-    engine.step()
+    """One update of as many micro-batches as the engine accumulates."""
+    dtype = engine.get_data_types()[0]
+    micros = engine.gradient_accumulation_steps()
+    for micro in range(micros):
+        place = (RANK, WORLD_SIZE, micro, micros)
+        coefficients = {
+            name: torch.tensor(rank_gradient(step, name, *place), dtype=dtype) for name in PARAMETERS
+        }
+        if spoil and RANK == WORLD_SIZE - 1:
+            coefficients["wide"][7, 3] = float("inf")
+        engine.backward(engine(coefficients))
+        engine.step()
 
 
 def write(case, engine, fragments, optimizer, statistics):
     arrays = {f"master|{name}|{offset}": values.numpy() for name, offset, values in fragments.master_slices()}
-    arrays |= {f"model|{n}": p.detach().float().numpy() for n, p in engine.module.named_parameters()}
+    arrays |= {f"model|{name}": fragments.model_weight(name).float().numpy() for name in PARAMETERS}
+    with deepspeed.zero.GatheredParameters([engine.module.frozen]):
+        arrays["model|frozen"] = engine.module.frozen.detach().float().numpy().copy()
     arrays["statistics"] = np.array(statistics)
     arrays["owned"] = np.array([f"{f.name}|{f.offset}|{f.length}" for f in fragments.fragments])
     arrays["wrapper"] = np.array(type(engine.optimizer).__name__)
+    arrays["buffers"] = np.array(len(fragments.buffers))
     if optimizer is not None:
         state = optimizer.state_by_name()
         arrays |= {f"replicated|{key}": value.numpy() for key, value in state.replicated.items()}
@@ -90,18 +115,28 @@ def train(case, engine_name, optimizer_name, *, save_at=None, perturb_at=None, s
     engine, optimizer = make_engine(engine_name, ours(optimizer_name), **overrides)
     fragments = FragmentMap.from_engine(engine)
     optimizer.attach(fragments)
-    statistics = []
+    statistics, scales = [], []
     for step in range(1, STEPS + 1):
+        scales.append(scale(fragments))
         update(engine, step)
         statistics.append(optimizer.statistics.numpy().copy())
         if step == save_at:
             write(f"{case}.saved", engine, fragments, optimizer, statistics)
         if step == spoil_after:
+            before, was = scale(fragments), optimizer.state_by_name().counters["updates"]
             update(engine, step, spoil=True)
+            assert scale(fragments) == (before / 2 if fragments.around.loss_scaler else before)
+            assert optimizer.state_by_name().counters["updates"] == was
         if step == perturb_at:
             optimizer.state_by_name().replicated["row_mean|wide"][3] *= 1.01
     write(case, engine, fragments, optimizer, statistics)
+    if fragments.around.loss_scaler:
+        assert any(b > a for a, b in pairwise(scales)), f"the loss scale did not grow: {scales}"
     engine.destroy()
+
+
+def scale(fragments):
+    return fragments.around.loss_scaler.scale if fragments.around.loss_scaler else 1.0
 
 
 def stock_adafactor():
@@ -119,9 +154,9 @@ def stock_adafactor():
     engine.destroy()
 
 
-def resumed(case, engine_name, optimizer_name, from_world, save_at):
-    """Continue at this world size what another world size saved after `save_at` updates."""
-    stores = [np.load(f) for f in sorted((OUTPUT / f"world{from_world}").glob(f"{case}.saved.rank*.npz"))]
+def moved(case, saved, from_world, to_engine, optimizer_name, save_at):
+    """Go on, here and with another engine, from what another world size saved after `save_at` updates."""
+    stores = [np.load(f) for f in sorted((OUTPUT / f"world{from_world}").glob(f"{saved}.saved.rank*.npz"))]
 
     def read(key, name, offset, length):
         values, filled = np.full(length, np.nan, dtype=np.float32), 0
@@ -136,7 +171,7 @@ def resumed(case, engine_name, optimizer_name, from_world, save_at):
         assert filled == length, (key, name, offset, length, filled)
         return torch.from_numpy(values)
 
-    engine, optimizer = make_engine(engine_name, ours(optimizer_name))
+    engine, optimizer = make_engine(to_engine, ours(optimizer_name))
     fragments = FragmentMap.from_engine(engine)
     optimizer.attach(fragments)
     prefix = "replicated|"
@@ -145,7 +180,7 @@ def resumed(case, engine_name, optimizer_name, from_world, save_at):
     }
     counters = json.loads(str(stores[0]["counters"]))
     optimizer.load_state_by_name(replicated, counters, lambda key, *where: read(f"state|{key}", *where))
-    for name, shape in SHAPES.items():  # as a checkpoint does: whole tensors to every rank
+    for name, shape in PARAMETERS.items():  # as a checkpoint does: whole tensors to every rank
         fragments.load_master(name, 0, read("master", name, 0, int(np.prod(shape))))
     fragments.refresh_model_weights()
     write(f"{case}.loaded", engine, fragments, optimizer, [])
@@ -197,11 +232,19 @@ def refusals():
     verify_fragments(fragments)
     said["state_dict"] = message(optimizer.state_dict)
     engine.destroy()
-    for name, overrides in {
-        "clipping and round robin": {"gradient_clipping": 1.0, "zero": {"round_robin_gradients": True}},
-        "stage 3": {"zero": {"stage": 3}},
-    }.items():
-        engine, _ = make_engine("stage1_bf16", ours("adafactor"), **overrides)
+    for name, engine_name, overrides in (
+        (
+            "clipping and round robin",
+            "stage1_bf16",
+            {"gradient_clipping": 1.0, "zero": {"round_robin_gradients": True}},
+        ),
+        ("offload without way back", "stage2_fp16_offload", {"data_types": {"grad_accum_dtype": "fp32"}}),
+        ("quantized", "stage3_bf16", {"zero": {"zero_quantized_gradients": True}}),
+        ("parameters away", "stage3_bf16", {"zero": {"offload_param": {"device": "cpu"}}}),
+    ):
+        if engine_name not in engines():  # no fp16 on this processor
+            continue
+        engine, _ = make_engine(engine_name, ours("adafactor"), **overrides)
         said[name] = message(lambda engine=engine: FragmentMap.from_engine(engine))
         engine.destroy()
     partial, _ = make_engine(
@@ -234,8 +277,9 @@ def main():
     for case in cases(WORLD_SIZE):
         train(".".join(case), *case, save_at=10)
     if WORLD_SIZE == 2:
-        for engine_name in ENGINES:
-            train(f"infinite.{engine_name}", engine_name, "adafactor", spoil_after=5)
+        for engine_name in engines():
+            case = f"accumulated.{engine_name}"
+            train(case, engine_name, "adafactor", spoil_after=5, gradient_accumulation_steps=2)
         unchecked = {
             "zero": {"compute_grad_norm": False},
             "bf16": {"enabled": True, "check_grad_overflow": False},
@@ -243,8 +287,9 @@ def main():
         train("no_engine_norm", "stage2_bf16", "adafactor", spoil_after=5, **unchecked)
         train("perturbed", "stage1_fp32", "adafactor", perturb_at=10)
         stock_adafactor()
-        for case in ("stage1_bf16_accumulate_fp32.adafactor_momentum", "stage1_fp32.lamb"):
-            resumed(case, *case.split("."), from_world=3, save_at=10)
+    for case, (from_world, from_engine, to_world, to_engine, optimizer) in MOVES.items():
+        if to_world == WORLD_SIZE:
+            moved(case, f"{from_engine}.{optimizer}", from_world, to_engine, optimizer, save_at=10)
     refusals()
     print(f"rank {RANK} of {WORLD_SIZE}: {time.perf_counter() - began:.1f} s", flush=True)
     torch.distributed.destroy_process_group()
