@@ -136,6 +136,16 @@ class RunProgress:
             "# HELP data_prep_stage_share_ratio Share of the current stage that is done.",
             "# TYPE data_prep_stage_share_ratio gauge",
             f'data_prep_stage_share_ratio{{stage="{self._stage}"}} {share:.4f}',
+            "# HELP data_prep_stage_work Work of the current stage that is done, in its unit.",
+            "# TYPE data_prep_stage_work gauge",
+            f'data_prep_stage_work{{stage="{self._stage}",unit="{self._unit}"}} {self._done:.0f}',
+            "# HELP data_prep_stage_tasks Tasks of the current stage.",
+            "# TYPE data_prep_stage_tasks gauge",
+            f'data_prep_stage_tasks{{stage="{self._stage}",state="done"}} {self._tasks_done:.0f}',
+            f'data_prep_stage_tasks{{stage="{self._stage}",state="all"}} {self._tasks:.0f}',
+            "# HELP data_prep_heartbeat_timestamp_seconds Unix time at which this was written.",
+            "# TYPE data_prep_heartbeat_timestamp_seconds gauge",
+            f"data_prep_heartbeat_timestamp_seconds {status['time']:.0f}",
         ]
         for name, text in (
             ("progress.json", json.dumps(status) + "\n"),

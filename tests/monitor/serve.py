@@ -9,7 +9,7 @@ import time
 
 from sutrain.monitor.exporter import Exporter
 from sutrain.monitor.spikes import SpikeWatch
-from tests.monitor.made_up import groups_of, made_up_run
+from tests.monitor.made_up import groups_of, made_up_run, probe_of
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
             exporter.step(record, table, watch.judge(record["loss"], record["learning_rate"], table))
             if evaluation:
                 exporter.evaluation(evaluation)
-                exporter.probe({"model_update": 0.01, "attention_entropy": [3.0] * layers})
+                exporter.probe(probe_of(layers))
             if stop.wait(0.05):
                 return
         while not stop.wait(0.5):

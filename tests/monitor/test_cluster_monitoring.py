@@ -1,13 +1,17 @@
-"""cluster/monitoring against a real Prometheus that scrapes a real exporter in a process of its own."""
+"""cluster/monitoring against a real Prometheus that scrapes real training on two ranks."""
 
+import contextlib
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -17,11 +21,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sutrain.monitor.series import ALL
+from sutrain.monitor.exporter import series_count
+from sutrain.monitor.series import ALL, PROBE_LAYERED
+from sutrain.monitor.textfile import server_of
+from tests.conftest import RUN, environment
+from tests.monitor.made_up import groups_of
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cluster" / "monitoring"
-DASHBOARD = MONITORING / "grafana" / "dashboards" / "training.json"
+DASHBOARDS = sorted((MONITORING / "grafana" / "dashboards").glob("*.json"))
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")),
     reason="prometheus and promtool are not installed (Debian package prometheus)",
@@ -33,7 +41,8 @@ needs_grafana_sdk = pytest.mark.skipif(
 
 
 def panels() -> list[dict]:
-    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+    pages = [json.loads(path.read_text()) for path in DASHBOARDS]
+    return [panel for page in pages for panel in page["panels"] if panel["type"] != "row"]
 
 
 def rules() -> list[dict]:
@@ -45,7 +54,7 @@ def rules() -> list[dict]:
 def expressions() -> dict[str, str]:
     """Every expression that people will see the answer of, by where it stands, variables filled in."""
     found = {
-        f"panel {panel['title']} {target['refId']}": target["expr"]
+        f"panel {panel['id']} {panel['title']} {target['refId']}: {target['expr']}": target["expr"]
         for panel in panels()
         for target in panel["targets"]
     }
@@ -56,19 +65,36 @@ def expressions() -> dict[str, str]:
     }
 
 
+def alert_expressions() -> dict[str, str]:
+    """The expressions of the alerts by name, with comparisons that answer 0 or 1 instead of hiding what is false."""
+    compare = re.compile(r" (>=|<=|==|!=|>|<) ")
+    return {
+        rule["alert"]: compare.sub(r" \1 bool ", rule["expr"]).replace(
+            '{stage="finished"}', '{stage="no such"}'
+        )
+        for rule in rules()
+        if "alert" in rule
+    }
+
+
 @needs_grafana_sdk
 def test_the_dashboard_is_what_its_script_makes():
     path = MONITORING / "grafana" / "make_dashboards.py"
     spec = importlib.util.spec_from_file_location("make_dashboards", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert DASHBOARD.read_text() == module.text(), f"run python {path.relative_to(ROOT)}"
+    texts = module.texts()
+    assert {path.name for path in DASHBOARDS} == set(texts) and len(texts) == 5
+    for path_ in DASHBOARDS:
+        assert path_.read_text() == texts[path_.name], f"run python {path.relative_to(ROOT)}"
 
 
 def test_every_panel_says_what_it_shows_and_in_what_unit():
     found = panels()
-    assert len(found) >= 20
-    assert len({panel["id"] for panel in json.loads(DASHBOARD.read_text())["panels"]}) == len(found) + 5
+    assert len(found) >= 60
+    for path in DASHBOARDS:
+        numbers = [panel["id"] for panel in json.loads(path.read_text())["panels"]]
+        assert len(set(numbers)) == len(numbers), path
     for panel in found:
         assert panel["title"] and len(panel["description"]) > 15, panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
@@ -101,6 +127,30 @@ def test_promtool_agrees(command):
 
 
 @needs_prometheus
+def test_the_kubernetes_configuration_is_one_apart_from_its_discovery(tmp_path):
+    """Debian's promtool is built without Kubernetes; it checks the rest, and the discovery is looked at here."""
+    config = yaml.safe_load((MONITORING / "prometheus-kubernetes.yml").read_text())
+    config["rule_files"] = [str(MONITORING / "rules" / "*.yml")]
+    for scrape in config["scrape_configs"]:
+        (discovery,) = scrape.pop("kubernetes_sd_configs")
+        assert set(discovery) == {"role", "selectors"} and discovery["role"] == "pod"
+        assert all(set(selector) == {"role", "label"} for selector in discovery["selectors"])
+        used = {name for rule in scrape["relabel_configs"] for name in rule["source_labels"]}
+        assert used <= {
+            "__meta_kubernetes_namespace", "__meta_kubernetes_pod_name", "__meta_kubernetes_pod_ip",
+            "__meta_kubernetes_pod_phase", "__meta_kubernetes_pod_annotation_prometheus_io_port",
+        }  # fmt: skip
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    command = ["promtool", "check", "config", tmp_path / "prometheus.yml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = [scrape["job_name"] for scrape in config["scrape_configs"]]
+    assert jobs == [
+        c["job_name"] for c in yaml.safe_load((MONITORING / "prometheus.yml").read_text())["scrape_configs"]
+    ]
+
+
+@needs_prometheus
 def test_every_alert_has_a_unit_test():
     tested = (MONITORING / "rules_test.yml").read_text()
     for rule in rules():
@@ -114,17 +164,84 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+MADE_UP_LAYERS = 12
+EVERYTHING_IS_THERE = (
+    'count(ALERTS{alertname=~"SutrainUpdateSpike|SutrainLossSpike"} == 1) >= 2',
+    'count(sutrain_trust_ratio) and count(sutrain_direction_rms) and count(sutrain_rank_progress{rank="1"})',
+    'count(sutrain_validation_loss_by_source{source="made"}) >= 2 and count(sutrain_logit_rms) >= 3',
+    "count(rate(data_prep_records_total[1m]))",
+    "sutrain:update_depth_slope:median10m and sutrain_update_depth_slope",
+)
+
+
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory):
-    """Address of a Prometheus with the repository's configuration, only faster, that has seen a spike."""
+def targets(dataset, tmp_path_factory):
+    """{job: addresses} of a run on two ranks with AdaFactor, another with LAMB, both real, a made-up run that spikes,
+    and the preparation of the data."""
+    folder = tmp_path_factory.mktemp("runs")
+    started, logs, ports = [], [], []
+    for name, ranks in (("adafactor", 2), ("lamb", 1)):
+        ports.append(free_port())
+        tree = {
+            **RUN,
+            "run_dir": str(folder / name),
+            "steps": 100_000,
+            "data": {"dir": str(dataset)},
+            "optimizer": {"name": name, "learning_rate": 0.01},
+            "evaluation": {"every_steps": 20, "sequences": 8},
+            "checkpoint": {"every_steps": 50},
+            "monitor": {"port": ports[-1], "probe_every_steps": 10},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+        command = [
+            f"{sys.prefix}/bin/deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()),
+            "sutrain/pretrain.py", "--config", str(folder / f"{name}.yaml"),
+        ]  # fmt: skip
+        logs.append((folder / f"{name}.log").open("w+"))
+        streams = {"stdout": logs[-1], "stderr": subprocess.STDOUT, "start_new_session": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), **streams))
+    command = [sys.executable, "-m", "tests.monitor.serve", str(MADE_UP_LAYERS)]
+    started.append(
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    )
+    command = [sys.executable, "-m", "sutrain.monitor.textfile", str(dataset / "metrics.prom"), "--port", "0"]
+    started.append(
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    )
+    try:
+        made_up = f"127.0.0.1:{started[2].stdout.readline().strip()}"
+        data = urllib.parse.urlsplit(started[3].stdout.readline().strip()).netloc
+        yield {
+            "sutrain": [*(f"127.0.0.1:{port}" for port in ports), made_up],
+            "data_prep": [data],
+            "logs": logs,
+            "started": started,
+        }
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=30)
+        for log in logs:
+            log.close()
+
+
+@pytest.fixture(scope="module")
+def prometheus(targets, tmp_path_factory):
+    """Address of a Prometheus with the repository's configuration, only faster, once it has seen everything."""
     folder = tmp_path_factory.mktemp("prometheus")
-    command = [sys.executable, "-m", "tests.monitor.serve", "12"]
-    run = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
-    target = f"127.0.0.1:{run.stdout.readline().strip()}"
     config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
     config["rule_files"] = [str(MONITORING / "rules" / "*.yml")]
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+    for scrape in config["scrape_configs"]:
+        scrape["static_configs"][0]["targets"] = targets[scrape["job_name"]]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
     with open(folder / "log", "w") as log:
@@ -137,21 +254,23 @@ def prometheus(tmp_path_factory):
         command = ["prometheus", *(f"--{name}={value}" for name, value in options.items())]
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 40
-        while True:
-            try:  # long enough for two scrapes after an update spike and the loss spike that follows it
-                if len(query(address, 'ALERTS{alertname=~"SutrainUpdateSpike|SutrainLossSpike"}')) >= 2:
-                    break
-            except OSError:
-                pass
-            assert time.monotonic() < deadline and server.poll() is None, (folder / "log").read_text()
+        deadline = time.monotonic() + 150
+        waiting = list(EVERYTHING_IS_THERE)
+        while waiting:
+            with contextlib.suppress(OSError):
+                waiting = [expression for expression in waiting if not query(address, expression)]
+            if time.monotonic() > deadline or any(
+                p.poll() is not None for p in (server, *targets["started"])
+            ):
+                for file in targets["logs"]:
+                    file.seek(0)
+                said = "\n".join(file.read()[-3000:] for file in targets["logs"])
+                pytest.fail(f"still waiting for {waiting}\n{(folder / 'log').read_text()}\n{said}")
             time.sleep(0.3)
         yield address
     finally:
-        run.stdin.close()
         server.terminate()
         server.wait(timeout=20)
-        run.wait(timeout=20)
 
 
 def query(address: str, expression: str) -> list[dict]:
@@ -161,33 +280,50 @@ def query(address: str, expression: str) -> list[dict]:
 
 
 @needs_prometheus
-def test_every_expression_returns_data(prometheus):
-    for where, expression in expressions().items():
+def test_every_expression_returns_data(prometheus, targets):
+    for where, expression in {**expressions(), **alert_expressions()}.items():
         try:
             result = query(prometheus, expression)
         except urllib.error.HTTPError as error:
             pytest.fail(f"{where}: {expression}: {error.read().decode()}")
         assert result, f"{where}: {expression} returns nothing"
         assert all(math.isfinite(float(sample["value"][1])) for sample in result), where
-    layers = query(
-        prometheus, next(e for w, e in expressions().items() if w.startswith("panel Update ÷ weight by"))
-    )
-    assert {sample["metric"]["layer"] for sample in layers} == {f"{layer:04d}" for layer in range(12)}
+    panel = next(e for w, e in expressions().items() if " Update ÷ weight by layer" in w)
+    layers = query(prometheus, panel)
+    assert {sample["metric"]["layer"] for sample in layers} == {f"{i:04d}" for i in range(MADE_UP_LAYERS)}
+    ranks = query(prometheus, f'sutrain_rank_step_seconds{{instance="{targets["sutrain"][0]}"}}')
+    assert {sample["metric"]["rank"] for sample in ranks} == {"0", "1"}
 
 
 @needs_prometheus
-def test_the_alarms_of_a_spiking_run_fire_and_no_others(prometheus):
-    firing = {sample["metric"]["alertname"] for sample in query(prometheus, 'ALERTS{alertstate="firing"}')}
-    assert firing == {"SutrainUpdateSpike", "SutrainLossSpike"}
-    for rule in rules():
-        if "alert" in rule:
-            query(prometheus, rule["expr"])  # the others are quiet, but valid
+def test_the_alarms_of_a_spiking_run_fire_and_no_others(prometheus, targets):
+    firing = query(prometheus, 'ALERTS{alertstate="firing"}')
+    made_up = targets["sutrain"][2]
+    assert {(s["metric"]["alertname"], s["metric"]["instance"]) for s in firing} == {
+        ("SutrainUpdateSpike", made_up), ("SutrainLossSpike", made_up),
+    }  # fmt: skip
 
 
 @needs_prometheus
-def test_the_number_of_series_is_what_the_exporter_promises(prometheus):
-    from sutrain.monitor.exporter import series_count
-    from tests.monitor.made_up import groups_of
+def test_the_number_of_series_is_what_the_exporter_promises(prometheus, targets):
+    (count,) = query(prometheus, f'count({{__name__=~"sutrain_.+", instance="{targets["sutrain"][2]}"}})')
+    expected = series_count(groups_of(MADE_UP_LAYERS), optimizer_columns=3, probed=len(PROBE_LAYERED))
+    assert int(count["value"][1]) == expected + 6  # evaluation: two lengths and a source, loss and accuracy
 
-    (count,) = query(prometheus, 'count({__name__=~"sutrain_.+"})')
-    assert int(count["value"][1]) == series_count(groups_of(12))
+
+def test_the_file_server_serves_one_file_and_says_when_it_is_gone(tmp_path):
+    (tmp_path / "metrics.prom").write_text("data_prep_records_total 1\n")
+    (tmp_path / "secret").write_text("no")
+    with server_of(tmp_path / "metrics.prom", "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with urllib.request.urlopen(f"{address}/metrics", timeout=10) as reply:
+            assert reply.read() == b"data_prep_records_total 1\n"
+            assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        for path in ("/secret", "/../secret", "/"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(address + path, timeout=10)
+        (tmp_path / "metrics.prom").unlink()
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{address}/metrics", timeout=10)
+        server.shutdown()

@@ -97,12 +97,16 @@ def test_the_number_of_series_is_bounded_and_known_beforehand(layers, cap):
     groups = groups_of(layers)
     with Exporter("127.0.0.1", 0, groups, max_layers=cap) as exporter:
         feed(exporter, layers=layers, steps=30, evaluate_every_steps=40)
-        exporter.evaluation({"step": 30, "validation_loss": 1, "validation_accuracy": 1, "unigram_accuracy": 0})
+        exporter.evaluation(
+            {"step": 30, "validation_loss": 1, "validation_accuracy": 1, "unigram_accuracy": 0}
+        )
         exporter.probe(probe_of(layers))
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            with urllib.request.urlopen(f"http://{exporter.host}:{exporter.port}/metrics", timeout=10) as reply:
+            with urllib.request.urlopen(
+                f"http://{exporter.host}:{exporter.port}/metrics", timeout=10
+            ) as reply:
                 reply.read()
             seconds.append(time.perf_counter() - began)
         ours = [key for key in scrape(exporter) if key[0].startswith("sutrain_")]
