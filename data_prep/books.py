@@ -32,7 +32,12 @@ def merge_books(plan: Plan, scattered: list[dict[str, Any]]) -> list[dict[str, A
                 else:
                     books[int(corpus)][key] += value
     return [
-        book | {key: dict(sorted(book[key].items())) for key in ("dropped", "quarantined")} for book in books
+        book
+        | {
+            key: {reason: n for reason, n in sorted(book[key].items()) if n}
+            for key in ("dropped", "quarantined")
+        }
+        for book in books
     ]
 
 
@@ -52,7 +57,8 @@ def close_books(
             found = sum(getattr(shard, key) for shard in shards)
             if found != value:
                 problems.append(f"{split}: pass 1 wrote {value} {key}, pass 2 {found}")
-        total = sum(result["splits"][split]["document_sum"] for result in scattered) % (1 << 64)
+        total = sum(result["splits"][split]["document_sum"] for result in scattered)
+        total = (total - sum(result.get("dropped_sum", 0) for result in results)) % (1 << 64)
         rows = sum(shard.rows for shard in shards)
         splits[split] = SplitEntry(rows, expected["documents"], expected["tokens"], f"{total:016x}", shards)
         if split == "train" and tokenizer["vocab_size"]:
@@ -104,7 +110,9 @@ def balance(books: list[dict[str, Any]], documents: int, problems: list[str]) ->
         "dropped": sum(sum(book["dropped"].values()) for book in books),
         "quarantined": sum(sum(book["quarantined"].values()) for book in books),
     }
-    accounted = totals["written"] + totals["dropped"] + totals["quarantined"]
+    if repeated := sum(book.get("repeated", 0) for book in books):
+        totals["repeated"] = repeated  # written once more, by weight
+    accounted = totals["written"] - repeated + totals["dropped"] + totals["quarantined"]
     if totals["read"] != accounted:
         problems.append(f"records: {totals['read']} read, but {accounted} written, dropped or quarantined")
     if totals["written"] != documents:

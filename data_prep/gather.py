@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .dedup import Drops
 from .files import atomic_file, size_or_none, write_bytes, write_json
 from .keys import key_range
 from .measure import TaskMeter
@@ -47,6 +48,8 @@ class GatherTask:
     has_words: bool
     zstd_level: int
     memory_bytes: int
+    drops: int = 0
+    drops_folder: str = ""
 
 
 def result_path(folder: str | Path, split: str, shard: int) -> Path:
@@ -96,10 +99,11 @@ def _gather_tokens(task: GatherTask) -> dict[str, Any]:
     spills = SpillSet(task.spill_folder, task.spills, dtype.str, task.has_words, True)
     packer = RowPacker(task.row_tokens, task.block_rows)
     counts = np.zeros(task.vocab_size, dtype=np.int64)
+    drops = Drops(task.drops_folder, task.drops, SPLITS.index(task.split))
     documents = tokens = 0
     with atomic_file(path) as file:
         writer = ShardWriter(file, task.split, task.shard, dtype, task.zstd_level)
-        for portion in sorted_documents(task, spills):
+        for portion in sorted_documents(task, spills, drops):
             documents += len(portion.lengths)
             tokens += len(portion.tokens)
             counts += np.bincount(portion.tokens, minlength=task.vocab_size)
@@ -115,14 +119,17 @@ def _gather_tokens(task: GatherTask) -> dict[str, Any]:
         "index_bytes": len(index),
         "written_bytes": hashes["file_bytes"] + len(index),
         "read_bytes": spills.moved["read"],
+        "dropped_sum": drops.document_sum,
     }
 
 
-def sorted_documents(task: GatherTask, spills: SpillSet) -> Iterator[Documents]:
-    """The documents of the task's key range in order, in portions that fit the memory budget."""
+def sorted_documents(task: GatherTask, spills: SpillSet, drops: Drops) -> Iterator[Documents]:
+    """The documents of the task's key range in order, but the duplicates, in portions that fit the memory budget."""
     first, stop = key_range(task.shard, task.shards)
     source_of_file = np.array(task.source_of_file, dtype=np.uint32)
-    for records in sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes):
+    for records in drops.left_out(
+        sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes)
+    ):
         origin = [records.columns[name] for name in ORIGIN]
         lengths = records.columns["length"].astype(np.int64)
         yield Documents(

@@ -19,9 +19,10 @@ import numpy as np
 from .account import account, compared
 from .books import close_books, describe_run, merge_books, write_quarantine
 from .config import PrepareConfig
+from .dedup import dedup_tasks, find_duplicates, finished_dedup
 from .errors import DataPrepError, DiskFullError
 from .estimate import estimate, needed_groups, refuse_too_little_memory
-from .executor import Executor, make_executor
+from .executor import Executor, RayExecutor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
 from .lease import owned
@@ -33,6 +34,7 @@ from .quarantine import check_losses
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_share, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import SPECIAL_IDS, SPLITS, Manifest, token_dtype
+from .storage import check_storage
 from .text import leaves_text_alone
 from .tokenizer import Tokenizer, load_tokenizer, read_model
 
@@ -69,21 +71,26 @@ def run(
         started, begun = time.time(), time.monotonic()
         executor = make_executor(executor_name, config.resources.workers, fence)
         try:
+            if isinstance(executor, RayExecutor):
+                firsts = {file.corpus: file.path for file in reversed(plan.files)}
+                places = [output, plan.work_path]
+                check_storage(executor.on_every_node, places, list(firsts.values()))
             tokenizer = prepare_tokenizer(plan, executor, progress)
             planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
             refuse_too_little_memory(plan, planned)
             scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
-            shard_counts = count_shards(plan, scattered, tokenizer["vocab_size"])
+            duplicates = run_dedup(plan, scattered, executor, progress)
+            shard_counts = count_shards(plan, scattered + duplicates, tokenizer["vocab_size"])
             spills, merged = run_merges(
                 plan, tokenizer, scattered, shard_counts, planned.codec, executor, progress
             )
-            gathered = run_gather(plan, tokenizer, spills, shard_counts, executor, progress)
+            gathered = run_gather(plan, tokenizer, spills, shard_counts, len(duplicates), executor, progress)
         except DiskFullError as error:
             raise DiskFullError(f"{error}; {_missing(plan)}") from None
         finally:
             executor.close()
-        manifest = close_books(plan, tokenizer, scattered, gathered)
-        stages = {"scatter": scattered, "merge": merged, "gather": gathered}
+        manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
+        stages = {"scatter": scattered, "dedup": duplicates, "merge": merged, "gather": gathered}
         seconds = time.monotonic() - begun
         accounts = account(planned, stages, plan.input_bytes, executor.workers, seconds)
         write_json(output / "run.json", describe_run(plan, executor, progress, accounts, started))
@@ -164,6 +171,12 @@ def run_scatter(
 ) -> list[dict[str, Any]]:
     """Pass 1; returns the manifests of all tasks in order."""
     config = plan.config
+    as_it_is = (
+        leaves_text_alone(config.cleaning)
+        and not config.shards.validation_share
+        and config.deduplication.method == "none"
+        and all(corpus.weight == 1 for corpus in config.corpora)
+    )
     tasks = [
         ScatterTask(
             number=number,
@@ -179,7 +192,8 @@ def run_scatter(
             memory_bytes=config.resources.worker_memory_bytes,
             frame_bytes=frame_bytes(plan),
             codec=codec,
-            as_it_is=leaves_text_alone(config.cleaning) and not config.shards.validation_share,
+            as_it_is=as_it_is,
+            deduplicate=config.deduplication.method == "exact",
             algorithm=config.shuffle.algorithm,
             sync=executor.name != "local",  # one machine: after a power cut the task is simply done again
         )
@@ -201,6 +215,28 @@ def run_scatter(
     write_quarantine(plan)
     check_losses(config, len(plan.files), books)
     return sorted(results, key=lambda result: result["task"])
+
+
+def run_dedup(
+    plan: Plan, scattered: list[dict[str, Any]], executor: Executor, progress: RunProgress
+) -> list[dict[str, Any]]:
+    """Find the records that are there more than once; returns the manifests, which correct those of pass 1."""
+    config, work = plan.config, plan.work_path
+    if config.deduplication.method == "none":
+        return []
+    tasks = dedup_tasks(
+        scattered,
+        work / "scatter",
+        work / "dedup",
+        plan.run_hash,
+        [file.corpus for file in plan.files],
+        config.resources.worker_memory_bytes,
+    )
+    with progress.stage("dedup", sum(result["hash_entries"] for result in scattered), len(tasks), "records"):
+        done = [finished_dedup(task) for task in tasks]
+        return _run_missing(
+            tasks, done, find_duplicates, executor, lambda result: progress.advance(result["entries"])
+        )
 
 
 def count_shards(plan: Plan, scattered: list[dict[str, Any]], vocab_size: int) -> dict[str, int]:
@@ -302,6 +338,7 @@ def run_gather(
     tokenizer: dict[str, Any],
     spills: SpillSet,
     shard_counts: dict[str, int],
+    drops: int,
     executor: Executor,
     progress: RunProgress,
 ) -> list[dict[str, Any]]:
@@ -327,6 +364,8 @@ def run_gather(
             has_words=config.words.segmenter != "none" and vocab_size > 0,
             zstd_level=config.shards.zstd_level if vocab_size or config.shards.compress_text else 0,
             memory_bytes=config.resources.worker_memory_bytes,
+            drops=drops,
+            drops_folder=str(plan.work_path / "dedup"),
         )
         for split, shards in shard_counts.items()
         for shard in range(shards)

@@ -23,14 +23,14 @@ from .config import CleaningSection, records_bytes
 from .dedup import HashWriter, hashes_index_path, hashes_path, repeated, selected
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
-from .fingerprint import document_sum
+from .fingerprint import document_sum, line_sum
 from .keys import philox_words, share_threshold, stream_id, stripe_words
 from .measure import TaskMeter, boot_id
 from .quarantine import quarantine_line
 from .shards import SPECIAL_IDS, SPLITS, token_dtype
 from .sources import FileChangedError, InputFile, RawBatch, parse, read_batches
 from .spill import ORIGIN, Records, SpillWriter, index_path, spill_path
-from .text import is_plain_text, line_sum, read_lines, text_records
+from .text import is_plain_text, read_lines, text_records
 from .tokenizer import Tokenizer, load_tokenizer
 from .words import word_start_characters
 
@@ -182,7 +182,14 @@ def new_book() -> dict[str, Any]:
     """The account of one corpus: every record read is written, dropped for a reason, or quarantined for a
     reason.
     """
-    return {"read": 0, "bytes": 0, "written": 0, "repeated": 0, "dropped": Counter(), "quarantined": Counter()}
+    return {
+        "read": 0,
+        "bytes": 0,
+        "written": 0,
+        "repeated": 0,
+        "dropped": Counter(),
+        "quarantined": Counter(),
+    }
 
 
 def clean_texts(

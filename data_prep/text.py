@@ -18,7 +18,9 @@ import xxhash
 import zstandard
 
 from .config import CleaningSection
+from .dedup import Drops
 from .files import atomic_file
+from .fingerprint import line_sum
 from .keys import key_range
 from .merge import SpillSet, sorted_records
 from .places import is_remote
@@ -33,7 +35,6 @@ _MAY_BE_BLANK = np.zeros(256, dtype=bool)
 _MAY_BE_BLANK[:33] = True
 _MAY_BE_BLANK[[0xC2, 0xE1, 0xE2, 0xE3]] = True
 _SECOND_OF_BLANK = {0xC2: (0x85, 0xA0), 0xE1: (0x9A,), 0xE2: (0x80, 0x81), 0xE3: (0x80,)}
-_MIX = tuple(np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
 
 
 def leaves_text_alone(cleaning: CleaningSection) -> bool:
@@ -175,43 +176,19 @@ def _as_they_are(values: np.ndarray, lengths: np.ndarray, keys: np.ndarray, book
     return records
 
 
-def line_sum(data: np.ndarray, lengths: np.ndarray) -> int:
-    """Order-independent fingerprint of lines: the sum mod 2^64 of a mix of each line's length, first and last
-    eight bytes. What lies between is guarded by the checksums of frames and shards; a line that is lost or there
-    twice changes the sum.
-    """
-    if not len(lengths):
-        return 0
-    if len(data) < 8:
-        data = np.concatenate([data, np.zeros(8, np.uint8)])
-    words: np.ndarray = np.ndarray((len(data) - 7,), dtype="<u8", buffer=data, strides=(1,))
-    eight, last = np.uint64(8), len(words) - 1
-    stops = np.cumsum(lengths, dtype=np.int64)
-    starts = stops - lengths
-    lengths = lengths.astype(np.uint64)
-    surplus = eight * (eight - np.minimum(lengths, eight))
-    # A word that would reach over an end of the data is read inside and shifted.
-    first, final = np.minimum(starts, last), np.minimum(np.maximum(stops - 8, 0), last)
-    heads = (words[first] >> (eight * (starts - first).astype(np.uint64))) << surplus
-    tails = words[final]
-    early = stops < 8
-    tails[early] <<= eight * (8 - stops[early]).astype(np.uint64)
-    tails >>= surplus
-    mixed = (heads * _MIX[0]) ^ (tails * _MIX[1]) ^ (lengths * _MIX[2])
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[1]
-    return int(np.sum(mixed ^ (mixed >> np.uint64(32)), dtype=np.uint64))
-
-
 def gather_text(task: Any) -> dict[str, Any]:
     """Make one text shard of a GatherTask; running it again gives the same lines."""
     path = Path(task.output_folder) / task.split / line_name(task.shard, task.zstd_level)
     first, stop = key_range(task.shard, task.shards)
     spills = SpillSet(task.spill_folder, task.spills, "|u1", False, False)
+    drops = Drops(task.drops_folder, task.drops, SPLITS.index(task.split))
     content, file_bytes, lines, size = xxhash.xxh3_128(), 0, 0, 0
     compressor = zstandard.ZstdCompressor(level=task.zstd_level) if task.zstd_level else None
     with atomic_file(path) as file:
         early = _EarlyWriteBack(file)
-        for records in sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes):
+        for records in drops.left_out(
+            sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes)
+        ):
             content.update(records.tokens.data)
             data = compressor.compress(records.tokens.data) if compressor else records.tokens.data
             file.write(data)
@@ -222,6 +199,7 @@ def gather_text(task: Any) -> dict[str, Any]:
         "shard": shard | {"content": content.hexdigest(), "file_xxh3": "", "index_xxh3": ""},
         "written_bytes": file_bytes,
         "read_bytes": spills.moved["read"],
+        "dropped_sum": drops.document_sum,
     }
 
 

@@ -47,7 +47,7 @@ def settings(output: Path, paths: list[Path | str], **sections: Any) -> dict[str
         "cleaning": {"max_record_bytes": 1024**2},
         "tokenizer": {"train": {"model": "bpe", "vocab_size": 300, "sample_bytes": 1_000_000}},
         "shards": {"row_tokens": 32, "target_bytes": 20_000, "block_bytes": 2048, "validation_share": 0.1},
-        "quarantine": {"max_record_share": 0.2, "max_file_share": 1.0},
+        "quarantine": {"max_record_share": 0.5, "max_file_share": 1.0},
         "resources": {"workers": 1, "log_seconds": 60},
     }
     for key, value in sections.items():

@@ -17,9 +17,9 @@ from data_prep.audit import verify
 from data_prep.config import PrepareConfig
 from data_prep.errors import AuditError
 from data_prep.executor import LocalExecutor
+from data_prep.fingerprint import line_sum
 from data_prep.progress import RunProgress
 from data_prep.shards import ShardError, SplitReader
-from data_prep.text import line_sum
 from tests.data_prep.made import make_texts, prepare, settings
 
 _AS_IT_IS = {"unicode": "none", "strip_control": False, "collapse_whitespace": False}
