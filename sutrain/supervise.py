@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--hang_seconds", type=float, default=600, help="without a sign of life of any rank: a hang (600)"
     )
     parser.add_argument(
+        "--start_seconds", type=float, default=900, help="for the first sign of life after a start (900)"
+    )
+    parser.add_argument(
         "--grace_seconds",
         type=float,
         default=120,
@@ -65,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return Supervisor(
-        options.command, run_dir, options.restarts, options.pause_seconds, options.hang_seconds, options.grace_seconds
+        options.command, run_dir, options.restarts, options.pause_seconds, options.hang_seconds, options.start_seconds,
+        options.grace_seconds
     ).run()  # fmt: skip
 
 
@@ -95,11 +99,11 @@ class Supervisor:
 
     def __init__(
         self, command: list[str], run_dir: Path, restarts: int, pause_seconds: float, hang_seconds: float,
-        grace_seconds: float,
+        start_seconds: float, grace_seconds: float,
     ):  # fmt: skip
         self.command, self.run_dir = command, run_dir
         self.restarts, self.pause_seconds = restarts, pause_seconds
-        self.hang_seconds, self.grace_seconds = hang_seconds, grace_seconds
+        self.hang_seconds, self.start_seconds, self.grace_seconds = hang_seconds, start_seconds, grace_seconds
         self.mark = uuid.uuid4().hex
         self.stop_asked_at: float | None = None
         self.save_asked = False
@@ -157,11 +161,13 @@ class Supervisor:
                 self.save_asked = False
                 heartbeat.request(self.run_dir, "USR1")
                 self._log("save", reason="SIGUSR1")
-            elif time.monotonic() - changed_at > self.hang_seconds:
+            elif time.monotonic() - changed_at > (
+                limit := self.hang_seconds if beats else self.start_seconds
+            ):
                 where = describe(beats)
-                self._log("hang", seconds=self.hang_seconds, ranks=[vars(beat) for beat in beats])
+                self._log("hang", seconds=limit, ranks=[vars(beat) for beat in beats])
                 self._show_stacks()
-                return -1, f"no sign of life for {self.hang_seconds:.0f} s: {where}"
+                return -1, f"no sign of life for {limit:.0f} s: {where}"
         status = process.returncode
         return status, f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
 

@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sutrain import checkpoint as checkpoints
+from sutrain import checkpoint_writer
 from sutrain.checkpoint import MASTER, Checkpoint, CheckpointError
-from sutrain.checkpoint_writer import prune, save_checkpoint, sweep
+from sutrain.checkpoint_writer import CheckpointWriter, Keep, prune, save_checkpoint, sweep
 from tests.conftest import ROOT, environment
 
 
@@ -150,3 +154,109 @@ def test_an_unknown_format_is_refused(tmp_path):
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert checkpoints.find_latest(tmp_path / "nowhere") == (None, [])
+
+
+def test_every_byte_of_a_checkpoint_damaged_in_turn_is_noticed_or_changes_nothing(tmp_path):
+    """Flipped, and cut off there: header, data, manifest. Only white space of the manifest may change unseen."""
+    save(tmp_path, 4)
+    folder = save(tmp_path, 8)
+    reference = Checkpoint(folder)
+    reference.verify()
+    content, tried = reference.manifest, 0
+    for name in ("rank-00000.safetensors", "replicated.safetensors", "manifest.json"):
+        intact = (folder / name).read_bytes()
+        for position in range(len(intact)):
+            flipped = intact[:position] + bytes([intact[position] ^ 0x11]) + intact[position + 1 :]
+            for damaged in (flipped, intact[:position]):
+                (folder / name).write_bytes(damaged)
+                found, _ = checkpoints.find_latest(tmp_path)
+                tried += 1
+                assert found is not None and (found.step == 4 or found.manifest == content), (name, position)
+                if name != "manifest.json":
+                    assert found.step == 4, (name, position)
+        (folder / name).write_bytes(intact)
+    assert checkpoints.find_latest(tmp_path)[0].step == 8 and tried > 1500
+
+
+def test_writing_goes_on_in_the_background_one_at_a_time_from_a_copy(tmp_path, monkeypatch):
+    may_write = threading.Event()
+    real = checkpoint_writer.write_tensors
+
+    def slow(file, tensors):
+        assert may_write.wait(20)
+        real(file, tensors)
+
+    monkeypatch.setattr(checkpoint_writer, "write_tensors", slow)
+    writer = CheckpointWriter(tmp_path, Keep())
+    weight = torch.arange(5.0)
+    arguments = ({"row|a": torch.ones(3)}, {"a": [5]}, {"steps": 1})
+    writer.save(1, [(MASTER, "a", 0, weight)], *arguments)
+    weight += 100  # the step goes on
+    assert not writer.wait(0.05) and checkpoints.find_latest(tmp_path) == (None, [])
+    second = threading.Thread(target=writer.save, args=(2, [(MASTER, "a", 0, weight)], *arguments))
+    second.start()
+    time.sleep(0.1)
+    assert second.is_alive(), "the second waits for the first"
+    may_write.set()
+    second.join(20)
+    assert writer.wait(20)
+    values = [Checkpoint(tmp_path / f"step-0000000{n}").full_weights()["a"][0].item() for n in (1, 2)]
+    assert values == [0, 100]
+    assert writer.buffer_bytes == 5 * 4 + 3 * 4, "the buffers are used again"
+
+
+def test_files_of_all_ranks_make_one_checkpoint_and_a_failure_of_one_reaches_rank_0(tmp_path):
+    """Two writers stand for two ranks: they meet in the folder alone."""
+    weight = torch.arange(6.0)
+    writers = [CheckpointWriter(tmp_path, Keep(), rank, 2) for rank in (0, 1)]
+    writers[0].save(4, [(MASTER, "a", 0, weight[:4])], {}, {"a": [6]}, {})
+    assert not writers[0].wait(0.2) and checkpoints.find_latest(tmp_path) == (None, [])
+    writers[1].save(4, [(MASTER, "a", 4, weight[4:])], {}, {"a": [6]}, {})
+    assert all(writer.wait(20) for writer in writers)
+    found, _ = checkpoints.find_latest(tmp_path)
+    assert found.full_weights()["a"].tolist() == weight.tolist()
+    # A rank whose disk is full: a folder stands where its file would be.
+    (tmp_path / ".writing-step-00000008/rank-00001.safetensors").mkdir(parents=True)
+    for writer in writers:
+        writer.save(8, [(MASTER, "a", 0, weight)], {}, {"a": [6]}, {})
+    with pytest.raises(OSError, match="rank-00001: Is a directory"):
+        writers[0].wait(20)
+    with pytest.raises(IsADirectoryError):
+        writers[1].wait(20)
+    found, damaged = checkpoints.find_latest(tmp_path)
+    assert found.step == 4 and not damaged
+
+
+def test_one_checkpoint_every_so_many_hours_is_kept_for_good(tmp_path):
+    for step in range(1, 9):
+        folder = save(tmp_path, step)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["xxh3_128"]
+        manifest["written_unix_seconds"] = step * 1800  # one every half hour
+        manifest["xxh3_128"] = checkpoints.json_checksum(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        prune(tmp_path, keep_last=1, keep_every_hours=1)
+    assert [path.name[-1] for path in checkpoints.by_age(tmp_path)] == ["8", "7", "5", "3", "1"]
+
+
+def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path):
+    save(tmp_path, 4).rename(tmp_path / ".replaced-step-00000004")
+    sweep(tmp_path)
+    assert checkpoints.find_latest(tmp_path)[0].step == 4
+
+
+def test_files_are_those_the_library_writes_and_reads(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 4), "empty": torch.zeros(0), "scalar": torch.tensor(3, dtype=torch.int64),
+        "half": torch.randn(5).bfloat16(), "flags": torch.tensor([True, False]),
+    }  # fmt: skip
+    file = tmp_path / "x.safetensors"
+    checkpoint_writer.write_tensors(file, tensors)
+    read = load_file(file)
+    assert read.keys() == tensors.keys()
+    assert all(
+        torch.equal(read[name], values) and read[name].dtype == values.dtype
+        for name, values in tensors.items()
+    )
+    said = json.loads(file.with_suffix(".json").read_text())
+    assert said == {"bytes": file.stat().st_size, "xxh3_128": checkpoints._checksum(file)}

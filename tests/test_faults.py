@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import yaml
 
+from sutrain.compare import compare_checkpoints, compare_steps, read_steps
 from tests.conftest import ROOT, RUN, chinese_texts, environment
-from tests.test_pretrain import launch, train
+from tests.test_pretrain import free_port, launch, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 KILLS = 6
@@ -68,6 +70,134 @@ def test_training_killed_at_random_moments_ends_with_the_same_weights(dataset, t
         for folder in (tmp_path / "straight", killed)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 300
+
+
+CHAOS_STEPS = 260
+
+
+def chaos_config(tmp_path, dataset, name, **changes):
+    tree = {
+        **RUN,
+        "run_dir": str(tmp_path / name),
+        "data": {"dir": str(dataset), "workers": 2},
+        "steps": CHAOS_STEPS,
+        "checkpoint": {"every_steps": 2},
+        "evaluation": {"every_steps": 4, "sequences": 8},
+        "monitor": {"port": 0, "probe_every_steps": 0},
+        **changes,
+    }
+    config = tmp_path / f"{name}.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    return config
+
+
+def supervised(config, run_dir, **variables):
+    """A supervised run of tests/faulty.py on two ranks, as a user would start it; (exit status, output)."""
+    command = [sys.executable, "-m", "sutrain.supervise", "--restarts=20", "--pause_seconds=0.1"]
+    command += [
+        "--hang_seconds=25",
+        "--start_seconds=180",
+        "--",
+        f"{sys.prefix}/bin/deepspeed",
+        "--num_gpus",
+        "2",
+    ]
+    command += [
+        "--master_port",
+        str(free_port()),
+        "tests/faulty.py",
+        "--config",
+        str(config),
+        f"--run_dir={run_dir}",
+    ]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(**variables),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return result.returncode, result.stdout
+
+
+@pytest.mark.timeout(7200)
+def test_a_hundred_faults_end_with_the_losses_and_weights_of_a_quiet_run(dataset, tmp_path, evidence):
+    """Kills, hangs and errors in step, loader, save, publication, prune, evaluation and resume."""
+    faults, seed = int(os.environ.get("SUTRAIN_FAULTS", 100)), 11
+    quiet = chaos_config(tmp_path, dataset, "quiet")
+    train(quiet, 2)
+    started = time.monotonic()
+    status, output = supervised(quiet, tmp_path / "chaos", FAULTS=str(faults), FAULTS_SEED=str(seed))
+    assert status == 0, output[-4000:]
+    met = [json.loads(line) for line in (tmp_path / "chaos/faults.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (tmp_path / "chaos/supervise.jsonl").read_text().splitlines()]
+    differences = [
+        *compare_steps(read_steps(tmp_path / "quiet"), read_steps(tmp_path / "chaos"), tolerance=0),
+        *compare_checkpoints(tmp_path / "quiet", tmp_path / "chaos"),
+    ]
+    phases = Counter(f"{fault['phase']}: {fault['kind']}" for fault in met)
+    evidence(
+        seed=seed, faults=len(met), phases=dict(phases), hangs=sum(line["event"] == "hang" for line in told),
+        starts=sum(line["event"] == "start" for line in told), seconds=time.monotonic() - started,
+        differences=differences,
+    )  # fmt: skip
+    assert not differences
+    assert len(met) > 0.8 * faults, "most starts met their fault before the run ended"
+
+
+PHASES = ("training step", "loader", "file", "publish", "prune")
+
+
+def test_killed_in_every_phase_at_least_three_times(dataset, tmp_path, evidence):
+    """Twenty kills with SIGKILL, four in each phase, and in the build of the extension three more."""
+    quiet = chaos_config(tmp_path, dataset, "quiet", steps=60)
+    train(quiet, 2)
+    killed = tmp_path / "killed"
+    draw, met = random.Random(3), []
+    for phase in PHASES * 4:
+        rank = 0 if phase in ("publish", "prune") else draw.randrange(2)
+        plan = f"{phase} {draw.randint(1, 4)} {rank} kill"
+        run_faulty(quiet, killed, FAULT=plan)
+        met.append(plan)
+    extensions = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    for seconds in (0.5, 2, 4):
+        process = launch(quiet, 2, f"--run_dir={killed}", start_new_session=True, variables=extensions)
+        wait_for(tmp_path / "extensions/deepspeed_shm_comm/build.ninja")
+        time.sleep(seconds)
+        kill_group(process)
+        met.append(f"extension {seconds} s")
+    train(quiet, 2, f"--run_dir={killed}", variables=extensions)
+    differences = [
+        *compare_steps(read_steps(tmp_path / "quiet"), read_steps(killed), tolerance=0),
+        *compare_checkpoints(tmp_path / "quiet", killed),
+    ]
+    logged = Counter(json.loads(line)["phase"] for line in (killed / "faults.jsonl").read_text().splitlines())
+    evidence(seed=3, kills=met, logged=dict(logged), differences=differences)
+    assert not differences
+    assert all(logged[phase] >= 3 for phase in PHASES), logged
+
+
+def run_faulty(config, run_dir, **variables):
+    command = [
+        f"{sys.prefix}/bin/deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "tests/faulty.py",
+    ]
+    command += ["--config", str(config), f"--run_dir={run_dir}"]
+    subprocess.run(
+        command, cwd=ROOT, env=environment(**variables), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for(path, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.05)
 
 
 def test_preparation_killed_at_random_moments_gives_the_same_content(tmp_path, evidence):

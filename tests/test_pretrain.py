@@ -21,7 +21,7 @@ TOLERANCE_OTHER_WORLD = 1e-5
 """Relative difference of fp32 losses over a few steps when sums are only re-ordered."""
 
 
-def launch(config, ranks, *overrides, **popen):
+def launch(config, ranks, *overrides, variables=None, **popen):
     arguments = ["sutrain/pretrain.py", "--config", str(config), *overrides]
     if ranks == 0:  # no launcher at all
         command = [sys.executable, *arguments]
@@ -35,11 +35,11 @@ def launch(config, ranks, *overrides, **popen):
             *arguments,
         ]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), **streams, **popen)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(**variables or {}), **streams, **popen)
 
 
-def train(config, ranks, *overrides):
-    process = launch(config, ranks, *overrides)
+def train(config, ranks, *overrides, variables=None):
+    process = launch(config, ranks, *overrides, variables=variables)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     return output
