@@ -44,19 +44,20 @@ class StateBytes:
 
 
 def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size: int) -> StateBytes:
-    """Accounting of the ZeRO paper (arXiv 1910.02054 §3): stage 1 shards masters and optimizer state, 2 gradients too.
+    """Accounting of the ZeRO paper (arXiv 1910.02054 §3): stage 1 shards masters and optimizer state, 2 gradients too,
+    3 weights too. With zero.offload, masters and optimizer state are in the host's memory.
 
     AdaFactor's factored state is rows + columns a matrix, under one percent from width 256 on, and counted as zero;
     its momentum, second moments that are not factored, and the two tensors of the others are 4 bytes a parameter each.
     """
-    bf16 = config.precision == "bf16"
+    short = config.precision != "fp32"
     share = world_size if stage >= 1 else 1
-    gradient_bytes = 4 if config.gradient_precision == "fp32" or not bf16 else 2
+    gradient_bytes = 4 if config.gradient_precision == "fp32" else 2
     return StateBytes(
-        weights=parameters * (2 if bf16 else 4),
+        weights=parameters * (2 if short else 4) // (world_size if stage >= 3 else 1),
         gradients=parameters * gradient_bytes // (world_size if stage >= 2 else 1),
-        # In fp32 without ZeRO the weights are their own masters.
-        masters=parameters * 4 // share if bf16 or stage else 0,
+        # In fp32 without ZeRO, and where each rank has no more than its slice, weights are their own masters.
+        masters=parameters * 4 // share if short or stage in (1, 2) or config.zero.offload else 0,
         optimizer=parameters
         * 4
         * whole_state_tensors(config.optimizer.name, config.optimizer.settings)
@@ -79,7 +80,7 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
     table.add_column(style="bold")
     table.add_column()
     table.add_row("parameters", f"{parameters:,}")
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         need = state_bytes(config, parameters, stage, ranks)
         chosen = "  <- this run" if stage == config.zero.stage else ""
         parts = (

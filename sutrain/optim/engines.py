@@ -135,7 +135,7 @@ def _map_sub_groups(engine: Any, parameters: dict[str, Tensor]) -> FragmentMap:
         refresh=lambda: _refresh_sub_groups(wrapper),
         weights=_gather(parameters),
         in_parts=True,
-        grad_norm=lambda: float(wrapper._global_grad_norm),
+        grad_norm=lambda: wrapper._global_grad_norm,
         checks_finite=True,
         keeps_gradients=_offloads(engine),
         loss_scaler=_loss_scaler(engine),

@@ -82,7 +82,7 @@ class Surroundings:
     refresh: Callable[[], None] = lambda: None
     weights: Callable[[str], Tensor] | None = None
     in_parts: bool = False
-    grad_norm: Callable[[], float] | None = None
+    grad_norm: Callable[[], Tensor | float] | None = None
     checks_finite: bool = False
     keeps_gradients: bool = False
     loss_scaler: LossScaler | None = None
@@ -299,17 +299,23 @@ class FragmentMap:
         return 1.0 if self.around.loss_scaler is None else self.around.loss_scaler.scale
 
     def describe(self) -> str:
-        """A table, one line a fragment: tensor, shape, elements owned by this rank, place in the buffer."""
-        lines = [f"{'tensor':<48} {'shape':<20} {'elements owned':<24} {'of':>11}  flat start"]
+        """A table, one line a fragment: tensor, shape, elements this rank owns, place in which of its buffers."""
+        number = {id(buffer): position for position, buffer in enumerate(self.buffers)}
+        lines = [
+            f"{'tensor':<48} {'shape':<20} {'elements owned':<24} {'of':>11}  {'buffer':>6} {'from':>11}"
+        ]
         for fragment in self.fragments:
             elements = f"{fragment.offset}..{fragment.offset + fragment.length}"
             shape = "x".join(map(str, fragment.shape)) or "scalar"
-            size = fragment.shape.numel()
-            lines.append(f"{fragment.name:<48} {shape:<20} {elements:<24} {size:>11}  {fragment.start}")
+            where = f"{number[id(fragment.buffer)]:>6} {fragment.start:>11}"
+            lines.append(
+                f"{fragment.name:<48} {shape:<20} {elements:<24} {fragment.shape.numel():>11}  {where}"
+            )
         owned = sum(fragment.length for fragment in self.fragments)
         total = sum(shape.numel() for shape in self.shapes.values())
         kind = "replicated" if self.replicated else f"rank {self.rank} of {self.world_size}"
-        lines.append(f"{owned} of {total} elements in {len(self.names)} tensors ({kind})")
+        padding = sum(buffer.numel() for buffer in self.buffers) - owned
+        lines.append(f"{owned} of {total} elements in {len(self.names)} tensors, {padding} padding ({kind})")
         return "\n".join(lines)
 
 

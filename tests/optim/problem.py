@@ -83,7 +83,7 @@ ENGINES = {
     "stage3_bf16_offload": Engine(3, "bf16", "fp32", offload=True),
 }
 WITH_ALL_OPTIMIZERS = ("stage1_fp32", "stage1_bf16_accumulate_fp32", "stage3_fp32")
-ALSO_ON_TWO_RANKS = ("stage0_bf16", "stage2_bf16", "stage3_bf16_accumulate_fp32")
+ALSO_ON_TWO_RANKS = ("stage0_bf16", "stage2_bf16", "stage3_fp16")  # fp16 with clipping
 FP16_ON_CPU = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())  # DeepSpeed refuses fp16 on other processors
 
 

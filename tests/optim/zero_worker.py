@@ -200,12 +200,9 @@ def message(action):
     return "nothing was raised"
 
 
-def refusals():
-    """Broken maps and engines that cannot be mapped: what is said about them."""
-    engine, optimizer = make_engine("stage1_bf16", ours("adafactor"))
-    said = {"step before attach": message(lambda: update(engine, 1))}
-    engine.destroy()
-    engine, optimizer = make_engine("stage1_bf16", ours("adafactor"))
+def broken_maps(engine_name):
+    """What is said about maps that are wrong on one rank or on all."""
+    engine, optimizer = make_engine(engine_name, ours("adafactor"))
     fragments = FragmentMap.from_engine(engine)
     before = [buffer.detach().clone() for buffer in fragments.buffers]
     complete = list(fragments.fragments)
@@ -219,19 +216,27 @@ def refusals():
         changed[position] = type(changed[position])(**{**vars(changed[position]), **fields})
         return changed
 
-    last = complete[-1]
+    first, last, said = complete[0], complete[-1], {}
     said["hole"] = judged(altered(-1, length=last.length - 1) if RANK == WORLD_SIZE - 1 else complete)
-    first = complete[0]
     said["overlap"] = judged(
         [*complete, first] if WORLD_SIZE == 1 else altered(0, offset=first.offset - RANK)
     )
-    shifted = complete[0]
-    said["shift"] = judged(altered(0, start=shifted.start + 1) if RANK == 0 else complete)
+    said["shift"] = judged(altered(0, start=first.start + 1) if RANK == 0 else complete)
     said["restored"] = str(all(torch.equal(a, b) for a, b in zip(before, fragments.buffers, strict=True)))
     fragments.fragments = complete
     verify_fragments(fragments)
     said["state_dict"] = message(optimizer.state_dict)
     engine.destroy()
+    return said
+
+
+def refusals():
+    """Broken maps and engines that cannot be mapped: what is said about them."""
+    engine, _ = make_engine("stage1_bf16", ours("adafactor"))
+    said = {"step before attach": message(lambda: update(engine, 1))}
+    engine.destroy()
+    for engine_name in ("stage1_bf16", "stage3_bf16"):
+        said |= {f"{engine_name} {what}": text for what, text in broken_maps(engine_name).items()}
     for name, engine_name, overrides in (
         (
             "clipping and round robin",
