@@ -65,6 +65,18 @@ def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
     }
 
 
+def step_engine(engine: Any) -> None:
+    """engine.step(). Raises ValueError where gradients overflow fp16 whatever the loss scale."""
+    try:
+        engine.step()
+    except Exception as error:  # the engine has no class of its own for it
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise ValueError(
+            "gradients overflow fp16 at loss_scale.least: the run has diverged, or the model needs precision bf16"
+        ) from None
+
+
 _OFFLOAD = {"device": "cpu", "pin_memory": torch.accelerator.is_available(), "ratio": 1.0}
 
 

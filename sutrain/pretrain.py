@@ -34,7 +34,7 @@ from sutrain.build_extension import ExtensionError, build_extension, prepare_env
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, prefetch, word_masking
-from sutrain.engine import DTYPES, deepspeed_config
+from sutrain.engine import DTYPES, deepspeed_config, step_engine
 from sutrain.evaluation import Evaluator
 from sutrain.launch import EXIT_FAILURE, check_model_fits_data, explain, join_alone, local_device, stop
 from sutrain.models.depth import describe
@@ -45,6 +45,7 @@ from sutrain.monitor.ranks import RankClock
 from sutrain.objectives.training_model import TrainingModel
 from sutrain.optim import FragmentMap, build_optimizer
 from sutrain.outputs import RunOutputs
+from sutrain.recompute import apply_budget
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,6 +108,8 @@ class Run:
         self.optimizer = build_optimizer(
             config.optimizer.name, model.named_parameters(), **config.optimizer.arguments()
         )
+        room = (config.memory.activation_mib, self.plan.micro_sequences, self.manifest.row_tokens)
+        self.recomputation = apply_budget(model.encoder, *room, self.dtype, self.device)
         engine_config = deepspeed_config(config, self.plan)
         with contextlib.redirect_stdout(None):
             self.engine, *_ = deepspeed.initialize(
@@ -212,7 +215,7 @@ class Run:
             self.outputs = RunOutputs(
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
             )
-        self.say(describe(config.model))
+        self.say(f"{describe(config.model)}\n{self.recomputation}")
         self.say(
             f"{'resumed at' if resumed else 'starting'} step {self.steps_done} of {config.steps} in {config.run_dir}"
         )
@@ -311,7 +314,7 @@ class Run:
                 dist.all_reduce(loss_sum)
                 self.gate.loss = loss_sum / max(predicted, 1)
             engine.backward(result.loss_sum * (self.world_size / max(predicted, 1)), scale_wrt_gas=False)
-            engine.step()
+            step_engine(engine)
 
         self.samples_consumed += sequences
         self.steps_done += 1
