@@ -59,7 +59,7 @@ model, info = getattr(transformers, automatic).from_pretrained(folder, trust_rem
 problems = {key: sorted(map(str, found)) for key, found in info.items() if found}
 if problems:
     sys.exit(f"weights do not fit: {problems}")
-batch = tokenizer(texts, padding=True, return_tensors="pt")
+batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():
     logits = model.eval()(**batch).logits
 save_file({"input_ids": batch["input_ids"], "logits": logits.float().contiguous()}, output)
@@ -194,7 +194,7 @@ def _verify(folder: Path, model: MaskedLanguageModel, tokenizer: SutrainTokenize
             raise ExportError(f"the exported folder does not load:\n{finished.stderr.strip()}")
         found = load_file(output)
     for row, text in enumerate(PROBE_TEXTS):
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = tokenizer(text, truncation=True, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             expected_LV = model.logits(model(ids))[0]
         length = expected_LV.shape[0]

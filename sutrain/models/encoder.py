@@ -89,8 +89,9 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # recompute layers in the backward pass to save memory ...
-        self.checkpoint_layers = 1  # ... that many at a time
+        self.gradient_checkpointing = False  # compute all layers again in the backward pass, to save memory
+        self.recompute_layers = 0  # or only that many, the lowest ...
+        self.recompute_together = 1  # ... so many at a time, of which only the first keeps its input
         self.take_rows_apart = True  # skip padding and other documents where that saves work
         self.ramp = 1.0  # residual ramp: how much of a branch counts; grows from 0 to 1 while training
         self.embeddings = Embeddings(config)
@@ -133,15 +134,19 @@ class Encoder(nn.Module):
         x_BLD = self.embeddings(tokens_BL, types_BL, positions_BL, row_tokens=document_BL.shape[1])
         if self.config.fp32_residual:
             x_BLD = x_BLD.float()
-        at_a_time = 1 if layer_outputs is not None else self.checkpoint_layers
-        for start in range(0, len(self.layers), at_a_time):
+        again = len(self.layers) if self.gradient_checkpointing else self.recompute_layers
+        together = self.recompute_together if layer_outputs is None else 1
+        start = 0
+        while start < len(self.layers):
             if layer_outputs is not None:
                 layer_outputs.append(_in_rows(x_BLD, documents, len(document_BL)).to(dtype))
-            end = min(start + at_a_time, len(self.layers))
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if start < again and torch.is_grad_enabled():
+                end = min(start + together, again)
                 x_BLD = checkpoint(self._run, x_BLD, visible, start, end, use_reentrant=False)
             else:
-                x_BLD = self._run(x_BLD, visible, start, end)
+                end = start + 1
+                x_BLD = self.layers[start](x_BLD, visible)
+            start = end
         x_BLD = _in_rows(self.final_norm(x_BLD).to(dtype), documents, len(document_BL))
         if layer_outputs is not None:
             layer_outputs.append(x_BLD)

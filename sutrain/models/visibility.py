@@ -30,6 +30,11 @@ class Visibility(NamedTuple):
     chunks: Chunks | None = None  # mixer flash: where each token lies in chunks
     ramp: Tensor | None = None  # scalar fp32, see `Encoder.ramp`
 
+    def storages(self) -> set[int]:
+        """Addresses of its tensors, which all layers share."""
+        tensors = [*self, *(self.chunks or ())]
+        return {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
+
 
 def build_visibility(
     document_BL: Tensor, config: EncoderConfig, dtype: torch.dtype, segments_BL: Tensor | None = None
