@@ -8,7 +8,6 @@ started again; SIGTERM makes it save one and stop, SIGUSR1 save one and go on. B
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -27,7 +26,6 @@ if __package__ in (
 import torch
 import torch.distributed as dist
 
-from data_prep.config_file import ConfigError, field_help, load_config, split_arguments
 from sutrain import checkpoint as checkpoints
 from sutrain import continuity, heartbeat, preflight
 from sutrain.build_extension import ExtensionError, build_extension, prepare_environment
@@ -36,7 +34,15 @@ from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, prefetch, word_masking
 from sutrain.engine import DTYPES, deepspeed_config, step_engine
 from sutrain.evaluation import Evaluator
-from sutrain.launch import EXIT_FAILURE, check_model_fits_data, explain, join_alone, local_device, stop
+from sutrain.launch import (
+    EXIT_FAILURE,
+    check_model_fits_data,
+    explain,
+    join_alone,
+    local_device,
+    parse_arguments,
+    stop,
+)
 from sutrain.models.depth import describe
 from sutrain.monitor.acting import BrokenStreak, StepGate
 from sutrain.monitor.mfu import device_peak
@@ -102,7 +108,8 @@ class Run:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         with contextlib.redirect_stdout(None):  # what it prints has no switch
             deepspeed.init_distributed(dist_backend="gloo" if self.device.type == "cpu" else None)
-        self.peak = device_peak(self.device, DTYPES[config.precision])
+        self.dtype = DTYPES[config.precision]
+        self.peak = device_peak(self.device, self.dtype)
         torch.manual_seed(config.seed)
         model = TrainingModel(config.model)
         self.optimizer = build_optimizer(
@@ -349,27 +356,6 @@ class Run:
     def say(self, text: str) -> None:
         if self.rank == 0:
             print(text, flush=True)
-
-
-def parse_arguments(arguments: list[str]) -> PretrainConfig:
-    """The configuration a command line asks for; exits with one line a mistake when it is wrong."""
-    overrides, rest = split_arguments(arguments, PretrainConfig)
-    parser = argparse.ArgumentParser(
-        prog="deepspeed --num_gpus N sutrain/pretrain.py",
-        description="Pretrain an encoder on prepared shards. Started again, a run goes on from its last checkpoint.",
-        epilog="every key of the configuration can be set with --section.key=value:\n"
-        + field_help(PretrainConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", required=True, type=Path, help="YAML file, such as configs/pretrain/demo.yaml"
-    )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
-    options = parser.parse_args(rest)
-    try:
-        return load_config(PretrainConfig, options.config, overrides)
-    except ConfigError as error:
-        stop(str(error))
 
 
 if __name__ == "__main__":
