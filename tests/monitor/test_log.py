@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from sutrain.monitor.log import DamagedLogError, MetricsLog, read_run
-from tests.monitor.made_up import COLUMNS, groups_of, write_run
+from sutrain.monitor.log import DamagedLogError, MetricsLog, find_steps, last_steps, read_run
+from tests.monitor.made_up import COLUMNS, groups_of, made_up_run, write_run
 
 
 @pytest.fixture
@@ -106,3 +106,24 @@ def test_damage_is_named(tmp_path):
         path.write_bytes(b"".join([*lines[:5], damage, *lines[5:]]))
         with pytest.raises(DamagedLogError, match="line 6"):
             read_run(tmp_path)
+
+
+def test_tables_of_a_deep_model_are_sampled_and_those_of_spikes_come_first(tmp_path):
+    record, table, _ = next(made_up_run(layers=1000))
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for step in range(1, 101):
+            log.step({**record, "step": step}, table)
+    steps = read_run(tmp_path).steps
+    written = [line["step"] for line in steps if "layers" in line]
+    assert 10 < len(written) < 60 and written[0] == 1
+    assert (tmp_path / "metrics.jsonl").stat().st_size / len(steps) < 50_000
+    assert steps[0]["layers"]["grad_norm"] == pytest.approx(table.grad_norm.tolist(), rel=1e-4)
+
+
+def test_single_steps_are_found(tmp_path):
+    write_run(tmp_path, layers=1, steps=50)
+    path = tmp_path / "metrics.jsonl"
+    found = find_steps(path, {3, 50, 51})
+    assert set(found) == {3, 50} and found[3]["samples_consumed_total"] == 48
+    assert find_steps(tmp_path / "none", {1}) == {}
+    assert [line["step"] for line in last_steps(path, 2, read_bytes=6000)] == [49, 50]

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from sutrain.monitor.log import last_steps, read_run
 from sutrain.monitor.spikes import LEVEL_STEPS, MINIMUM_STEPS, WINDOW_STEPS, RollingHistory, SpikeWatch
-from tests.monitor.made_up import COLUMNS, groups_of, made_up_run
+from tests.monitor.made_up import COLUMNS, groups_of, made_up_run, write_run
 
 
 def judge_all(**settings):
@@ -101,3 +102,22 @@ def test_a_noisy_quantity_may_double_without_alarm():
     updates = np.exp(0.35 * noise)  # above twice its median on every fortieth step
     assert (updates > 2).sum() > 15
     assert not any(len(v.updates) for v in constant_run([2.0] * 1000, updates))
+
+
+def test_a_history_read_back_from_the_log_judges_as_the_one_that_went_on(tmp_path):
+    settings = {"layers": 3, "steps": 200, "spike_at": (150,)}
+    write_run(tmp_path, **settings)
+    straight, back = SpikeWatch(groups_of(3)), SpikeWatch(groups_of(3))
+    for number, (record, table, _) in enumerate(made_up_run(**settings), 1):
+        expected = straight.judge(record["loss"], record["learning_rate"], table)
+        if number == 149:
+            steps = [s for s in read_run(tmp_path).steps if s["step"] <= 149]
+            assert [s["step"] for s in last_steps(tmp_path / "metrics.jsonl", 3)] == [198, 199, 200]
+            back.restore(steps)
+        elif number > 149:
+            found = back.judge(record["loss"], record["learning_rate"], table)
+            assert found.updates.tolist() == expected.updates.tolist()
+            assert found.loss_factor == pytest.approx(expected.loss_factor)
+    other = SpikeWatch(groups_of(5))
+    other.restore(steps)  # another model: its loss is known, its layers are not
+    assert not np.isfinite(other._updates._recent_NW).any() and np.isfinite(other._loss._recent_NW).any()

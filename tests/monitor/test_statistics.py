@@ -106,3 +106,37 @@ def test_mistakes_are_named():
         two_layers().table(np.ones((4, 4)), COLUMNS)
     with pytest.raises(ValueError, match=r"lack the column.*grad_square_sum"):
         two_layers().table(np.ones((5, 1)), ("weight_square_sum",))
+
+
+def test_what_single_optimizers_know_is_weighted_by_elements():
+    columns = (*COLUMNS, "update_rms", "clip_factor", "trust_ratio")
+    sums = np.ones((5, 7))
+    sums[:, 3] = [4, 4, 8, 20, 2]
+    sums[1, 4:] = [3.0, 0.5, 1.0]  # 4 elements of layer 0's mixer
+    sums[2, 4:] = [0.0, 1.0, 8.0]  # 8 elements of it
+    sums[0, 4:] = np.nan
+    table = two_layers().table(sums, columns, learning_rate=0.5)
+    assert table.direction_rms[1] == pytest.approx(math.sqrt((4 * 9 + 8 * 0) / 12))
+    assert table.clipped_share[1] == pytest.approx(4 / 12)
+    assert table.trust_ratio[1] == pytest.approx(8 ** (8 / 12))
+    assert np.isnan([table.direction_rms[2], table.clipped_share[2], table.trust_ratio[2]]).all()
+    assert table.update_ratio_per_rate[0] == pytest.approx(table.update_ratio[0] / 0.5)
+    assert set(table.as_columns()) == {"layer", "part", *table.known_columns()}
+    plain = two_layers().table(np.ones((5, 4)), COLUMNS)
+    assert plain.known_columns() == ("grad_norm", "weight_norm", "update_norm", "update_ratio")
+    assert np.isnan(plain.update_ratio_per_rate).all()
+
+
+def test_a_layer_that_stands_still_while_others_move_is_dead():
+    layers = 6
+    names = [f"encoder.layers.{i}.mixer.query.weight" for i in range(layers)]
+    groups = TensorGroups(names, [(1,)] * layers)
+    sums = np.ones((layers, 4))
+    assert groups.table(sums, COLUMNS).dead_layers("mixer") == 0
+    sums[2, 2] = 0
+    sums[4, 2] = 1e-8
+    assert groups.table(sums, COLUMNS).dead_layers("mixer") == 2
+    sums[:, 2] = 0  # learning rate 0: nobody moves, nobody is dead
+    assert groups.table(sums, COLUMNS).dead_layers("mixer") == 0
+    sums[:, 2] = np.nan  # a skipped update
+    assert groups.table(sums, COLUMNS).dead_layers("mixer") == 0
