@@ -1,6 +1,7 @@
 """What a run writes and shows while it trains: its folder, metrics.jsonl, the Prometheus endpoint, the terminal.
 
-Rank 0 has one `RunOutputs`; a finished step is handed to it once and reaches all of them.
+Rank 0 has one `RunOutputs`; a finished step is handed to it once and reaches all of them, in a thread of its own: the
+loop waits neither for the numbers to leave the device nor for anything that is done with them.
 """
 
 from __future__ import annotations
@@ -12,34 +13,53 @@ from typing import Any
 import torch
 
 from data_prep.config_file import to_yaml
+from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig
 from sutrain.launch import environment
 from sutrain.models.configuration import flops_per_token
+from sutrain.monitor.acting import write_dump
 from sutrain.monitor.exporter import Exporter
-from sutrain.monitor.log import FILE_NAME, MetricsLog
+from sutrain.monitor.log import FILE_NAME, MetricsLog, last_steps
 from sutrain.monitor.mfu import Peak, mfu_ratio
 from sutrain.monitor.progress import Progress
-from sutrain.monitor.spikes import SpikeWatch
-from sutrain.monitor.statistics import TensorGroups
+from sutrain.monitor.ranks import RankBoard
+from sutrain.monitor.sinks import Sink, open_sinks
+from sutrain.monitor.spikes import WINDOW_STEPS, SpikeWatch
+from sutrain.monitor.statistics import GroupTable, TensorGroups
+from sutrain.monitor.worker import HostCopy, Worker
 from sutrain.optim import STATISTICS
+
+_INTERNAL = ("step_tokens", "stop_requested")
 
 
 class RunOutputs:
     """Opens everything. `resumed_from` is the step of the checkpoint that the run goes on from, None at a start;
-    `facts` (world_size, row_tokens, …) go into the first record of metrics.jsonl.
+    `facts` (world_size, train_rows, …) go into the first record of metrics.jsonl; `board` has the ranks' states.
 
-    Raises ValueError when the endpoint cannot listen, naming the setting.
+    Raises ValueError when the endpoint cannot listen, naming the setting, or when a library for `monitor.also` is
+    not installed. An error while something is written is raised by one of the next calls.
     """
 
     def __init__(
         self,
         config: PretrainConfig,
+        manifest: Manifest,
         shapes: Mapping[str, torch.Size],
         peak: Peak,
         resumed_from: int | None,
         facts: Mapping[str, Any],
+        board: RankBoard | None = None,
     ):
+        facts = {
+            **facts,
+            "total_steps": config.steps,
+            "parameters": sum(shape.numel() for shape in shapes.values()),
+            "row_tokens": manifest.row_tokens,
+            "data": data_facts(manifest),
+        }
         folder = config.run_dir
+        self.run_dir = folder
+        steps_done = resumed_from or 0
         self.groups = TensorGroups(list(shapes), [list(shape) for shape in shapes.values()])
         self.exporter = Exporter(
             config.monitor.host,
@@ -47,7 +67,11 @@ class RunOutputs:
             self.groups,
             {"run": folder.name, "mfu_reference": peak.source},
             config.monitor.max_layers,
+            folder,
+            config.checkpoint.every_steps,
+            steps_done,
         )
+        self.exporter.board = board
         if config.monitor.port:
             self.exporter.start()
             print(f"metrics: http://{config.monitor.host}:{self.exporter.port}/metrics", flush=True)
@@ -58,59 +82,103 @@ class RunOutputs:
             config.model, facts["row_tokens"], config.masking.predict_share
         )
         self.peak_flops = peak.flops_per_second * facts["world_size"]
-        steps_done = resumed_from or 0
         # What was logged after the checkpoint that the run goes on from is dropped; without one, everything.
         self.metrics = MetricsLog(
             folder / FILE_NAME,
             resume_from_step=-1 if resumed_from is None else resumed_from,
             layers_every_steps=config.monitor.layers_every_steps,
         )
+        self.spike_watch = SpikeWatch(self.groups)
+        self.spike_watch.restore(last_steps(folder / FILE_NAME, WINDOW_STEPS + 1))
         self.metrics.run(
             steps_done, {**facts, "mfu_reference": peak.source, "flops_per_token": self.flops_per_token}
         )
-        self.spike_watch = SpikeWatch(self.groups)
+        self.sinks: list[Sink] = open_sinks(config.monitor.also, folder)
         self.progress = Progress(
             config.steps, steps_done, plain_every_seconds=config.monitor.progress_seconds
         )
+        self.last_table: GroupTable | None = None
+        self.worker = Worker("monitor")
 
     def step(
         self, record: Mapping[str, Any], statistics_TS: torch.Tensor, seconds: float, waited: float
     ) -> None:
         """One finished update: `record` from the loop, the optimizer's sums [T, S], wall time, and the part of it
-        spent waiting for data."""
-        table = self.groups.table(statistics_TS, STATISTICS)
+        spent waiting for data. Returns at once."""
+        self.exporter.heartbeat()
+        self.worker.do(self._step, dict(record), HostCopy(statistics_TS), seconds, waited)
+
+    def _step(self, record: dict[str, Any], statistics: HostCopy, seconds: float, waited: float) -> None:
+        table = self.groups.table(statistics.numbers(), STATISTICS, record["learning_rate"])
         tokens_per_second = record["step_tokens"] / seconds
         full = {
-            key: value for key, value in record.items() if key not in ("step_tokens", "stop_requested")
-        } | {
+            "refused_steps_total": 0,
+            **{key: value for key, value in record.items() if key not in _INTERNAL},
             "tokens_per_second": tokens_per_second,
             "mfu_ratio": mfu_ratio(self.flops_per_token, tokens_per_second, self.peak_flops),
             "step_seconds": seconds,
             "data_wait_seconds": waited,
-            "loss_scale": 1.0,
         }
+        self.last_table = table
         spikes = self.spike_watch.judge(full["loss"], full["learning_rate"], table)
         self.metrics.step(full, table, spikes)
         self.exporter.step(full, table, spikes)
+        for sink in self.sinks:
+            sink.step(full, table)
         self.progress.step(full | table.global_norms, spikes)
 
     def probe(self, step: int, result: Mapping[str, Any]) -> None:
-        """One probe: model update and attention entropy by layer."""
-        self.metrics.probe({"step": step, **result})
-        self.exporter.probe(result)
+        """One probe, as Probe.after returns it."""
+        self.worker.do(self.metrics.probe, {"step": step, **result})
+        self.worker.do(self.exporter.probe, result)
+        for sink in self.sinks:
+            self.worker.do(sink.values, step, result)
 
     def evaluation(self, result: Mapping[str, Any]) -> None:
         """One evaluation, as the Evaluator returns it."""
-        self.metrics.evaluation(result)
-        self.exporter.evaluation(result)
-        self.progress.evaluation(result)
+        self.worker.do(self.metrics.evaluation, result)
+        self.worker.do(self.exporter.evaluation, result)
+        self.worker.do(self.progress.evaluation, result)
+        for sink in self.sinks:
+            self.worker.do(sink.values, result["step"], result)
 
     def heartbeat(self) -> None:
         """Say that the loop is alive after something that is neither a step nor an evaluation."""
         self.exporter.heartbeat()
 
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint of `step` is complete."""
+        self.exporter.checkpoint(step)
+
+    def dump(self, record: Mapping[str, Any]) -> str:
+        """Write what is needed to look into a run that is being stopped; returns where."""
+        self.worker.wait()
+        layers = self.last_table.as_columns() if self.last_table is not None else {}
+        checkpoints = sorted((self.run_dir / "checkpoints").glob("step-*[0-9]"))
+        return str(
+            write_dump(self.run_dir, record["step"], record, layers, checkpoints[-1] if checkpoints else None)
+        )
+
     def close(self) -> None:
-        """Leave terminal, log and port in order."""
-        self.progress.close()
-        self.metrics.close()
-        self.exporter.close()
+        """Write what is still waiting; leave terminal, log and port in order."""
+        try:
+            self.worker.close()
+        finally:
+            self.progress.close()
+            self.metrics.close()
+            for sink in self.sinks:
+                sink.close()
+            self.exporter.close()
+
+
+def data_facts(manifest: Manifest) -> dict[str, Any]:
+    """What the report says about the data: its hash, and documents and tokens by split and by source."""
+    splits = {
+        name: {"rows": s.rows, "documents": s.documents, "tokens": s.tokens}
+        for name, s in manifest.splits.items()
+    }
+    sources = [
+        {key: value for key, value in source.items() if isinstance(value, str | int | float)}
+        for source in manifest.sources
+    ]
+    return {"content_hash": manifest.content_hash, "splits": splits, "sources": sources}

@@ -36,6 +36,7 @@ from sutrain.engine import DTYPES, deepspeed_config, step_engine
 from sutrain.evaluation import Evaluator
 from sutrain.launch import (
     EXIT_FAILURE,
+    EXIT_USER_ERROR,
     check_model_fits_data,
     explain,
     join_alone,
@@ -44,7 +45,7 @@ from sutrain.launch import (
     stop,
 )
 from sutrain.models.depth import describe
-from sutrain.monitor.acting import BrokenStreak, StepGate
+from sutrain.monitor.acting import NOTHING_REFUSED, BrokenStreak, StepGate
 from sutrain.monitor.mfu import device_peak
 from sutrain.monitor.probes import Probe
 from sutrain.monitor.ranks import RankClock
@@ -63,16 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
         run.train()
     except (ValueError, ExtensionError) as error:
         # Before training every rank finds the same mistake and one line says it; later it may be one rank's alone.
-        if run is None or not run.training:
-            stop(str(error))
-        stop(str(error), on_every_rank=True, status=EXIT_FAILURE)
+        training = run is not None and run.training
+        stop(str(error), on_every_rank=training, status=EXIT_FAILURE if training else EXIT_USER_ERROR)
     except (MemoryError, OSError, RuntimeError) as error:
-        if isinstance(error, preflight.PreflightTimeoutError):
-            stop(str(error), on_every_rank=True, status=EXIT_FAILURE, at_once=True)
         advice = explain(error)
         if advice is None:
             raise
-        stop(advice, on_every_rank=True, status=EXIT_FAILURE)
+        stop(advice, on_every_rank=True, status=EXIT_FAILURE, at_once=isinstance(error, TimeoutError))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -152,10 +150,7 @@ class Run:
             self.say(f"warning: damaged checkpoint passed over: {line}")
         if checkpoint is None:
             if self.config.init_from is not None:
-                weights = continuity.initial_weights(self.config.init_from, self.fragments.shapes)
-                for name, values in weights.items():
-                    self.fragments.load_master(name, 0, values)
-                self.fragments.refresh_model_weights()
+                continuity.begin_from(self.config.init_from, self.fragments)
                 self.say(f"a new run with the weights of {self.config.init_from}")
             return False
         self.changes = continuity.check(checkpoint.counters, self.identity(), self.config.accept_changes)
@@ -170,15 +165,13 @@ class Run:
         self.optimizer.load_state_by_name(checkpoint.replicated(), counters["optimizer"], checkpoint.read)
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
-        self.gate.load(counters["gate"])
+        self.gate.load(counters.get("gate", NOTHING_REFUSED))
         return True
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint of this moment and drop old ones; every rank takes part."""
         state = self.optimizer.state_by_name()
-        slices = [(checkpoints.MASTER, *piece) for piece in self.fragments.master_slices()] + list(
-            state.sliced
-        )
+        slices = [(checkpoints.MASTER, *piece) for piece in self.fragments.master_slices()]
         counters = {
             "steps": self.steps_done,
             "samples_consumed": self.samples_consumed,
@@ -191,7 +184,7 @@ class Run:
         shapes = {name: list(shape) for name, shape in self.fragments.shapes.items()}
         heartbeat.beat("checkpoint", self.steps_done)
         self.writer.save(
-            self.steps_done, slices, state.replicated, shapes, counters,
+            self.steps_done, slices + state.sliced, state.replicated, shapes, counters,
             best=(self.best_loss, self.evaluator.basis) if best else None,
         )  # fmt: skip
         if self.rank == 0:
@@ -199,8 +192,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of the run, to be compared when it goes on (continuity.py)."""
-        manifests = [corpus.manifest for corpus in getattr(self.samples, "corpora", [self.samples])]
-        return continuity.identity(self.config, manifests)
+        return continuity.identity(self.config, self.samples.manifests)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -213,11 +205,8 @@ class Run:
             return
         if self.rank == 0:
             shapes = self.optimizer.fragments.shapes  # of logical tensors
-            facts = {
-                "world_size": self.world_size,
-                "train_rows": self.samples.rows_per_epoch,
-                "changes": self.changes,
-            }
+            facts = {"world_size": self.world_size, "train_rows": self.samples.rows_per_epoch}
+            facts["changes"] = self.changes
             since = self.steps_done if resumed else None
             self.outputs = RunOutputs(
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
@@ -263,12 +252,8 @@ class Run:
             self.writer.check()
             if stopping and not last:
                 whole = self.writer.wait(config.checkpoint.stop_within_seconds)
-                kept = (
-                    "with a checkpoint"
-                    if whole
-                    else "before its checkpoint was on disk, the one before stays"
-                )
-                self.say(f"stopped after step {self.steps_done} {kept}; start again to go on")
+                kept = "with" if whole else "before the disk took"
+                self.say(f"stopped after step {self.steps_done} {kept} a checkpoint; start again to go on")
                 break
             heartbeat.beat("waiting for data", self.steps_done)
             started = time.perf_counter()

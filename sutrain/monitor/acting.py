@@ -23,6 +23,8 @@ from torch import Tensor
 from .spikes import WINDOW_STEPS, RollingHistory, safe_log
 
 QUANTITIES = ("loss", "grad_norm")
+NOTHING_REFUSED: dict[str, Any] = {"refused": 0, "values": []}
+"""The state of a gate that has seen nothing, for checkpoints from before there was one."""
 
 
 class TrainingStoppedError(ValueError):

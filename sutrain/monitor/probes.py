@@ -115,7 +115,13 @@ class Probe:
 
         def stream(module: Any, arguments: tuple[Any, ...]) -> None:
             x_BLD, _, _, _, ramp, scale = (*arguments, None, None)[:6]
-            weight = scale.abs().squeeze() if scale is not None else ramp if module.ramp and ramp is not None else 1.0
+            weight = (
+                scale.abs().squeeze()
+                if scale is not None
+                else ramp
+                if module.ramp and ramp is not None
+                else 1.0
+            )
             residual["norm"] = module.alpha * x_BLD[real_BL].norm() / weight
 
         def branch(module: Any, arguments: Any, output: Tensor, name: str) -> None:

@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until interrupted; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sutrain.monitor.textfile", description=__doc__)
     parser.add_argument("file", type=Path, help="metrics.prom of a data preparation's output folder")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
     parser.add_argument("--port", type=int, default=9701, help="default: 9701, as in prometheus.yml")
     options = parser.parse_args(arguments)
     try:
