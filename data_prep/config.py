@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,10 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config_file import ConfigError, Section, load_config
+from .places import is_remote, place
 
 MEBIBYTE = 1024**2
 DEFAULT_WORK = ".work"
-_BATCH_BYTES, _RECORD_COPIES = 40 * MEBIBYTE, 8
+_BATCH_BYTES, _RECORD_COPIES = 112 * MEBIBYTE, 8
 
 
 class CorpusSection(Section):
@@ -224,7 +226,7 @@ class ResourcesSection(Section):
     )
     worker_memory_bytes: int = Field(
         default=1024 * MEBIBYTE,
-        ge=48 * MEBIBYTE,
+        ge=112 * MEBIBYTE,
         description="memory of a worker above what the idle program takes; larger means longer reads in pass 2",
     )
     memory_bytes: int | None = Field(
@@ -302,6 +304,18 @@ class PrepareConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _far_output_has_a_near_work_dir(self) -> PrepareConfig:
+        if self.work_dir and is_remote(self.work_dir):
+            raise ValueError(
+                f"work_dir: {self.work_dir} is a URL; give a folder that every node sees as a file system"
+            )
+        if is_remote(self.output_dir) and not self.work_dir:
+            raise ValueError(
+                f"work_dir: required, as output_dir={self.output_dir} is a URL; give a folder that every node sees"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_text_is_a_line(self) -> PrepareConfig:
         if self.shards.content == "text" and not self.cleaning.collapse_whitespace:
             for number, corpus in enumerate(self.corpora):
@@ -314,7 +328,11 @@ class PrepareConfig(Section):
 
     @property
     def output_path(self) -> Path:
-        return Path(self.output_dir).expanduser().resolve()
+        """The output folder; for an output_dir that is a URL, the folder of what stays here of it."""
+        if is_remote(self.output_dir):
+            name = hashlib.sha256(self.output_dir.encode()).hexdigest()[:16]
+            return place(self.work_dir or "") / f".output-{name}"
+        return place(self.output_dir)
 
     @property
     def work_base(self) -> Path:
@@ -337,8 +355,8 @@ class PrepareConfig(Section):
 
 
 def records_bytes(worker_memory_bytes: int, max_record_bytes: int) -> int:
-    """What a worker of pass 1 may fill with records: its memory without what it takes to read, clean and encode a
-    batch, and the largest record (as bytes, as text, its ids and its words).
+    """What a worker may fill with records: its memory without what it takes to read, clean, encode, sort, pack and
+    compress a batch (measured), and the largest record (as bytes, as text, its ids and its words).
     """
     return max(
         worker_memory_bytes - _BATCH_BYTES - _RECORD_COPIES * max_record_bytes, worker_memory_bytes // 8

@@ -37,7 +37,7 @@ _START_SECONDS = 3.0
 _FEW_READS = 2048
 # What writing frames, putting in order, packing and hashing cost beside the probe, in seconds a byte of text.
 _MOVING_SECONDS_PER_BYTE = 4e-9
-_LEAST_WORKER_BYTES = 32 * 1024**2
+_LEAST_WORKER_BYTES = 120 * 1024**2
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,7 @@ from .spill import (
 
 # Beside the payload, a loaded record takes its columns, its place in the order and its offset.
 _OVERHEAD_BYTES = 56
-# What is loaded, and beside it one frame, one portion in order, and what is being packed or compressed.
-_LOADED_SHARE = 0.7
+_LOADED_SHARE = 0.9  # the rest for what the arrays of the columns take while they are put together
 _KEYS = 1 << 64
 
 

@@ -10,36 +10,32 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .account import account, compared
+from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_merges, run_missing
 from .books import close_books, describe_run, merge_books, write_quarantine
-from .config import PrepareConfig
-from .dedup import dedup_tasks, find_duplicates, finished_dedup
+from .config import PrepareConfig, records_bytes
 from .errors import DataPrepError, DiskFullError
-from .estimate import estimate, needed_groups, refuse_too_little_memory
+from .estimate import estimate, refuse_too_little_memory
 from .executor import Executor, RayExecutor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
 from .lease import owned
-from .merge import MergeTask, SpillSet, finished_merge, merge
+from .merge import SpillSet
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
+from .places import is_remote
 from .plan import Plan, frame_bytes, make_plan
 from .progress import RunProgress
+from .publish import publish
 from .quarantine import check_losses
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_share, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
-from .shards import SPECIAL_IDS, SPLITS, Manifest, token_dtype
+from .shards import SPECIAL_IDS, Manifest, token_dtype
 from .storage import check_storage
 from .text import leaves_text_alone
 from .tokenizer import Tokenizer, load_tokenizer, read_model
-
-# With fewer documents than this to a shard, a shard could come out empty.
-_MIN_SHARD_DOCUMENTS = 64
 
 
 def run(
@@ -60,6 +56,7 @@ def run(
     with owned(output, config.resources.lease_seconds, progress.say) as fence:
         plan = adopt_plan(plan, fresh)
         if (output / "manifest.json").exists():
+            publish(output, config.output_dir)
             manifest = finished(config)
             remove_work(plan)
             progress.say(f"{output} is complete and neither the configuration nor the input has changed")
@@ -86,7 +83,7 @@ def run(
             )
             gathered = run_gather(plan, tokenizer, spills, shard_counts, len(duplicates), executor, progress)
         except DiskFullError as error:
-            raise DiskFullError(f"{error}; {_missing(plan)}") from None
+            raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
         finally:
             executor.close()
         manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
@@ -97,9 +94,10 @@ def run(
         for line in compared(accounts, sum(result["written_bytes"] for result in gathered)):
             progress.say(line)
         write_json(output / "manifest.json", manifest.to_json())
+        publish(output, config.output_dir)
         remove_work(plan)
         progress.finish()
-    return Manifest.load(output)
+    return Manifest.load(config.output_dir if is_remote(config.output_dir) else output)
 
 
 def warn_of_a_small_disk(plan: Plan, progress: RunProgress) -> None:
@@ -151,14 +149,14 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
     ]
     with progress.stage("sample", plan.input_bytes, len(tasks)):
         done = [finished_sample(task) for task in tasks]
-        results = _run_missing(
+        results = run_missing(
             tasks, done, collect_sample, executor, lambda r: progress.advance(r["input_bytes"])
         )
     lost: Counter[str] = Counter()
     for result in results:
         lost.update(result["lost"])
     if not sum(result["texts"] for result in results):
-        raise DataPrepError(f"no text to train the tokenizer on ({_reasons(lost)}); is text_field right?")
+        raise DataPrepError(f"no text to train the tokenizer on ({reasons_of(lost)}); is text_field right?")
     with progress.stage("train tokenizer", 0, 1):
         task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))
         for result in executor.run(train_tokenizer, [task]):
@@ -210,127 +208,17 @@ def run_scatter(
 
     with progress.stage("scatter", plan.text_bytes, len(tasks)):
         done = [finished_scatter(task) for task in tasks]
-        results = _run_missing(tasks, done, scatter, executor, account)
+        results = run_missing(tasks, done, scatter, executor, account)
     books = merge_books(plan, results)
     write_quarantine(plan)
     check_losses(config, len(plan.files), books)
     return sorted(results, key=lambda result: result["task"])
 
 
-def run_dedup(
-    plan: Plan, scattered: list[dict[str, Any]], executor: Executor, progress: RunProgress
-) -> list[dict[str, Any]]:
-    """Find the records that are there more than once; returns the manifests, which correct those of pass 1."""
-    config, work = plan.config, plan.work_path
-    if config.deduplication.method == "none":
-        return []
-    tasks = dedup_tasks(
-        scattered,
-        work / "scatter",
-        work / "dedup",
-        plan.run_hash,
-        [file.corpus for file in plan.files],
-        config.resources.worker_memory_bytes,
-    )
-    with progress.stage("dedup", sum(result["hash_entries"] for result in scattered), len(tasks), "records"):
-        done = [finished_dedup(task) for task in tasks]
-        return _run_missing(
-            tasks, done, find_duplicates, executor, lambda result: progress.advance(result["entries"])
-        )
-
-
-def count_shards(plan: Plan, scattered: list[dict[str, Any]], vocab_size: int) -> dict[str, int]:
-    """Shards of each split, from the totals of pass 1 alone. Raises DataPrepError when no document was
-    left.
-    """
-    counts = {}
-    for split in SPLITS:
-        documents = sum(result["splits"][split]["documents"] for result in scattered)
-        tokens = sum(result["splits"][split]["tokens"] for result in scattered)
-        item_bytes = token_dtype(vocab_size).itemsize if vocab_size else 1
-        wanted = -(-tokens * item_bytes // plan.config.shards.target_bytes)
-        counts[split] = min(max(1, wanted), max(1, documents // _MIN_SHARD_DOCUMENTS)) if documents else 0
-    if not counts["train"]:
-        books = merge_books(plan, scattered)
-        reasons: Counter[str] = Counter()
-        for book in books:
-            reasons.update(book["dropped"])
-            reasons.update(book["quarantined"])
-        raise DataPrepError(
-            f"no document is left for training ({_reasons(reasons)}); see cleaning, text_field"
-        )
-    return counts
-
-
-def _reasons(lost: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in lost.most_common()) or "no records"
-
-
-def run_merges(
-    plan: Plan,
-    tokenizer: dict[str, Any],
-    scattered: list[dict[str, Any]],
-    shard_counts: dict[str, int],
-    codec: str,
-    executor: Executor,
-    progress: RunProgress,
-) -> tuple[SpillSet, list[dict[str, Any]]]:
-    """As many passes between as pass 2 needs to read enough at a time; returns what it reads from, and the
-    manifests of the merges.
-    """
-    resources, folder, level = plan.config.resources, plan.work_path / "scatter", 0
-    vocab_size, has_words = tokenizer["vocab_size"], plan.config.words.segmenter != "none"
-    dtype = token_dtype(vocab_size).str if vocab_size else "|u1"
-    kind = (dtype, has_words and vocab_size > 0, vocab_size > 0)
-    spill_bytes = sum(result["written_bytes"] for result in scattered)
-    numbers, runs = range(len(scattered)), sum(result["runs"] for result in scattered)
-    results: list[dict[str, Any]] = []
-    fan_in = max(2, int(resources.worker_memory_bytes * 0.7) // resources.min_read_bytes)
-    while (
-        groups := needed_groups(spill_bytes, runs, sum(shard_counts.values()), resources.min_read_bytes)
-    ) < runs:
-        groups = max(groups, -(-len(numbers) // fan_in))
-        if groups >= len(numbers) and level:
-            break  # as far as the memory of a worker goes
-        level, groups = level + 1, min(groups, len(numbers))
-        target = plan.work_path / f"merge-{level}"
-        tasks = [
-            MergeTask(
-                number=number,
-                spills=SpillSet(str(folder), [int(n) for n in group], *kind),
-                folder=str(target),
-                run_hash=plan.run_hash,
-                memory_bytes=resources.worker_memory_bytes,
-                frame_bytes=frame_bytes(plan),
-                codec=codec,
-            )
-            for number, group in enumerate(np.array_split(np.arange(len(numbers)), groups))
-        ]
-        with progress.stage("merge", spill_bytes, len(tasks)):
-            done = [finished_merge(task) for task in tasks]
-            results += _run_missing(tasks, done, merge, executor, lambda r: progress.advance(r["read_bytes"]))
-        folder, numbers, runs = target, range(groups), groups
-    return SpillSet(str(folder), numbers, *kind), results
-
-
 def _loaded(plan: Plan, tokenizer: dict[str, Any]) -> Tokenizer | None:
     if not tokenizer["file"]:
         return None
     return load_tokenizer(str(plan.config.output_path / tokenizer["file"]), tokenizer["sha256"])
-
-
-def _missing(plan: Plan) -> str:
-    """How much more room the rest of the run takes, as far as can be told."""
-    used = sum(
-        path.stat().st_size
-        for folder in (plan.work_path, plan.config.output_path)
-        for path in folder.rglob("*")
-        if path.is_file()
-    )
-    needed = plan.spill_bytes + plan.output_bytes
-    task = needed // max(1, len(plan.tasks))
-    missing = max(needed - used, task) - free_bytes(plan.work_path)
-    return f"about {max(missing, task):,} bytes more are needed"
 
 
 def run_gather(
@@ -355,7 +243,7 @@ def run_gather(
             tokenizer_sha256=tokenizer["sha256"],
             spill_folder=spills.folder,
             spills=spills.numbers,
-            output_folder=str(config.output_path),
+            output_folder=config.output_dir if is_remote(config.output_dir) else str(config.output_path),
             work_folder=str(plan.work_path / "gather"),
             source_of_file=[file.corpus for file in plan.files],
             row_tokens=config.shards.row_tokens,
@@ -363,7 +251,9 @@ def run_gather(
             vocab_size=vocab_size,
             has_words=config.words.segmenter != "none" and vocab_size > 0,
             zstd_level=config.shards.zstd_level if vocab_size or config.shards.compress_text else 0,
-            memory_bytes=config.resources.worker_memory_bytes,
+            memory_bytes=records_bytes(
+                config.resources.worker_memory_bytes, config.cleaning.max_record_bytes
+            ),
             drops=drops,
             drops_folder=str(plan.work_path / "dedup"),
         )
@@ -372,25 +262,4 @@ def run_gather(
     ]
     with progress.stage("gather", 0, len(tasks), "tokens"):
         done = [finished_gather(task) for task in tasks]
-        return _run_missing(tasks, done, gather, executor, lambda r: progress.advance(r["shard"]["tokens"]))
-
-
-def _run_missing(
-    tasks: Sequence[Any],
-    done: list[dict[str, Any] | None],
-    function: Callable[[Any], dict[str, Any]],
-    executor: Executor,
-    account: Callable[[dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """Results of all tasks, running those that are not done yet."""
-    results = []
-    for result in done:
-        if result is not None:
-            results.append(result)
-            account(result)
-    for result in executor.run(
-        function, [task for task, result in zip(tasks, done, strict=True) if result is None]
-    ):
-        results.append(result)
-        account(result)
-    return results
+        return run_missing(tasks, done, gather, executor, lambda r: progress.advance(r["shard"]["tokens"]))

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute  # by `take`, which would load it with the first task and make that look large
 import xxhash
 import zstandard
 

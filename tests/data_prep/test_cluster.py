@@ -26,7 +26,7 @@ from data_prep.__main__ import main
 folder, what, hidden = sys.argv[1:4]
 output = Path(hidden)
 common = {"num_cpus": 1, "object_store_memory": 80_000_000}
-cluster = Cluster(initialize_head=True, head_node_args={**common, "include_dashboard": False, "_temp_dir": folder})
+cluster = Cluster(initialize_head=True, head_node_args={**common, "include_dashboard": False, "temp_dir": folder})
 nodes = [cluster.add_node(**common)]
 third = None
 if what == "hidden":

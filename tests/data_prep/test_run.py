@@ -56,9 +56,9 @@ def documents_of(output: Path, split: str) -> list[tuple[tuple[int, int, int], l
 @pytest.mark.parametrize(
     ("workers", "resources"),
     [
-        (1, {"worker_memory_bytes": 64 * 1024**2, "task_bytes": 1_000_000_000}),
+        (1, {"worker_memory_bytes": 128 * 1024**2, "task_bytes": 1_000_000_000}),
         (2, {"worker_memory_bytes": 2 * 1024**3, "task_bytes": 1}),
-        (5, {"worker_memory_bytes": 64 * 1024**2, "task_bytes": 1, "spill": "none"}),
+        (5, {"worker_memory_bytes": 128 * 1024**2, "task_bytes": 1, "spill": "none"}),
         (1, {"min_read_bytes": 10**9, "task_bytes": 1, "spill": "lz4"}),  # a third pass
     ],
 )

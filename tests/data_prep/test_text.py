@@ -85,7 +85,7 @@ def test_every_line_is_there_once_and_the_quick_way_gives_the_bytes_of_the_caref
         and source["dropped"] == {"empty": 6}
     )
     monkeypatch.setattr(scatter_module, "is_plain_text", lambda file: False)
-    small = {"task_bytes": 1, "worker_memory_bytes": 64 * 1024**2, "spill": "lz4"}
+    small = {"task_bytes": 1, "worker_memory_bytes": 128 * 1024**2, "spill": "lz4"}
     assert prepare(tree_of(tmp_path, "careful", resources=small)).content_hash == manifest.content_hash
 
 
