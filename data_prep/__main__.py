@@ -18,6 +18,7 @@ from .config_file import field_help, split_arguments
 from .errors import DataPrepError
 from .executor import make_executor, usable_cores
 from .files import free_bytes
+from .places import is_remote
 from .plan import Plan, make_plan
 from .progress import RunProgress
 from .run import run
@@ -145,10 +146,11 @@ def _verify(config: configuration.PrepareConfig, options: argparse.Namespace) ->
     executor = make_executor(options.executor, config.resources.workers)
     try:
         progress = RunProgress(None, config.resources.log_seconds)
-        manifest = verify(config.output_path, executor, progress, config)
+        output = config.output_dir if is_remote(config.output_dir) else config.output_path
+        manifest = verify(output, executor, progress, config)
     finally:
         executor.close()
-    print(f"verified: {config.output_path} is whole, content {manifest.content_hash}")
+    print(f"verified: {output} is whole, content {manifest.content_hash}")
     return 0
 
 

@@ -22,6 +22,7 @@ from .config import PrepareConfig
 from .errors import AuditError
 from .executor import Executor
 from .fingerprint import document_sum
+from .places import place
 from .plan import differences
 from .progress import RunProgress
 from .shards import SPECIAL_IDS, Block, Manifest, ShardEntry, ShardError, ShardReader
@@ -153,7 +154,7 @@ def _check_file(reader: ShardReader, entry: ShardEntry) -> None:
         raise ShardError(f"{reader.path}: {size} bytes, the manifest says {entry.file_bytes}")
     if digest.hexdigest() != entry.file_xxh3:
         raise ShardError(f"{reader.path}: damaged (checksum differs from the manifest)")
-    with tarfile.open(reader.path, "r:") as tar:
+    with reader.path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         listed = [(member.offset_data, member.size) for member in tar]
     names = ("tokens", "words", "documents")
     indexed = [tuple(block[name]) for block in reader.blocks for name in names if name in block]
@@ -227,7 +228,7 @@ class _DocumentCheck:
 
 
 def _check_tokenizer(manifest: Manifest) -> list[str]:
-    tokenizer = Tokenizer(read_model(Path(manifest.directory) / manifest.tokenizer["file"]))
+    tokenizer = Tokenizer(read_model(place(manifest.directory) / manifest.tokenizer["file"]))
     if tokenizer.sha256 == manifest.tokenizer["sha256"]:
         return []
     return [f"{manifest.tokenizer['file']}: not the model of the manifest (sha256 differs)"]
@@ -249,14 +250,14 @@ def _check_listing(manifest: Manifest) -> list[str]:
     problems = []
     for split, entry in manifest.splits.items():
         known = {shard.name for shard in entry.shards}
-        for path in sorted((Path(manifest.directory) / split).glob("*.tar")):
+        for path in sorted((place(manifest.directory) / split).glob("*.tar")):
             if path.name not in known:
                 problems.append(f"{path}: not a shard of this data set; take it out of the folder")
     return problems
 
 
 def _check_quarantine(manifest: Manifest) -> list[str]:
-    path = Path(manifest.directory) / "quarantine.jsonl"
+    path = place(manifest.directory) / "quarantine.jsonl"
     digest, lines = xxhash.xxh3_128(), 0
     try:
         with path.open("rb") as file:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import DataPrepError, DiskFullError
+from .places import is_remote
 
 TEMPORARY_MARK = ".tmp-"
 _fence: Any = None  # the right of this process to write (lease.Fence); None outside of a run
@@ -58,6 +59,10 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     Raises DiskFullError when the disk is full, LostLeaseError when another run has taken over; the temporary file
     is removed then. Without `sync` the file may be torn after a power cut (not after a kill).
     """
+    if is_remote(path):
+        with _far_file(path) as far:
+            yield far
+        return
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,21 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+@contextmanager
+def _far_file(path: Any) -> Iterator[BinaryIO]:
+    """The same at a URL: an object appears there when its upload is committed, and not before."""
+    file = path.fs.open(path.path, "wb", autocommit=False)
+    try:
+        yield file
+        check_fence()
+        file.close()
+        file.commit()
+    except BaseException:
+        file.close()
+        file.discard()
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -125,6 +145,8 @@ def write_speed(folder: Path, size_bytes: int = 24 * 1024**2) -> float:
 
 def size_or_none(path: Path) -> int | None:
     """Size of a file in bytes, or None where there is none."""
+    if is_remote(path):
+        path.fs.invalidate_cache()  # type: ignore[attr-defined]
     try:
         return path.stat().st_size
     except OSError:

@@ -21,6 +21,7 @@ from .keys import key_range
 from .measure import TaskMeter
 from .merge import SpillSet, sorted_records
 from .packing import Documents, RowPacker
+from .places import place
 from .shards import SPLITS, ShardWriter, index_name, shard_name, token_dtype
 from .spill import ORIGIN
 from .text import gather_text
@@ -70,7 +71,7 @@ def finished_gather(task: GatherTask) -> dict[str, Any] | None:
     try:
         result: dict[str, Any] = json.loads(path.read_bytes())
         found = (result["shards"], result["run"], result["tokenizer"])
-        complete = all(size_or_none(Path(name)) == size for name, size in _sizes(task, result).items())
+        complete = all(size_or_none(place(name)) == size for name, size in _sizes(task, result).items())
     except (OSError, ValueError, KeyError):
         return None
     return result if complete and found == (task.shards, task.run_hash, task.tokenizer_sha256) else None
@@ -94,7 +95,7 @@ def gather(task: GatherTask) -> dict[str, Any]:
 
 def _gather_tokens(task: GatherTask) -> dict[str, Any]:
     name = shard_name(task.shard)
-    path = Path(task.output_folder) / task.split / name
+    path = place(task.output_folder) / task.split / name
     dtype = token_dtype(task.vocab_size)
     spills = SpillSet(task.spill_folder, task.spills, dtype.str, task.has_words, True)
     packer = RowPacker(task.row_tokens, task.block_rows)
@@ -139,7 +140,7 @@ def sorted_documents(task: GatherTask, spills: SpillSet, drops: Drops) -> Iterat
 
 def _sizes(task: GatherTask, result: dict[str, Any]) -> dict[str, int]:
     """The files of a finished shard and their sizes."""
-    shard = Path(task.output_folder) / task.split / result["shard"]["name"]
+    shard = place(task.output_folder) / task.split / result["shard"]["name"]
     sizes = {str(shard): result["shard"]["file_bytes"]}
     if task.vocab_size:
         sizes[str(shard.with_name(index_name(shard.name)))] = result["index_bytes"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .config import CorpusSection
 from .decompress import entry_points, zstd_frames
+from .errors import DataPrepError
 from .parquet import Footer, read_footer
 from .places import file_system, is_remote, open_to_read, stamp_of
 from .sources import BLOCK_BYTES, InputFile, format_of
@@ -150,10 +151,10 @@ def _search(pattern: str) -> _Found:
 
 def _search_far(pattern: str) -> _Found:
     """What a URL leads to: a file, everything below a folder, or what a glob matches. Hidden names are left out."""
-    system, name = file_system(pattern)
     protocol = pattern.partition("://")[0]
     found = _Found(pattern.rstrip("/"))
     try:
+        system, name = file_system(pattern)
         if glob.has_magic(name):
             names = sorted(system.glob(name))
             before = name[: re.search(r"[*?[]", name).start()]  # type: ignore[union-attr]
@@ -172,6 +173,8 @@ def _search_far(pattern: str) -> _Found:
                 continue
             elif found.is_folder or system.isfile(entry):
                 found.files.append(f"{protocol}://{entry}")
+    except DataPrepError as error:
+        found.problems.append(str(error))
     except Exception as error:  # a client's own exceptions are many
         found.problems.append(f"{pattern}: cannot be listed ({type(error).__name__}: {error})")
     return found

@@ -14,7 +14,9 @@ from typing import Any
 from .config import DEFAULT_WORK, PrepareConfig
 from .errors import AuditError, DataPrepError
 from .files import TEMPORARY_MARK, check_fence, read_json, size_or_none, write_json
+from .places import is_remote, place
 from .plan import WORK_PREFIX, Plan, differences
+from .publish import clear_far, refuse_strangers
 from .shards import SPLITS, Manifest
 
 _FILES = (
@@ -40,6 +42,7 @@ def adopt_plan(plan: Plan, fresh: bool) -> Plan:
     output, identity = plan.config.output_path, plan.identity  # may fail, so before anything is removed
     path = output / "plan.json"
     saved = _saved_plan(path)
+    refuse_strangers(plan.config.output_dir, saved)
     if saved is None:
         strangers = [path.name] if path.exists() else []
         ours = dict.fromkeys([*(name.split("/")[0] for name in _FILES), *SPLITS])
@@ -76,8 +79,9 @@ def clear(output: Path, saved: dict[str, Any]) -> None:
     Killed at any point, no data set that looks finished is left, and the next run goes on clearing.
     """
     check_fence()
+    clear_far(saved.get("url") or "")
     (output / "manifest.json").unlink(missing_ok=True)
-    write_json(output / "plan.json", {"clearing": True, "work": saved.get("work")})
+    write_json(output / "plan.json", {"clearing": True, "work": saved.get("work"), "url": saved.get("url")})
     _remove_work(saved)
     for name in _FILES:
         (output / name).unlink(missing_ok=True)
@@ -113,7 +117,8 @@ def finished(config: PrepareConfig) -> Manifest:
     manifest = Manifest.load(output)
     sizes = {f"{split}/{s.name}": s.file_bytes for split, e in manifest.splits.items() for s in e.shards}
     sizes[manifest.token_counts["file"]] = manifest.vocab_size * 8
-    damaged = [name for name, size in sizes.items() if size_or_none(output / name) != size]
+    folder = place(config.output_dir) if is_remote(config.output_dir) else output
+    damaged = [name for name, size in sizes.items() if size_or_none(folder / name) != size]
     if damaged:
         raise AuditError(
             f"{output}: was finished, but {damaged[0]} is gone or has another size"

@@ -23,6 +23,7 @@ from .config import DEFAULT_WORK, PrepareConfig
 from .errors import DataPrepError
 from .executor import usable_cores
 from .inputs import list_corpus, search_root
+from .places import is_remote
 from .scatter import Segment, segment_bytes
 from .shards import FORMAT_VERSION
 from .sources import BLOCK_BYTES, InputFile
@@ -110,6 +111,7 @@ class Plan:
         return {
             "identity": self.identity,
             "work": str(self.work_path),
+            **({"url": self.config.output_dir} if is_remote(self.config.output_dir) else {}),
             "files": [asdict(file) for file in self.files],
             "tasks": self._cuts(),
         }
@@ -205,7 +207,8 @@ def _overlaps(config: PrepareConfig, files: list[InputFile]) -> list[str]:
         hit = next((path for path in inputs if _touch(place, path)), None)
         if hit:
             problems.append(f"{key}: {place} and the input {hit} lie in one another; take a folder apart")
-    if _touch(output, work) and work != output / DEFAULT_WORK:
+    near = not is_remote(config.output_dir)
+    if near and _touch(output, work) and work != output / DEFAULT_WORK:
         problems.append(f"work_dir: {work} and output_dir {output} lie in one another; take a folder apart")
     return problems
 

@@ -29,6 +29,8 @@ import numpy as np
 import xxhash
 import zstandard
 
+from .places import is_remote, place
+
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 SPECIAL_IDS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
@@ -122,7 +124,7 @@ class Manifest:
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:
         """Read OUTPUT/manifest.json. Raises ShardError when it is missing, of another version, or altered."""
-        path = Path(directory) / "manifest.json"
+        path = place(directory) / "manifest.json"
         try:
             tree = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -169,7 +171,7 @@ class Manifest:
         """Occurrences of each id in the train split, padding left out, uint64 [V]. Raises ShardError if
         damaged.
         """
-        path = Path(self.directory) / self.token_counts["file"]
+        path = place(self.directory) / self.token_counts["file"]
         data = _read(path)
         if xxhash.xxh3_128_hexdigest(data) != self.token_counts["xxh3"]:
             raise ShardError(f"{path}: damaged (checksum differs from the manifest)")
@@ -256,7 +258,7 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest, split: str, entry: ShardEntry) -> None:
         self._manifest = manifest
-        self.path = Path(manifest.directory) / split / entry.name
+        self.path = place(manifest.directory) / split / entry.name
         index_path = self.path.with_name(index_name(entry.name))
         index = _read(index_path)
         if xxhash.xxh3_128_hexdigest(index) != entry.index_xxh3:
@@ -388,8 +390,12 @@ def document_numbers(block: Block) -> np.ndarray:
 def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:
     """Bytes of a file or of a range of it. Raises ShardError when the file is missing or ends early."""
     try:
-        with path.open("rb") as file:
-            data = os.pread(file.fileno(), length, offset) if length is not None else file.read()
+        if is_remote(path):
+            stop = None if length is None else offset + length
+            data = path.fs.cat_file(path.path, start=offset, end=stop)  # type: ignore[attr-defined]
+        else:
+            with path.open("rb") as file:
+                data = os.pread(file.fileno(), length, offset) if length is not None else file.read()
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from None
     if length is not None and len(data) != length:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -23,7 +22,7 @@ from .files import atomic_file
 from .fingerprint import line_sum
 from .keys import key_range
 from .merge import SpillSet, sorted_records
-from .places import is_remote
+from .places import is_remote, place
 from .shards import SPLITS, Manifest, ShardEntry
 from .sources import BLOCK_BYTES, InputFile, is_unchanged
 from .spill import Items, Records
@@ -178,7 +177,7 @@ def _as_they_are(values: np.ndarray, lengths: np.ndarray, keys: np.ndarray, book
 
 def gather_text(task: Any) -> dict[str, Any]:
     """Make one text shard of a GatherTask; running it again gives the same lines."""
-    path = Path(task.output_folder) / task.split / line_name(task.shard, task.zstd_level)
+    path = place(task.output_folder) / task.split / line_name(task.shard, task.zstd_level)
     first, stop = key_range(task.shard, task.shards)
     spills = SpillSet(task.spill_folder, task.spills, "|u1", False, False)
     drops = Drops(task.drops_folder, task.drops, SPLITS.index(task.split))
@@ -205,7 +204,7 @@ def gather_text(task: Any) -> dict[str, Any]:
 
 def verify_text(manifest: Manifest, split: str, shard: ShardEntry) -> dict[str, Any]:
     """Read a text shard again: counts, content hash and sum of its lines; its problems, one line each."""
-    path = Path(manifest.directory) / split / shard.name
+    path = place(manifest.directory) / split / shard.name
     content, lines, size, total, carry = xxhash.xxh3_128(), 0, 0, 0, b""
     problems = []
     try:
