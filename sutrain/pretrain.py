@@ -205,7 +205,7 @@ class Run:
             return
         if self.rank == 0:
             shapes = self.optimizer.fragments.shapes  # of logical tensors
-            facts = {"world_size": self.world_size, "train_rows": self.samples.rows_per_epoch}
+            facts: dict[str, Any] = {"world_size": self.world_size, "train_rows": self.samples.rows_per_epoch}
             facts["changes"] = self.changes
             since = self.steps_done if resumed else None
             self.outputs = RunOutputs(

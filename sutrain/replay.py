@@ -10,16 +10,17 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from data_prep.config_file import ConfigError, load_config
-from data_prep.shards import ShardError
+from data_prep.shards import Manifest, ShardError
 from sutrain.config import PretrainConfig, batch_plan
-from sutrain.data import DataError, Samples, load_manifest, word_masking
+from sutrain.data import DataError, MixedSamples, Samples, open_manifest, open_samples, word_masking
 from sutrain.monitor.log import FILE_NAME, find_steps
 from sutrain.pieces import PieceReader
 
@@ -27,7 +28,7 @@ from sutrain.pieces import PieceReader
 def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
     """Every document piece of the global batch of update `step`, sample by sample.
 
-    {sample, row, source, file, block, record, piece, tokens, text}. Raises ConfigError, DataError or ShardError.
+    {sample, data, row, source, file, block, record, piece, tokens, text}. Raises ConfigError, DataError or ShardError.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -35,41 +36,67 @@ def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
     config = load_config(PretrainConfig, path)
     if step < 1:
         raise ConfigError(f"--step {step}: steps count from 1")
-    manifest = load_manifest(config.data.dir)
-    masking = word_masking(manifest, config.masking, config.seed, stream="masks")
-    samples = Samples(config.data.dir, "train", config.seed, masking)
-    sequences = batch_plan(config, manifest.row_tokens, 1, 0).global_sequences
-    first = (step - 1) * sequences
-    logged = find_steps(run_dir / FILE_NAME, {step - 1, step})
-    if step in logged:
-        end = logged[step]["samples_consumed_total"]
-        first = logged[step - 1]["samples_consumed_total"] if step - 1 in logged else end - sequences
-        sequences = end - first
-        fingerprint = f"{samples.batch(first, sequences).fingerprint:012x}"
-        if fingerprint != logged[step]["batch_fingerprint"]:
-            raise DataError(
-                f"{config.data.dir}: the batch of step {step} is {fingerprint}, the run logged "
-                f"{logged[step]['batch_fingerprint']}: the data is not what the run was trained on"
-            )
-    reader = PieceReader(config.data.dir, "train")
-    specials = set(manifest.special_ids.values())
-    tokenizer = sentencepiece.SentencePieceProcessor()
-    tokenizer.LoadFromSerializedProto((config.data.dir / manifest.tokenizer["file"]).read_bytes())
-    for sample, row in enumerate(samples.row_numbers(first, sequences), first):
-        tokens_L, pieces = reader.row(int(row))
+    masking = word_masking(open_manifest(config.data), config.masking, config.seed, stream="masks")
+    samples = open_samples(config.data, config.seed, masking)
+    first, sequences = _position(config, run_dir, step, samples)
+    corpora: list[Samples] = samples.corpora if isinstance(samples, MixedSamples) else [samples]
+    corpus_N, number_N = np.zeros(sequences, np.int64), np.arange(first, first + sequences)
+    if isinstance(samples, MixedSamples):
+        corpus_N, number_N = samples.mixture.assign(first, sequences)
+    readers = [PieceReader(corpus.manifest.directory, "train") for corpus in corpora]
+    decode = _decoder(samples.manifest)
+    for sample, corpus, number in zip(range(first, first + sequences), corpus_N, number_N, strict=True):
+        row = int(corpora[corpus].row_numbers(int(number), 1)[0])
+        manifest = corpora[corpus].manifest
+        tokens_L, pieces = readers[corpus].row(row)
         for piece in pieces:
-            ids = [int(i) for i in tokens_L[piece.start : piece.start + piece.length] if i not in specials]
             yield {
                 "sample": sample,
-                "row": int(row),
+                "data": str(manifest.directory),
+                "row": row,
                 "source": manifest.sources[piece.source]["name"],
                 "file": manifest.files[piece.file]["path"],
                 "block": piece.block,
                 "record": piece.record,
                 "piece": piece.piece,
                 "tokens": piece.length,
-                "text": tokenizer.decode(ids),
+                "text": decode(tokens_L[piece.start : piece.start + piece.length].tolist()),
             }
+
+
+def _position(
+    config: PretrainConfig, run_dir: Path, step: int, samples: Samples | MixedSamples
+) -> tuple[int, int]:
+    """(first sample, number of samples) of an update: as logged, checked by its fingerprint, else by arithmetic."""
+    logged = find_steps(run_dir / FILE_NAME, {step - 1, step})
+    if step not in logged:
+        plan, first = batch_plan(config, samples.manifest.row_tokens, 1, 0), 0
+        for _ in range(step - 1):
+            first += plan.sequences_at(first)
+        return first, plan.sequences_at(first)
+    end = logged[step]["samples_consumed_total"]
+    plan = batch_plan(config, samples.manifest.row_tokens, 1, 0)
+    first = 0 if step == 1 else end - plan.global_sequences
+    if step - 1 in logged:
+        first = logged[step - 1]["samples_consumed_total"]
+    fingerprint = f"{samples.batch(first, end - first).fingerprint:012x}"
+    if fingerprint != logged[step]["batch_fingerprint"]:
+        raise DataError(
+            f"{config.data.dir}: the batch of step {step} is {fingerprint}, the run logged "
+            f"{logged[step]['batch_fingerprint']}: the data is not what the run was trained on"
+        )
+    return first, end - first
+
+
+def _decoder(manifest: Manifest) -> Callable[[list[int]], str]:
+    """From token ids to text, special tokens left out."""
+    specials = set(manifest.special_ids.values())
+    path = Path(manifest.directory) / manifest.tokenizer["file"]
+    if path.suffix == ".model":
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return lambda ids: model.decode([i for i in ids if i not in specials])
+    words = path.read_text(encoding="utf-8").splitlines()
+    return lambda ids: " ".join(words[i] for i in ids if i not in specials).replace(" ##", "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ Neither is a dependency. Whole-model numbers go there on every step, tables of l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class Sink(Protocol):
 
 def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
     """The sinks of `monitor.also`. Raises SinkError."""
-    kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    kinds: dict[str, Callable[[Path], Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     return [kinds[name](run_dir) for name in dict.fromkeys(names)]
 
 

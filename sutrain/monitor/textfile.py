@@ -21,7 +21,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._file = path
         super().__init__(*arguments)  # type: ignore[arg-type]
 
-    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+    def do_GET(self) -> None:
         if self.path != "/metrics":
             return self.send_error(404, "only /metrics is here")
         try:
