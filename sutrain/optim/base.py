@@ -251,15 +251,13 @@ class FragmentOptimizer(torch.optim.Optimizer):
         part.updates, part.global_clip_factor = self.updates, self.global_clip_factor
         part.last_update_applied = self.last_update_applied
         part._start_statistics(first)
-        if not self.last_update_applied:
-            return
-        second.flat.zero_()
-        part._prepare(first, second)
-        fragments.all_reduce(second.flat)
-        part._apply(first, second)
-        if fragments.around.keeps_gradients:  # where nothing overwrites them, they would count again
-            for buffer in fragments.buffers:
-                buffer.grad.zero_()  # type: ignore[union-attr]
+        if self.last_update_applied:
+            second.flat.zero_()
+            part._prepare(first, second)
+            fragments.all_reduce(second.flat)
+            part._apply(first, second)
+        if part is self._parts[-1]:
+            fragments.around.forget_gradients()
 
     def _part_to_step(self) -> FragmentOptimizer:
         """The part whose turn it is. Raises RuntimeError when the engine hands over another one."""

@@ -103,7 +103,7 @@ def _map_slices(engine: Any, parameters: dict[str, Tensor]) -> FragmentMap:
         refresh=wrapper.update_lp_params,
         weights=parameters.__getitem__,
         checks_finite=checks or by_norm,
-        keeps_gradients=_offloads(engine),
+        forget_gradients=lambda: _zero_gradients(slices if _offloads(engine) else []),
         loss_scaler=_loss_scaler(engine),
     )
     return FragmentMap(shapes, fragments, buffers=slices, around=around)
@@ -137,7 +137,7 @@ def _map_sub_groups(engine: Any, parameters: dict[str, Tensor]) -> FragmentMap:
         in_parts=True,
         grad_norm=lambda: wrapper._global_grad_norm,
         checks_finite=True,
-        keeps_gradients=_offloads(engine),
+        forget_gradients=lambda: _forget_gradients(wrapper),
         loss_scaler=_loss_scaler(engine),
     )
     buffers = list(wrapper.fp32_partitioned_groups_flat)
@@ -152,6 +152,18 @@ def _refresh_sub_groups(wrapper: Any) -> None:
         wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
     if wrapper.persistent_parameters:
         wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+
+
+def _forget_gradients(wrapper: Any) -> None:
+    """It accumulates into a flat buffer, of which only the pieces of tensors that are used are written anew."""
+    wrapper.grad_partitions_flat_buffer.zero_()
+    _zero_gradients(wrapper.fp32_partitioned_groups_flat)  # those of CPU offload; else there are none by now
+
+
+def _zero_gradients(buffers: list[Tensor]) -> None:
+    for buffer in buffers:
+        if buffer.grad is not None:
+            buffer.grad.zero_()
 
 
 def _gather(parameters: dict[str, Tensor]) -> Callable[[str], Tensor]:

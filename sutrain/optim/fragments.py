@@ -72,7 +72,8 @@ class Surroundings:
     in_parts: the optimizer's step() is called once for each buffer (ZeRO-3), else once for all of them.
     grad_norm: the global gradient norm before the first of such calls; the optimizer sees only parts.
     checks_finite: the engine itself drops an update whose gradients are not finite, before any step().
-    keeps_gradients: gradient buffers outlive the step and are only overwritten (CPU offload).
+    forget_gradients: called after an update, where an engine would hand the same gradient over once more for a tensor
+        that the next one does not use.
     loss_scaler: of fp16.
     """
 
@@ -84,7 +85,7 @@ class Surroundings:
     in_parts: bool = False
     grad_norm: Callable[[], Tensor | float] | None = None
     checks_finite: bool = False
-    keeps_gradients: bool = False
+    forget_gradients: Callable[[], None] = lambda: None
     loss_scaler: LossScaler | None = None
 
 

@@ -31,6 +31,8 @@ PARAMETERS = {  # in model order; without the frozen one and the second name of 
     "single": (1,),
     "fused": (12, 4),  # three tensors in one parameter
 }
+UNUSED = {7: ("odd", "vector", "single"), 15: ("fused",)}
+"""Parameters that take no part in the loss of some updates: their gradient is zero, not that of the update before."""
 LOGICAL = {"fused": 3}
 SHAPES = {name: shape for name, shape in PARAMETERS.items() if name not in LOGICAL} | {
     f"fused#{part}": (4, 4) for part in range(3)
@@ -176,6 +178,8 @@ def rank_gradient(
 
 
 def _integers(step: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    if name.split("#")[0] in UNUSED.get(step, ()):
+        return np.zeros(SHAPES[name]), np.zeros(SHAPES[name])
     random = np.random.default_rng([step, list(SHAPES).index(name)])
     return 6.0 * random.integers(-6, 7, SHAPES[name]), 6.0 * random.integers(0, 2, SHAPES[name])
 
