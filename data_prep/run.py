@@ -30,7 +30,7 @@ from .plan import Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
 from .quarantine import check_losses
-from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_share, train_tokenizer
+from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import SPECIAL_IDS, Manifest, token_dtype
 from .storage import check_storage
@@ -142,9 +142,9 @@ def prepare_tokenizer(plan: Plan, executor: Executor, progress: RunProgress) -> 
 
 def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) -> None:
     config, work = plan.config, plan.work_path / "sample"
-    share = sample_share(plan.files, config.tokenizer.train.sample_bytes)
+    shares = sample_shares(plan.files, config.tokenizer.train.sample_bytes)
     tasks = [
-        SampleTask(number, segments, str(work), plan.run_hash, config.seed, share, config.cleaning)
+        SampleTask(number, segments, str(work), plan.run_hash, config.seed, shares, config.cleaning)
         for number, segments in enumerate(plan.tasks)
     ]
     with progress.stage("sample", plan.input_bytes, len(tasks)):

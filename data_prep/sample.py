@@ -1,9 +1,10 @@
 """The tokenizer's training text: a keyed uniform sample of the records.
 
-A record is in the sample iff a random number that belongs to it lies under a threshold, so the sample
-depends neither on workers nor on the order of reading, and every record has the same chance. The threshold
-aims a little high (only the size on disk is known beforehand); the records with the smallest numbers are
-then taken up to the size asked for. Lines that are not chosen are not even parsed.
+First blocks of the files are chosen by a random number that belongs to each, then records of these by theirs, so the
+sample depends neither on workers nor on the order of reading, every record has the same chance (times the weight of
+its corpus), and only the chosen blocks are read. Of a file that cannot be read from its middle (gz, bz2, xz) all or
+nothing is. The thresholds aim a little high, as only the size on disk is known beforehand; the records with the
+smallest numbers are then taken up to the size asked for. Lines that are not chosen are not even parsed.
 """
 
 from __future__ import annotations
@@ -17,18 +18,28 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from .clean import make_cleaner
+from .clean import Cleaner, make_cleaner
 from .config import CleaningSection, TrainSection
 from .files import atomic_file, read_json, size_or_none, write_bytes, write_json
 from .keys import philox_words, share_threshold, stream_id
-from .scatter import Segment, clean_texts, new_book, segment_bytes
+from .scatter import Segment, clean_texts, new_book
 from .shards import SPECIAL_IDS
-from .sources import FileChangedError, InputFile, read_batches
+from .sources import COMPRESSION_RATIO, FileChangedError, InputFile, read_batches
 from .tokenizer import Tokenizer, train
 
-# Assumed ratio of compressed files; a fixed guess, so that the sample stays a function of the input alone.
-_COMPRESSION_RATIO = 4
 _HEADROOM = 1.25
+# At least so much text is looked at, and this many times what is asked for, so that it comes from many places.
+_LEAST_READ_BYTES, _READ_FACTOR, _LEAST_UNITS = 4 * 1024**3, 8, 64
+_READ_WHOLE = (".gz", ".bz2", ".xz")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which share of all records is looked at, of all blocks, and of the files that are read whole or not at all."""
+
+    records: float
+    blocks: float
+    files: float
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class SampleTask:
     folder: str
     run_hash: str
     seed: int
-    share: float
+    shares: Shares
     cleaning: CleaningSection
 
 
@@ -54,10 +65,18 @@ class TrainTask:
     output_folder: str
 
 
-def sample_share(files: Sequence[InputFile], sample_bytes: int) -> float:
-    """The share of records to look at so that about `sample_bytes` of text come together, 1 for all."""
-    text_bytes = sum(file.size_bytes * (_COMPRESSION_RATIO if file.compression else 1) for file in files)
-    return min(1.0, _HEADROOM * sample_bytes / max(1, text_bytes))
+def sample_shares(files: Sequence[InputFile], sample_bytes: int) -> Shares:
+    """The shares with which about `sample_bytes` of text come together."""
+    # A fixed guess at compressed sizes: what somebody found out about a file's inside must not change the sample.
+    sizes = [file.size_bytes * (COMPRESSION_RATIO if file.compression else 1) for file in files]
+    text_bytes = max(1, sum(sizes))
+    blocks = min(1.0, max(_READ_FACTOR * sample_bytes, _LEAST_READ_BYTES) / text_bytes)
+    whole = sum(file.compression in _READ_WHOLE for file in files)
+    return Shares(
+        records=min(1.0, _HEADROOM * sample_bytes / text_bytes),
+        blocks=blocks,
+        files=min(1.0, max(blocks, _LEAST_UNITS / whole)) if whole else 1.0,
+    )
 
 
 def sample_path(folder: str | Path, number: int) -> Path:
@@ -95,9 +114,10 @@ def _collect_sample(task: SampleTask) -> dict[str, Any]:
         zstandard.ZstdCompressor(level=1).stream_writer(file, closefd=False) as stream,
     ):
         for segment in task.segments:
-            for line in _sampled_lines(task, segment, clean, book):
-                stream.write(line)
-            read += segment_bytes(segment)
+            for first, stop in chosen_blocks(task.seed, segment, task.shares):
+                for line in _sampled_lines(task, segment, (first, stop), clean, book):
+                    stream.write(line)
+                read += segment.input.disk_bytes(first, stop)
     lost = book["dropped"] + book["quarantined"]
     result = {
         "run": task.run_hash,
@@ -110,18 +130,49 @@ def _collect_sample(task: SampleTask) -> dict[str, Any]:
     return result
 
 
-def _sampled_lines(task: SampleTask, segment: Segment, clean: Any, book: dict[str, Any]) -> Iterator[bytes]:
+def chosen_blocks(seed: int, segment: Segment, shares: Shares) -> Iterator[tuple[int, int | None]]:
+    """The blocks of a segment to read, as ranges [first, stop); (0, None) for all of a file that is read whole."""
     file = segment.input
-    for batch in read_batches(file, segment.first_block, segment.stop_block, task.cleaning.max_record_bytes):
+    if file.compression in _READ_WHOLE:
+        if _is_chosen(seed, segment, "file", shares.files):
+            yield 0, None
+    elif segment.stop_block is None:
+        yield (
+            segment.first_block,
+            None,
+        )  # a zst file that has to be read through: block after block is looked at
+    else:
+        for block in range(segment.first_block, segment.stop_block):
+            if _is_chosen(seed, segment, block, shares.blocks):
+                yield block, block + 1
+
+
+def _is_chosen(seed: int, segment: Segment, unit: int | str, share: float) -> bool:
+    stream = stream_id("tokenizer-blocks", segment.corpus_name, segment.input.relative, unit)
+    return share >= 1 or int(philox_words(seed, stream, 0, 1)[0]) < share_threshold(share)
+
+
+def _sampled_lines(
+    task: SampleTask, segment: Segment, blocks: tuple[int, int | None], clean: Cleaner, book: dict[str, Any]
+) -> Iterator[bytes]:
+    file = segment.input
+    by_file = file.compression in _READ_WHOLE
+    unit = task.shares.files if by_file else task.shares.blocks
+    share = min(1.0, task.shares.records * segment.weight / unit)
+    for batch in read_batches(file, *blocks, task.cleaning.max_record_bytes):
+        if not by_file and not _is_chosen(task.seed, segment, batch.block, unit):
+            continue
         stream = stream_id("tokenizer-sample", segment.corpus_name, file.relative, batch.block)
         numbers = philox_words(task.seed, stream, batch.first_record, len(batch.lines))
         chosen = np.arange(len(numbers))
-        if task.share < 1:
-            chosen = np.flatnonzero(numbers < np.uint64(share_threshold(task.share)))
+        if share < 1:
+            chosen = np.flatnonzero(numbers < np.uint64(share_threshold(share)))
         texts, records = clean_texts(segment, batch, chosen, clean, book)
         book["written"] += len(texts)
         for text, record in zip(texts, records, strict=True):
-            entry = [int(numbers[record - batch.first_record]), segment.file, batch.block, record, text]
+            # On one scale for all files: where fewer units are chosen, or a corpus weighs more, records come sooner.
+            number = float(numbers[record - batch.first_record]) * unit / segment.weight
+            entry = [number, segment.file, batch.block, record, text]
             yield (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
 
