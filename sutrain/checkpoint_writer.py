@@ -190,12 +190,13 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned
     digest, size = xxhash.xxh3_128(), 0
+    parts = [
+        memoryview(len(text).to_bytes(8, "little") + text),
+        *(_bytes(values) for values in tensors.values()),
+    ]
     try:
         with file.open("wb") as handle:
-            for part in (
-                len(text).to_bytes(8, "little") + text,
-                *(_bytes(values) for values in tensors.values()),
-            ):
+            for part in parts:
                 for start in range(0, len(part), _CHUNK_BYTES):
                     chunk = part[start : start + _CHUNK_BYTES]
                     handle.write(chunk)
@@ -273,7 +274,7 @@ def _written_at(folder: Path) -> float:
 def _bytes(values: torch.Tensor) -> memoryview:
     if not values.nbytes:
         return memoryview(b"")
-    return memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+    return values.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _say_failed(file: Path, error: BaseException) -> None:

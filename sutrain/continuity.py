@@ -21,6 +21,7 @@ from data_prep.shards import Manifest
 from sutrain import checkpoint as checkpoints
 from sutrain.config import Masking
 from sutrain.models.configuration import EncoderConfig
+from sutrain.optim import FragmentMap
 
 # The longest prefix of a key decides. A key that is not listed is fixed: what nobody thought about is not safe to
 # change.
@@ -120,6 +121,13 @@ def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         return
     for key, value in items:
         yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def begin_from(source: Path, fragments: FragmentMap) -> None:
+    """Give a new run the weights of an older one. Collective; raises ConfigError as initial_weights does."""
+    for name, values in initial_weights(source, fragments.shapes).items():
+        fragments.load_master(name, 0, values)
+    fragments.refresh_model_weights()
 
 
 def initial_weights(source: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

@@ -106,6 +106,10 @@ class Samples:
         return self._rows.reader
 
     @property
+    def manifests(self) -> list[Manifest]:
+        return [self.manifest]
+
+    @property
     def rows_per_epoch(self) -> int:
         return len(self.reader)
 
@@ -139,8 +143,14 @@ class Samples:
 
     def read(self, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """(tokens, word starts or None, document numbers) of samples [first_sample, first_sample + count), [N, L]."""
-        # Consecutive stretches of the sorted numbers are read in one go.
         numbers = self.row_numbers(first_sample, count)
+        if count and (np.diff(numbers) == 1).all():  # as in all of epoch 0
+            rows = self.reader.rows(int(numbers[0]), int(numbers[-1]) + 1)
+            words_NL, document_NL = rows.word_start_NL, rows.document_NL.astype(np.int64)
+            if words_NL is None and self.vocabulary is not None:
+                words_NL = self.vocabulary.starts(rows.tokens_NL)
+            return rows.tokens_NL, words_NL, document_NL
+        # Consecutive stretches of the sorted numbers are read in one go.
         ascending = np.argsort(numbers, kind="stable")
         ordered = numbers[ascending]
         cuts = np.flatnonzero(np.diff(ordered) != 1) + 1
@@ -170,6 +180,10 @@ class MixedSamples:
                         f"{other.directory}: {name} differs from {self.manifest.directory}; prepare both with one "
                         "tokenizer and one row length"
                     )
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        return [corpus.manifest for corpus in self.corpora]
 
     @property
     def rows_per_epoch(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import importlib.metadata
@@ -14,8 +15,9 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from data_prep.config_file import ConfigError
+from data_prep.config_file import ConfigError, field_help, load_config, split_arguments
 from data_prep.shards import Manifest
+from sutrain.config import PretrainConfig
 from sutrain.models.configuration import EncoderConfig
 
 EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
@@ -56,6 +58,27 @@ def local_device() -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // local_ranks))
     return torch.device("cpu")
+
+
+def parse_arguments(arguments: list[str]) -> PretrainConfig:
+    """The configuration a command line asks for; exits with one line a mistake when it is wrong."""
+    overrides, rest = split_arguments(arguments, PretrainConfig)
+    parser = argparse.ArgumentParser(
+        prog="deepspeed --num_gpus N sutrain/pretrain.py",
+        description="Pretrain an encoder on prepared shards. Started again, a run goes on from its last checkpoint.",
+        epilog="every key of the configuration can be set with --section.key=value:\n"
+        + field_help(PretrainConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", required=True, type=Path, help="YAML file, such as configs/pretrain/demo.yaml"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    options = parser.parse_args(rest)
+    try:
+        return load_config(PretrainConfig, options.config, overrides)
+    except ConfigError as error:
+        stop(str(error))
 
 
 def join_alone() -> None:
@@ -121,6 +144,8 @@ def environment(world_size: int) -> dict[str, Any]:
 def explain(error: BaseException) -> str | None:
     """One line with a way out for failures of the machine that a user can mend; None for all others."""
     text = " ".join(str(error).split())
+    if isinstance(error, TimeoutError) and not error.errno:  # our own: a message, not a number of the system
+        return text
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
         return f"out of memory: {text[:200]}; lower batch.micro_sequences (the global batch stays as it is)"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -41,7 +41,7 @@ class PreflightError(ValueError):
     """Something that a user has to mend; one line for each finding, the same on every rank."""
 
 
-class PreflightTimeoutError(RuntimeError):
+class PreflightTimeoutError(TimeoutError):
     """A rank did not come, or a collective did not end in time: the network, or a host that is down."""
 
 
