@@ -88,7 +88,8 @@ def write_shards(folder: Path, rows: int) -> np.ndarray:
     known = {
         "seed": 0, "row_tokens": L, "block_rows": BLOCK, "vocab_size": V, "special_ids": SPECIAL_IDS, "has_words": True,
         "tokenizer": {}, "token_counts": {"file": "token_counts.bin", "xxh3": xxhash.xxh3_128_hexdigest(counts)},
-        "splits": splits, "sources": [{"name": "random"}], "files": [], "records": {}, "config": {"shards": {}}, "tools": {},
+        "splits": splits, "sources": [{"name": "random"}], "files": [], "records": {}, "tools": {},
+        "config": {"shards": {}},
     }  # fmt: skip
     manifest = Manifest(**known)
     (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
