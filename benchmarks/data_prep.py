@@ -5,13 +5,15 @@ real and repeated (benchmarks/data_prep_text.py); 2 workers with 0.25 GB each; e
 start until its output is on disk (fsync). Sides alternate, and ratios are medians over the rounds, so that both meet
 the same machine. `cpu_` results are the same ratios in core seconds, which other load on the machine blurs less.
 
-Peers: `--terashuf=PATH` is its binary, built from github.com/alexandres/terashuf; `--datatrove=PATH` the Python of an
-environment with datatrove[io,processing]; what is not given, or not asked for with `--only`, is not measured.
+Peers: `--terashuf=PATH` is its binary, built from github.com/alexandres/terashuf; `--peers=PATH` the Python of an
+environment with datatrove[io,processing], ray[data] and sentencepiece; what is not given, or not asked for with
+`--only`, is not measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from data_prep.tokenizer import train
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks/results/data_prep.json"
 PEERS = str(ROOT / "benchmarks/data_prep_peers.py")
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
 WORKER_BYTES = 250_000_000
 GOALS = {
     "shuffle_vs_terashuf": 2.0,
@@ -93,7 +97,9 @@ class Bench:
         output = self.folder / f"out-{name}"
         tree: dict[str, Any] = {
             "output_dir": str(output),
-            "corpora": [{"name": "text", "paths": [str(text)]}],
+            "corpora": [
+                {"name": "text", "paths": [str(text)], "format": "jsonl" if text.is_dir() else "txt"}
+            ],
             "words": {"segmenter": "none"},
             "resources": {"workers": 2, "worker_memory_bytes": WORKER_BYTES, "log_seconds": 600},
         }
@@ -165,8 +171,12 @@ def measured(
             os.fsync(target.fileno())
     if result.returncode:
         sys.exit(f"{' '.join(command)}\n{result.stderr.decode()[-2000:]}")
+    seconds = time.perf_counter() - started
+    with suppress(ChildProcessError):  # orphans of the command come to us, and their time with them
+        while os.waitpid(-1, 0):
+            pass
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def terashuf(bench: Bench, text: Path) -> Callable[[], tuple[float, float]]:
@@ -195,7 +205,7 @@ def against_terashuf(bench: Bench, text: Path, names: tuple[str, ...], tag: str)
 
 def against_ray(bench: Bench, text: Path) -> None:
     output = bench.folder / "out-ray"
-    command = [sys.executable, PEERS, "ray", str(text), str(output), str(2 * WORKER_BYTES)]
+    command = [bench.options.peers, PEERS, "ray", str(text), str(output), str(2 * WORKER_BYTES)]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     sides = {
@@ -242,7 +252,7 @@ def against_datatrove(bench: Bench) -> None:
     with text.open() as lines, (source / "0.jsonl").open("w") as one, (source / "1.jsonl").open("w") as two:
         for number, line in enumerate(lines):
             print(json.dumps({"text": line.rstrip("\n")}, ensure_ascii=False), file=(one, two)[number % 2])
-    python = bench.options.datatrove
+    python = bench.options.peers
     subprocess.run([python, PEERS, "hf-tokenizer", str(model), str(tokenizer)], check=True)
     command = [python, PEERS, "datatrove", str(source), str(bench.folder / "out-datatrove"), str(tokenizer)]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
@@ -287,6 +297,7 @@ def resume(bench: Bench) -> None:
 
 
 def main() -> None:
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -298,12 +309,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default="build/benchmarks/data_prep")
     parser.add_argument("--only", nargs="*", choices=GROUPS, default=list(GROUPS))
-    for name in ("terashuf", "datatrove", "english", "chinese"):
+    for name in ("terashuf", "peers", "english", "chinese"):
         parser.add_argument(f"--{name}")
     options = parser.parse_args()
     options.pipeline_size = options.pipeline_size or options.size / 4
     options.growth = options.growth or options.size / 4
-    options.dedup = {}
+    options.dedup = {"deduplication": {"method": "exact"}}
     bench = Bench(options)
     long_lines = bench.text("english", 700, options.size)
     steps: dict[str, Callable[[], None]] = {
@@ -320,10 +331,9 @@ def main() -> None:
         "resume": lambda: resume(bench),
     }
     for name in options.only:
-        if (name in ("terashuf", "short") and not options.terashuf) or (
-            name == "datatrove" and not options.datatrove
-        ):
-            print(f"{name}: not measured, no --{'datatrove' if name == 'datatrove' else 'terashuf'}")
+        needed = {"terashuf": "terashuf", "short": "terashuf", "ray": "peers", "datatrove": "peers"}.get(name)
+        if needed and not getattr(options, needed):
+            print(f"{name}: not measured, no --{needed}")
             continue
         print(f"{name}:", flush=True)
         steps[name]()

@@ -25,11 +25,13 @@ _MARKUP = re.compile(r"<(script|style)[^>]*>.*?</\1>|<[^>]+>", re.DOTALL | re.IG
 _REAL_BYTES = 150_000_000  # of real text, before it is repeated
 
 
-def make_file(path: Path, language: str, line_bytes: int, size_bytes: int, source: Path | None, cache: Path) -> None:
+def make_file(
+    path: Path, language: str, line_bytes: int, size_bytes: int, source: Path | None, cache: Path
+) -> None:
     """Write about `size_bytes` of lines of about `line_bytes` to `path`, unless a file of that size is there."""
     if path.exists() and path.stat().st_size >= size_bytes:
         return
-    words = _words(language, source, cache)
+    words = _words(language, source, cache, min(size_bytes, _REAL_BYTES))
     with path.open("wb") as file:
         written = repetition = 0
         while written < size_bytes:
@@ -54,14 +56,14 @@ def _lines(words: list[bytes], line_bytes: int, repetition: int) -> Iterator[byt
             line, length = [], 0
 
 
-def _words(language: str, source: Path | None, cache: Path) -> list[bytes]:
+def _words(language: str, source: Path | None, cache: Path, wanted_bytes: int) -> list[bytes]:
     found: list[bytes] = []
     size = 0
     for text in _texts(language, source, cache):
         data = text.encode()
         found += data.split()
         size += len(data)
-        if size >= _REAL_BYTES:
+        if size >= wanted_bytes:
             break
     if size < 1_000_000:
         sys.exit(f"only {size} bytes of {language} text found; name some with --{language}=PATH")
