@@ -28,7 +28,7 @@ from sutrain.optim import FragmentMap
 MAY_CHANGE = (
     "run_dir", "steps", "precision", "gradient_precision", "data", "batch", "optimizer", "schedule",
     "zero", "evaluation", "checkpoint", "monitor", "model.hidden_dropout", "model.attention_dropout", "accept_changes",
-    "init_from", "start_timeout_seconds", "acting", "loss_scale",
+    "init_from", "start_timeout_seconds", "acting", "loss_scale", "memory",
 )  # fmt: skip
 FIXED = ("model", "optimizer.name", "data.weight", "data.others.weight")
 """Never: the state would not fit, or no longer mean the same. `init_from` begins a new schedule from the weights."""
