@@ -27,7 +27,7 @@ from .plan import differences
 from .progress import RunProgress
 from .shards import SPECIAL_IDS, Block, Manifest, ShardEntry, ShardError, ShardReader
 from .text import verify_text
-from .tokenizer import Tokenizer, read_model
+from .tokenizer import make_tokenizer, read_model
 
 _READ_BYTES = 4 * 1024**2
 _CHECK_TOKENS = 4 * 1024**2
@@ -109,7 +109,7 @@ def verify_shard(task: VerifyTask) -> dict[str, Any]:
         _check_file(reader, entry)
         counts = np.zeros(manifest.vocab_size, dtype=np.int64)
         content = xxhash.xxh3_128()
-        check = _DocumentCheck(reader.path)
+        check = _DocumentCheck(reader.path, manifest.special_ids)
         for block in _blocks(reader, content):
             check.add(block)
             result["rows"] += len(block.tokens_NL)
@@ -165,7 +165,8 @@ def _check_file(reader: ShardReader, entry: ShardEntry) -> None:
 class _DocumentCheck:
     """Checks that pieces tile the rows, and puts the documents together again, across rows and blocks."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, special_ids: dict[str, int]) -> None:
+        self._special_ids = special_ids
         self.documents = self.tokens = self.sum = 0
         self._path = path
         self._tokens: list[np.ndarray] = []
@@ -218,8 +219,8 @@ class _DocumentCheck:
             self._tokens, self._pieces, self._held = [kept_tokens], [kept_pieces], len(kept_tokens)
         starts = begins[firsts]
         stops = np.append(starts[1:], len(tokens))
-        if np.any(tokens[starts] != SPECIAL_IDS["[CLS]"]) or np.any(
-            tokens[stops - 1] != SPECIAL_IDS["[SEP]"]
+        if np.any(tokens[starts] != self._special_ids["[CLS]"]) or np.any(
+            tokens[stops - 1] != self._special_ids["[SEP]"]
         ):
             raise ShardError(f"{self._path}: a document does not begin with [CLS] and end with [SEP]")
         self.documents += len(firsts)
@@ -228,7 +229,8 @@ class _DocumentCheck:
 
 
 def _check_tokenizer(manifest: Manifest) -> list[str]:
-    tokenizer = Tokenizer(read_model(place(manifest.directory) / manifest.tokenizer["file"]))
+    name = manifest.tokenizer["file"]
+    tokenizer = make_tokenizer(read_model(place(manifest.directory) / name), name)
     if tokenizer.sha256 == manifest.tokenizer["sha256"]:
         return []
     return [f"{manifest.tokenizer['file']}: not the model of the manifest (sha256 differs)"]

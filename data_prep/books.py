@@ -78,7 +78,7 @@ def close_books(
         row_tokens=config.shards.row_tokens,
         block_rows=max(1, config.shards.block_bytes // row_bytes),
         vocab_size=tokenizer["vocab_size"],
-        special_ids=SPECIAL_IDS,
+        special_ids=tokenizer.get("special_ids", SPECIAL_IDS),
         has_words=config.words.segmenter != "none" and tokenizer["vocab_size"] > 0,
         tokenizer={"file": tokenizer["file"], "sha256": tokenizer["sha256"]},
         token_counts={"file": "token_counts.bin", "xxh3": xxhash.xxh3_128_hexdigest(data)},

@@ -167,7 +167,13 @@ class TokenizerSection(Section):
     """Train a sentencepiece model, or load one."""
 
     load: str | None = Field(
-        default=None, description="sentencepiece .model file to use instead of training one"
+        default=None,
+        description="sentencepiece .model file, or BERT vocab.txt, to use instead of training a model",
+    )
+    adopt: bool = Field(
+        default=False,
+        description="load somebody else's sentencepiece model: its pieces and scores with our special pieces in front "
+        "(ids shift), without its own normalisation, dummy prefix and byte pieces",
     )
     train: TrainSection = TrainSection()
 

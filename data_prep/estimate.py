@@ -25,7 +25,7 @@ from .plan import Plan, choose_codec
 from .scatter import Segment, clean_texts, new_book
 from .shards import token_dtype
 from .sources import read_batches
-from .tokenizer import Tokenizer
+from .tokenizer import AnyTokenizer
 
 _PROBED_FILES, _PROBED_BYTES = 8, 256 * 1024
 _UNTRAINED_BYTES_PER_SECOND, _UNTRAINED_TOKEN_SHARE = (
@@ -70,7 +70,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(plan: Plan, tokenizer: Tokenizer | None, workers: int | None = None) -> Estimate:
+def estimate(plan: Plan, tokenizer: AnyTokenizer | None, workers: int | None = None) -> Estimate:
     """Probe the corpus and the disk. `tokenizer` is None where it is still to be trained, or text is moved."""
     config = plan.config
     workers = workers or config.resources.workers or usable_cores()
@@ -143,7 +143,7 @@ def refuse_too_little_memory(plan: Plan, found: Estimate) -> None:
         )
 
 
-def _probe(plan: Plan, tokenizer: Tokenizer | None, text: bool) -> dict[str, float]:
+def _probe(plan: Plan, tokenizer: AnyTokenizer | None, text: bool) -> dict[str, float]:
     """Bytes and seconds of the first records of some files, through everything that pass 1 does with them."""
     found = dict.fromkeys(("bytes", "kept_bytes", "clean_seconds", "encode_seconds"), 0.0)
     clean = make_cleaner(plan.config.cleaning)

@@ -27,6 +27,7 @@ _FILES = (
     "progress.json",
     "metrics.prom",
     "tokenizer/tokenizer.model",
+    "tokenizer/vocab.txt",
     "tokenizer/tokenizer.json",
 )
 _SHARD = re.compile(r"shard-\d{6,}\.(tar|index\.json)|part-\d{6,}\.txt(\.zst)?")

@@ -23,7 +23,7 @@ from .config import DEFAULT_WORK, PrepareConfig
 from .errors import DataPrepError
 from .executor import usable_cores
 from .inputs import list_corpus, search_root
-from .places import is_remote
+from .places import is_remote, place
 from .scatter import Segment, segment_bytes
 from .shards import FORMAT_VERSION
 from .sources import BLOCK_BYTES, InputFile
@@ -76,7 +76,7 @@ class Plan:
         """Everything that the content of the output, and finished parts of it, depend on."""
         content = self.config.content()
         if self.config.tokenizer.load:
-            model = read_model(Path(self.config.tokenizer.load).expanduser())
+            model = read_model(place(self.config.tokenizer.load))
             content["tokenizer"]["sha256"] = hashlib.sha256(model).hexdigest()
         if self.config.cleaning.functions:
             sources = {path: function_identity(path) for path in self.config.cleaning.functions}
@@ -203,10 +203,10 @@ def _overlaps(config: PrepareConfig, files: list[InputFile]) -> list[str]:
         inputs.append(str(Path(config.tokenizer.load).expanduser()))
     places = {"output_dir": output} | ({"work_dir": work} if config.work_dir else {})
     problems = []
-    for key, place in places.items():
-        hit = next((path for path in inputs if _touch(place, path)), None)
+    for key, folder in places.items():
+        hit = next((path for path in inputs if _touch(folder, path)), None)
         if hit:
-            problems.append(f"{key}: {place} and the input {hit} lie in one another; take a folder apart")
+            problems.append(f"{key}: {folder} and the input {hit} lie in one another; take a folder apart")
     near = not is_remote(config.output_dir)
     if near and _touch(output, work) and work != output / DEFAULT_WORK:
         problems.append(f"work_dir: {work} and output_dir {output} lie in one another; take a folder apart")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .account import account, compared
+from .adopt import adopt
 from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_merges, run_missing
 from .books import close_books, describe_run, merge_books, write_quarantine
 from .config import PrepareConfig, records_bytes
@@ -25,17 +26,18 @@ from .gather import GatherTask, finished_gather, gather
 from .lease import owned
 from .merge import SpillSet
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
-from .places import is_remote
+from .places import is_remote, place
 from .plan import Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
 from .quarantine import check_losses
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
-from .shards import SPECIAL_IDS, Manifest, token_dtype
+from .shards import Manifest, token_dtype
 from .storage import check_storage
 from .text import leaves_text_alone
-from .tokenizer import Tokenizer, load_tokenizer, read_model
+from .tokenizer import AnyTokenizer, load_tokenizer, make_tokenizer, read_model
+from .wordpiece import WordPieceTokenizer
 
 
 def run(
@@ -124,14 +126,19 @@ def prepare_tokenizer(plan: Plan, executor: Executor, progress: RunProgress) -> 
     folder = config.output_path / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         if config.tokenizer.load:
-            model = read_model(Path(config.tokenizer.load).expanduser())
-            tokenizer = Tokenizer(model, config.tokenizer.load)
-            write_bytes(folder / "tokenizer.model", model)
+            origin: dict[str, Any] = {}
+            model = read_model(place(config.tokenizer.load))
+            if config.tokenizer.adopt:
+                model, origin = adopt(model, config.tokenizer.load)
+            tokenizer = make_tokenizer(model, config.tokenizer.load)
+            name = "vocab.txt" if isinstance(tokenizer, WordPieceTokenizer) else "tokenizer.model"
+            write_bytes(folder / name, model)
             description = {
-                "file": "tokenizer/tokenizer.model",
+                "file": f"tokenizer/{name}",
                 "sha256": tokenizer.sha256,
                 "vocab_size": tokenizer.vocab_size,
-                "special_ids": SPECIAL_IDS,
+                "special_ids": tokenizer.special_ids,
+                **origin,
             }
             write_json(folder / "tokenizer.json", description)
         else:
@@ -215,7 +222,7 @@ def run_scatter(
     return sorted(results, key=lambda result: result["task"])
 
 
-def _loaded(plan: Plan, tokenizer: dict[str, Any]) -> Tokenizer | None:
+def _loaded(plan: Plan, tokenizer: dict[str, Any]) -> AnyTokenizer | None:
     if not tokenizer["file"]:
         return None
     return load_tokenizer(str(plan.config.output_path / tokenizer["file"]), tokenizer["sha256"])

@@ -27,11 +27,11 @@ from .fingerprint import document_sum, line_sum
 from .keys import philox_words, share_threshold, stream_id, stripe_words
 from .measure import TaskMeter, boot_id
 from .quarantine import quarantine_line
-from .shards import SPECIAL_IDS, SPLITS, token_dtype
+from .shards import SPLITS, token_dtype
 from .sources import FileChangedError, InputFile, RawBatch, parse, read_batches
 from .spill import ORIGIN, Records, SpillWriter, index_path, spill_path
 from .text import is_plain_text, read_lines, text_records
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import AnyTokenizer, load_tokenizer
 from .words import word_start_characters
 
 _ENCODE_BYTES = 1024**2
@@ -240,7 +240,7 @@ def record_keys(
 def _segment_records(
     task: ScatterTask,
     segment: Segment,
-    tokenizer: Tokenizer | None,
+    tokenizer: AnyTokenizer | None,
     book: dict[str, Any],
     quarantine: BinaryIO,
     hashes: HashWriter | None = None,
@@ -317,7 +317,7 @@ def tokenise(
     file: int,
     block: int,
     records: np.ndarray,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     segmenter: str,
 ) -> Records:
     """Tokenise texts of one block into [CLS] … [SEP] documents with word starts.
@@ -331,8 +331,8 @@ def tokenise(
     inner[stops - document_lengths] = False
     inner[stops - 1] = False
     tokens = np.empty(len(inner), dtype=token_dtype(tokenizer.vocab_size))
-    tokens[stops - document_lengths] = SPECIAL_IDS["[CLS]"]
-    tokens[stops - 1] = SPECIAL_IDS["[SEP]"]
+    tokens[stops - document_lengths] = tokenizer.special_ids["[CLS]"]
+    tokens[stops - 1] = tokenizer.special_ids["[SEP]"]
     tokens[inner] = ids
     words = None
     if starts is not None:
@@ -350,7 +350,7 @@ def tokenise(
 
 
 def _encode(
-    texts: list[str], tokenizer: Tokenizer, segmenter: str, where: str, records: np.ndarray
+    texts: list[str], tokenizer: AnyTokenizer, segmenter: str, where: str, records: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Ids of all texts in a row, ids of each text, and for each id whether a word starts there (None without a
     segmenter). Long texts are encoded part by part: what an encoder needs grows with its text.

@@ -22,6 +22,7 @@ from sentencepiece import sentencepiece_model_pb2
 from .config import TrainSection
 from .errors import DataPrepError
 from .shards import SPECIAL_IDS
+from .wordpiece import WordPieceTokenizer
 
 _ModelProto: Any = vars(sentencepiece_model_pb2)["ModelProto"]  # made at import, unknown to type checkers
 # sentencepiece leaves out sentences longer than this, so longer ones are cut before.
@@ -44,16 +45,19 @@ class Tokenizer:
             raise DataPrepError(f"{name}: not a sentencepiece model ({error})") from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
+        self.special_ids = SPECIAL_IDS
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
         changes = changes_of_text(model)
         found = {piece: i for i, piece in enumerate(pieces[: len(SPECIAL_IDS)])}
         if found != SPECIAL_IDS:
             raise DataPrepError(
-                f"{name}: the first pieces must be {SPECIAL_IDS}, found {found}; train it with data_prep"
+                f"{name}: the first pieces must be {SPECIAL_IDS}, found {found}; train it with data_prep, or take "
+                "over its pieces with tokenizer.adopt=true"
             )
         if changes:
             raise DataPrepError(
-                f"{name}: the model changes text or its characters ({', '.join(changes)}); train it with data_prep"
+                f"{name}: the model changes text or its characters ({', '.join(changes)}); train it with data_prep, "
+                "or take over its pieces with tokenizer.adopt=true"
             )
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
         self._unknown_id = SPECIAL_IDS["[UNK]"]
@@ -110,10 +114,18 @@ def changes_of_text(serialized: bytes) -> list[str]:
     return [setting for setting, present in findings.items() if present]
 
 
+AnyTokenizer = Tokenizer | WordPieceTokenizer
+
+
+def make_tokenizer(data: bytes, name: str) -> AnyTokenizer:
+    """The tokenizer of a file's content: of a BERT vocabulary where the name ends with .txt, else sentencepiece."""
+    return WordPieceTokenizer(data, name) if name.endswith(".txt") else Tokenizer(data, name)
+
+
 @lru_cache(maxsize=1)
-def load_tokenizer(path: str, sha256: str) -> Tokenizer:
+def load_tokenizer(path: str, sha256: str) -> AnyTokenizer:
     """Read a model file, once per process. Raises DataPrepError when it is not the file with this hash."""
-    tokenizer = Tokenizer(read_model(Path(path)), path)
+    tokenizer = make_tokenizer(read_model(Path(path)), path)
     if tokenizer.sha256 != sha256:
         raise DataPrepError(
             f"{path}: the tokenizer is not the one this run began with (sha256 {tokenizer.sha256[:12]}…, "
