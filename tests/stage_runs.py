@@ -24,6 +24,10 @@ RUNS = {  # name: (what differs in its configuration, the run that it goes on fr
     "stage2_fp32_offload": ({"precision": "fp32", "zero": {"stage": 2, "offload": True}}, None),
     "stage3_fp32": ({"precision": "fp32", "zero": TINY_STAGE_3}, None),
     "stage3_fp32_resumed": ({"precision": "fp32", "zero": TINY_STAGE_3}, "stage3_fp32"),
+    "stage3_fp32_recomputed": (
+        {"precision": "fp32", "zero": TINY_STAGE_3, "memory": {"activation_mib": 0.3}, "steps": 4},
+        None,
+    ),
     "stage1_to_stage3": ({"precision": "fp32", "zero": TINY_STAGE_3}, "stage1_fp32"),
     "stage1_bf16": ({"precision": "bf16"}, None),
     "stage3_bf16": ({"precision": "bf16", "zero": {"stage": 3}}, None),

@@ -38,7 +38,7 @@ def runs(dataset, tmp_path_factory):
         command = [sys.executable, str(ROOT / "tests/stage_runs.py"), str(folder), *ports]
         streams = {"stdout": log, "stderr": subprocess.STDOUT}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, **streams))
-    codes = wait_for_all(processes, seconds=300)
+    codes = wait_for_all(processes, seconds=900)
     assert codes == [0, 0], "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in range(2))
     return folder
 
@@ -73,6 +73,13 @@ def test_every_stage_computes_the_same_in_fp32(runs, name):
     for tensor, found in checkpoint(runs, name).full_weights().items():
         difference = (found - expected[tensor]).abs().max() / expected[tensor].abs().max()
         assert difference < 1e-4, (tensor, float(difference))
+
+
+def test_recomputed_layers_bring_their_weights_together_once_more(runs):
+    """… and draw the learning rate of a shorter run, so that only the first losses can be compared."""
+    assert "layers computed again" in (runs / "rank0.log").read_text()
+    ours, theirs = losses(runs, "stage3_fp32_recomputed"), losses(runs, "stage1_fp32")
+    assert ours[:2] == pytest.approx(theirs[:2], rel=SAME_NUMBERS)
 
 
 def test_probes_see_the_same_model_whatever_the_stage(runs):
@@ -133,3 +140,12 @@ def test_a_resumed_run_in_fp16_is_the_uninterrupted_one(runs):
     assert [resumed[s]["loss_scale"] for s in resumed] == [
         steps(runs, "stage3_fp16")[s]["loss_scale"] for s in resumed
     ]
+
+
+def test_the_map_of_a_run_can_be_printed(runs):
+    command = [sys.executable, "sutrain/show_fragments.py", "--config", str(runs / "stage3_fp32.yaml")]
+    command += [f"--run_dir={runs / 'shown'}"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "encoder.embeddings.token.weight                  320x32               0..10240" in result.stdout
+    assert "26688 of 26688 elements in 14 tensors, 0 padding (rank 0 of 1)" in result.stdout

@@ -27,6 +27,13 @@ def _verify_coverage(fragments: FragmentMap) -> None:
     problems = []
     if len({tensor for tensor, _, _ in rows}) != len(rows):
         problems.append(f"rank {fragments.rank} owns several fragments of one tensor; expected one at most")
+    for fragment in fragments.fragments:
+        end = fragment.start + fragment.length
+        if fragment.start < 0 or end > fragment.buffer.numel():
+            problems.append(
+                f"{fragment.name}: found at {fragment.start}..{end} of a slice of {fragment.buffer.numel()} elements"
+            )
+    if problems:  # of this rank alone: to the others its fragments are missing, so that all of them raise
         rows = []
     if rows:
         local[: len(rows)] = torch.tensor(rows)

@@ -58,7 +58,7 @@ def results(tmp_path_factory):
             log = (output / f"world{world_size}.rank{rank}.log").open("w")
             command = [sys.executable, HERE / "zero_worker.py", str(rank), str(world_size), str(port), output]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        codes = wait_for_all(processes, seconds=400)
+        codes = wait_for_all(processes, seconds=900)
         logs = "\n".join(
             (output / f"world{world_size}.rank{r}.log").read_text()[-3000:] for r in range(world_size)
         )
@@ -291,7 +291,10 @@ def test_wrong_maps_and_engines_are_refused(results, world_size):
         about = {key.removeprefix(f"{engine} "): text for key, text in said.items() if key.startswith(engine)}
         assert about["hole"].endswith("fused: elements 47..48 belong to no rank")
         assert "elements" in about["overlap"] or "several fragments" in about["overlap"]
-        assert "is not where the map has it" in about["shift"]
+        outside = engine == "stage3_bf16" and world_size == 1  # where its slice has nothing behind it
+        assert ("embedding: found at 1..61 of" if outside else "is not where the map has it") in about[
+            "shift"
+        ]
         assert about["restored"] == "True"
         assert "state_by_name()" in about["state_dict"]
     assert "gradient_clipping is 1.0" in said["clipping and round robin"]
