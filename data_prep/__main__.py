@@ -7,19 +7,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from . import config as configuration
 from .audit import verify
 from .config_file import field_help, split_arguments
 from .errors import DataPrepError
-from .executor import make_executor, usable_cores
-from .files import free_bytes
+from .executor import make_executor
 from .places import is_remote
-from .plan import Plan, make_plan
+from .plan import make_plan
+from .plan_report import report
 from .progress import RunProgress
 from .run import run
 from .shards import Manifest
@@ -27,7 +25,7 @@ from .shards import Manifest
 _DESCRIPTION = """\
 Turn raw text into globally shuffled, tokenised webdataset shards.
 
-  plan     show the input, the tasks and what disk and memory they need; writes nothing
+  plan     probe input and disk; show tasks, passes, memory, disk and time; leaves nothing behind
   run      prepare the data; started again after a kill it goes on, and gives the same bytes
   verify   read the output again: hashes, tiling, balance of records, exactly-once evidence
 """
@@ -82,58 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(config: configuration.PrepareConfig, options: argparse.Namespace) -> int:
-    plan = make_plan(config)
-    console = Console()
-    console.print(_input_table(plan))
-    workers = config.resources.workers or usable_cores()
-    whole = [file.relative for file in plan.files if file.compression]
-    train = config.tokenizer.train
-    sample_bytes = min(train.sample_bytes, plan.text_bytes)
-    facts = Table("what", "estimate", show_header=False, box=None)
-    for what, value in (
-        ("tasks of pass 1", f"{len(plan.tasks)} for {workers} worker(s)"),
-        ("files that one task reads whole", f"{len(whole)} compressed" if whole else "none"),
-        ("memory", f"{_size(plan.worker_bytes())} a worker, {_size(plan.worker_bytes() * workers)} in all"),
-        (
-            "intermediate disk",
-            f"{_size(plan.spill_bytes)} in {config.work_base}, {_free(config.work_base)} free",
-        ),
-        (
-            "output disk",
-            f"{_size(plan.output_bytes)} in {config.output_path}, {_free(config.output_path)} free",
-        ),
-        (
-            "tokenizer",
-            f"load {config.tokenizer.load}"
-            if config.tokenizer.load
-            else f"train {train.model}, {train.vocab_size:,} pieces, on {_size(sample_bytes)}"
-            f" (about {_size(30 * sample_bytes)} of memory)",
-        ),
-        (
-            "rows",
-            f"{config.shards.row_tokens} tokens, [CLS] document [SEP] one behind the other; shards of "
-            f"{_size(config.shards.target_bytes)} before compression, "
-            f"{config.shards.validation_share:.2%} for validation",
-        ),
-    ):
-        facts.add_row(what, value)
-    console.print(facts)
-    for path in plan.ignored[:5]:
-        console.print(f"ignored: {path} (not a text file of the format)", highlight=False)
-    if len(plan.ignored) > 5:
-        console.print(f"ignored: {len(plan.ignored) - 5} more files")
+    report(make_plan(config), Console(soft_wrap=True))
     return 0
-
-
-def _input_table(plan: Plan) -> Table:
-    table = Table("corpus", "files", "size on disk", "64 MiB blocks", "compressed", title="input")
-    for number, corpus in enumerate(plan.config.corpora):
-        files = [file for file in plan.files if file.corpus == number]
-        blocks = sum(file.blocks or 0 for file in files)
-        compressed = sum(1 for file in files if file.compression)
-        size = sum(file.size_bytes for file in files)
-        table.add_row(corpus.name, f"{len(files):,}", _size(size), f"{blocks:,}", f"{compressed:,}")
-    return table
 
 
 def _run(config: configuration.PrepareConfig, options: argparse.Namespace) -> int:
@@ -166,18 +114,6 @@ def _summarise(manifest: Manifest) -> None:
         f"{records['dropped']:,} dropped + {records['quarantined']:,} quarantined"
     )
     print(f"content {manifest.content_hash} in {manifest.directory}")
-
-
-def _free(path: Path) -> str:
-    return _size(free_bytes(path))
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 1000 or unit == "TB":
-            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
-        number /= 1000
-    raise AssertionError
 
 
 if __name__ == "__main__":

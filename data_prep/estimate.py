@@ -35,6 +35,7 @@ _UNTRAINED_BYTES_PER_SECOND, _UNTRAINED_TOKEN_SHARE = (
 _LZ4_RATIO = 0.95  # of ids; text shrinks more
 _START_SECONDS = 3.0
 _FEW_READS = 2048
+_ORIGIN_BYTES, _PIECE_BYTES = 18, 14  # of a record in a spill file and of a piece in a shard, compressed
 # What writing frames, putting in order, packing and hashing cost beside the probe, in seconds a byte of text.
 _MOVING_SECONDS_PER_BYTE = 4e-9
 _LEAST_WORKER_BYTES = 120 * 1024**2
@@ -76,13 +77,16 @@ def estimate(plan: Plan, tokenizer: AnyTokenizer | None, workers: int | None = N
     workers = workers or config.resources.workers or usable_cores()
     text = config.shards.content == "text"
     probe = _probe(plan, tokenizer, text)
+    row_bytes = config.shards.row_tokens * 2
     disk = write_speed(config.work_base)
     codec = choose_codec(plan, disk)
     kept = probe["kept_bytes"] / max(1, probe["bytes"])
     payload = int(plan.text_bytes * probe["payload_bytes"] / max(1, probe["bytes"]))
     ratios = {"none": 1.0, "lz4": _LZ4_RATIO, "zstd": probe["fast_ratio"]}
-    spill = int(payload * ratios[codec])
+    documents = plan.text_bytes * probe["documents"] / max(1, probe["bytes"])
+    spill = int(payload * ratios[codec] + documents * (12 if text else _ORIGIN_BYTES))
     output = int(payload * (probe["final_ratio"] if not text or config.shards.compress_text else 1))
+    output += 0 if text else int((documents + payload / row_bytes) * _PIECE_BYTES)
     shards = max(1, -(-payload // config.shards.target_bytes))
     runs = max(
         len(plan.tasks),
@@ -145,7 +149,7 @@ def refuse_too_little_memory(plan: Plan, found: Estimate) -> None:
 
 def _probe(plan: Plan, tokenizer: AnyTokenizer | None, text: bool) -> dict[str, float]:
     """Bytes and seconds of the first records of some files, through everything that pass 1 does with them."""
-    found = dict.fromkeys(("bytes", "kept_bytes", "clean_seconds", "encode_seconds"), 0.0)
+    found = dict.fromkeys(("bytes", "documents", "kept_bytes", "clean_seconds", "encode_seconds"), 0.0)
     clean = make_cleaner(plan.config.cleaning)
     payloads: list[bytes] = []
     files = [number for number, file in enumerate(plan.files) if file.size_bytes]
@@ -162,6 +166,7 @@ def _probe(plan: Plan, tokenizer: AnyTokenizer | None, text: bool) -> dict[str, 
                 clean_texts, segment, batch, np.arange(min(count, len(sizes))), clean, new_book()
             )
             found["clean_seconds"] += seconds
+            found["documents"] += len(texts[0])
             found["kept_bytes"] += sum(len(one.encode()) for one in texts[0])
             if text:
                 payloads.append("\n".join(texts[0]).encode())

@@ -75,7 +75,7 @@ class RunProgress:
         self._tasks_done += 1
         self.records.update(records or {})
         if self._bar is not None:
-            self._bar.update(self._bar_task, completed=self._done, note=self._note())
+            self._bar.update(self._bar_task, completed=self._done, note=self._rate_and_note())
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
@@ -101,6 +101,11 @@ class RunProgress:
     def _note(self) -> str:
         lost = self.records["dropped"] + self.records["quarantined"]
         return f"{self.records['written']:,} records, {lost:,} dropped or quarantined" if self.records else ""
+
+    def _rate_and_note(self) -> str:
+        rate = self._done / max(1e-9, time.monotonic() - self._started)
+        scale, unit = (1e6, "MB") if self._unit == "bytes" else (1e3, f"k {self._unit}")
+        return ", ".join(filter(None, (f"{rate / scale:,.1f} {unit}/s", self._note())))
 
     def finish(self) -> None:
         """Leave word that the run has ended well."""
