@@ -151,7 +151,12 @@ class WordMasking:
         words = philox_words(self.seed, stream_id(self.stream), 2 * length * first_sample, 2 * length * rows)
         fate_NL, replacement_NL = np.moveaxis(words.reshape(rows, 2, length), 1, 0)
 
-        special_NL = np.isin(tokens_NL, self.special_ids)
+        first_regular = max(self.special_ids) + 1
+        special_NL = (
+            tokens_NL < first_regular
+        )  # holds all special ids, and others only where the ids have gaps
+        if first_regular > len(self.special_ids):
+            special_NL &= np.isin(tokens_NL, self.special_ids)
         if not self.whole_words or word_start_NL is None:
             begins_NL = np.ones_like(special_NL)
         else:
@@ -171,11 +176,10 @@ class WordMasking:
         hidden_NL = predicted_NL & (uniform_NL < shown_below)
         random_NL = predicted_NL & (uniform_NL >= kept_below)
 
-        first_regular = max(self.special_ids) + 1
         choices = np.uint64(self.vocab_size - first_regular)
-        random_tokens_NL = ((replacement_NL >> np.uint64(32)) * choices >> np.uint64(32)).astype(np.int64)
-        inputs_NL = np.where(random_NL, random_tokens_NL + first_regular, tokens_NL)
-        inputs_NL[hidden_NL] = self.mask_id
+        drawn = (replacement_NL[random_NL] >> np.uint64(32)) * choices >> np.uint64(32)
+        inputs_NL = np.where(hidden_NL, self.mask_id, tokens_NL)
+        inputs_NL[random_NL] = drawn.astype(np.int64) + first_regular
         return MaskedRows(inputs_NL, np.where(predicted_NL, tokens_NL, IGNORED), hidden_NL)
 
     def _fate_of_spans(

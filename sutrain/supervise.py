@@ -146,9 +146,15 @@ class Supervisor:
         # Compared on this host's clock alone: when did the beats of this start last change?
         earlier = {(beat.rank, beat.pid, beat.beats) for beat in heartbeat.read_beats(self.run_dir)}
         known, changed_at = earlier, time.monotonic()
+        beats: list[heartbeat.Beat] = []
+        next_look = 0.0
         while process.poll() is None:
             time.sleep(0.2)
-            beats = [b for b in heartbeat.read_beats(self.run_dir) if (b.rank, b.pid, b.beats) not in earlier]
+            if time.monotonic() < next_look:
+                continue
+            next_look = time.monotonic() + heartbeat.INTERVAL_SECONDS  # beats are not written more often
+            said = heartbeat.read_beats(self.run_dir)
+            beats = [beat for beat in said if (beat.rank, beat.pid, beat.beats) not in earlier]
             now = {(beat.rank, beat.pid, beat.beats) for beat in beats}
             if now != known:
                 known, changed_at = now, time.monotonic()
@@ -156,7 +162,6 @@ class Supervisor:
                 if not beats or time.monotonic() - self.stop_asked_at > self.grace_seconds:
                     return -1, "stopped before it could save"
                 heartbeat.request(self.run_dir, "TERM")
-                time.sleep(1)
             elif self.save_asked and beats:
                 self.save_asked = False
                 heartbeat.request(self.run_dir, "USR1")
