@@ -258,6 +258,18 @@ def rate(loader: Callable[[int, int], Iterator[Any]], workers: int, samples: int
     return count / (time.perf_counter() - started)
 
 
+def rate_by_processor(loader: Callable[[int, int], Iterator[Any]], samples: int) -> float:
+    """Samples a second of processor time, all in this process: does not depend on what else the machine does."""
+    batches = loader(0, 0)
+    next(batches)
+    started, count = time.process_time(), 0
+    for batch in batches:
+        count += len(batch)
+        if count >= samples:
+            break
+    return count / (time.process_time() - started)
+
+
 def first_batch(
     loader: Callable[[int, int], Iterator[Any]], workers: int, position: int
 ) -> tuple[float, Any]:
@@ -266,7 +278,7 @@ def first_batch(
     return time.perf_counter() - started, batch
 
 
-def save_costs(folder: Path, rounds: int) -> dict[str, float]:
+def save_costs(folder: Path, rounds: int = 9) -> dict[str, float]:
     """What a save holds up, in memory copies of the same state, and how much slower steps are while it is written."""
     torch.set_num_threads(1)
     state = [torch.randn(4_000_000) for _ in range(24)]  # 384 MB, as the masters of 96 million parameters
@@ -379,16 +391,19 @@ def measure(scratch: Path, rows: int, rounds: int) -> list[dict[str, Any]]:
                 value = rate(masked[name], workers, samples // 2, mask)
                 found.setdefault(("masked", name, str(workers)), []).append(value)
         for name, loader in loaders.items():
+            found.setdefault(("processor", name, "0"), []).append(rate_by_processor(loader, samples))
             give_back_pages(scratch)
             found.setdefault(("cold", name, "1"), []).append(rate(loader, 1, samples))
             for what, position in (("start", 0), ("resume", middle)):
                 found.setdefault((what, name, "1"), []).append(first_batch(loader, 1, position)[0])
     medians = {key: statistics.median(values) for key, values in found.items()}
     print(f"{'':<12}" + "".join(f"{f'{what} {w}':>12}" for what in ("read", "masked") for w in (0, 1, 2))
-          + f"{'cold 1':>12}{'start s':>12}{'resume s':>12}")  # fmt: skip
+          + f"{'cold 1':>12}{'cpu 0':>12}{'start s':>12}{'resume s':>12}")  # fmt: skip
     for name in loaders:
         keys = [(what, name, str(w)) for what in ("read", "masked") for w in (0, 1, 2)]
-        line = "".join(f"{medians[key]:>12,.0f}" for key in [*keys, ("cold", name, "1")])
+        line = "".join(
+            f"{medians[key]:>12,.0f}" for key in [*keys, ("cold", name, "1"), ("processor", name, "0")]
+        )
         print(f"{name:<12}{line}{medians['start', name, '1']:>12.3f}{medians['resume', name, '1']:>12.3f}")
 
     def best(what: str, names: list[str]) -> float:
@@ -402,11 +417,15 @@ def measure(scratch: Path, rows: int, rounds: int) -> list[dict[str, Any]]:
         ("samples_vs_best_peer", best("read", ["sutrain"]) / best("read", list(peers)), "ratio", 2.0, "higher"),
         ("masked_samples_vs_best_peer", best("masked", ["sutrain"]) / best("masked", list(peers)), "ratio", None,
         "higher"),
+        (
+            "processor_samples_vs_best_peer",
+            best("processor", ["sutrain"]) / best("processor", list(peers)), "ratio", None, "higher",
+        ),
         ("cold_samples_vs_best_peer", best("cold", ["sutrain"]) / best("cold", list(peers)), "ratio", None, "higher"),
         ("wait_share", wait_share(data, scratch / "run"), "ratio", 0.01, "lower"),
     ]  # fmt: skip
     goals = {"save_stall_vs_copy": 1.5, "step_during_write_vs_quiet": 1.1}
-    costs = save_costs(scratch / "checkpoints", rounds)
+    costs = save_costs(scratch / "checkpoints")
     values += [(name, value, "s" if name.endswith("seconds") else "ratio", goals.get(name), "lower")
                for name, value in costs.items()]  # fmt: skip
     for name, value, unit, goal, _ in values:
