@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -122,7 +123,9 @@ def train(case, engine_name, optimizer_name, *, save_at=None, perturb_at=None, s
     statistics, scales = [], []
     for step in range(1, STEPS + 1):
         scales.append(scale(fragments))
-        update(engine, step)
+        with counted_sums() as sums:
+            update(engine, step)
+        assert len(sums) == 2 * (len(fragments.buffers) if ENGINES[engine_name].stage == 3 else 1)
         statistics.append(optimizer.statistics.numpy().copy())
         if step == save_at:
             write(f"{case}.saved", engine, fragments, optimizer, statistics)
@@ -137,6 +140,22 @@ def train(case, engine_name, optimizer_name, *, save_at=None, perturb_at=None, s
     if fragments.around.loss_scaler:
         assert any(b > a for a, b in pairwise(scales)), f"the loss scale did not grow: {scales}"
     engine.destroy()
+
+
+@contextmanager
+def counted_sums():
+    """Sizes of the sums over owners that are made meanwhile: two for each call of the optimizer."""
+    made, original = [], FragmentMap.all_reduce
+
+    def counting(self, sums):
+        made.append(sums.numel())
+        original(self, sums)
+
+    FragmentMap.all_reduce = counting
+    try:
+        yield made
+    finally:
+        FragmentMap.all_reduce = original
 
 
 def scale(fragments):
