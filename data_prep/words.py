@@ -1,13 +1,16 @@
 """Word starts: which tokens begin a word, for whole-word masking.
 
 A token is a word start iff its first character is the first character of a word. Words are those of the
-segmenter (rjieba: a dictionary and a hidden Markov model for Chinese, runs of letters or digits otherwise),
+segmenter (rjieba: a dictionary and a hidden Markov model for Chinese, runs of letters or digits otherwise; it cuts
+as jieba does, 26 times as fast, and keeps its dictionary inside: no cache is read from a folder that all may write),
 with a space counted to the word behind it, because sentencepiece glues it there: in "▁the", or "▁" followed
 by "the", the word starts at "▁".
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from importlib.metadata import version
 
 import numpy as np
@@ -22,9 +25,7 @@ _PROBE = (
 
 
 def segmenter_identity(segmenter: str) -> dict[str, str]:
-    """Name and version of the segmenter, and a hash of how it cuts a fixed text (which tells the
-    dictionary).
-    """
+    """Name and version of the segmenter, a hash of how it cuts a fixed text, and one of its dictionary."""
     if segmenter == "none":
         return {"segmenter": "none"}
     import rjieba  # loads its dictionary: a quarter of a second that runs without word starts do not pay
@@ -34,7 +35,22 @@ def segmenter_identity(segmenter: str) -> dict[str, str]:
         "segmenter": segmenter,
         "version": version("rjieba"),
         "probe": xxhash.xxh3_64_hexdigest(cut.encode()),
+        "dictionary": _dictionary_hash(rjieba.has_word),
     }
+
+
+@lru_cache(maxsize=1)
+def _dictionary_hash(has_word: Callable[[str], bool]) -> str:
+    """Which of 25,600 pairs of common characters the dictionary knows as words, xxh3-64.
+
+    The dictionary is compiled into the extension, so it is asked: the file differs from platform to platform.
+    """
+    level_one = [
+        bytes((row, cell)).decode("gb2312") for row in range(0xB0, 0xD7) for cell in range(0xA1, 0xFA)
+    ]
+    characters = level_one[::21][:160]
+    known = bytes(has_word(a + b) for a in characters for b in characters)
+    return xxhash.xxh3_64_hexdigest(known)
 
 
 def word_start_characters(texts: list[str]) -> np.ndarray:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,8 +16,8 @@ from data_prep.errors import DataPrepError
 from data_prep.scatter import tokenise
 from data_prep.shards import SPECIAL_IDS
 from data_prep.tokenizer import Tokenizer, cut_sentences, load_tokenizer, train
-from data_prep.words import segmenter_identity, word_start_characters
-from tests.data_prep.made import make_texts
+from data_prep.words import _dictionary_hash, segmenter_identity, word_start_characters
+from tests.data_prep.made import ROOT, make_texts
 
 TEXTS = make_texts(600)
 
@@ -169,4 +172,31 @@ def test_texts_do_not_touch_each_other():
 def test_segmenter_identity_names_dictionary():
     identity = segmenter_identity("rjieba")
     assert identity["segmenter"] == "rjieba" and len(identity["probe"]) == 16
+    assert identity == segmenter_identity("rjieba")
+    assert identity["dictionary"] != _dictionary_hash(lambda word: False)
     assert segmenter_identity("none") == {"segmenter": "none"}
+
+
+def test_the_dictionary_hash_tells_one_more_word():
+    asked: list[str] = []
+    _dictionary_hash(lambda word: bool(asked.append(word)))
+    one = asked[12345]
+    assert len(set(asked)) == 25_600
+    assert _dictionary_hash(lambda word: word == one) != _dictionary_hash(lambda word: False)
+
+
+def test_nothing_is_read_from_a_folder_that_all_may_write(tmp_path):
+    code = (
+        "import sys, os\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
+        "from data_prep.words import _dictionary_hash, segmenter_identity, word_start_characters\n"
+        "segmenter_identity('rjieba'); word_start_characters(['南京市长江大桥'])\n"
+        "assert not [name for name in opened if name.startswith(os.environ['TMPDIR'])], opened\n"
+        "assert 'marshal' not in ' '.join(opened) and 'jieba.cache' not in ' '.join(opened)\n"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and not list(tmp_path.iterdir()), result.stderr
