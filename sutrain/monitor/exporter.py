@@ -61,6 +61,7 @@ class _Snapshot:
     scalars: Mapping[str, float]
     table: GroupTable | None
     update_spikes_G: np.ndarray
+    direction_spikes: Mapping[str, int]
     loss_spikes: int
     skipped_in_a_row: int
     heartbeat: float
@@ -110,7 +111,8 @@ class Exporter(Collector):
             for part in groups.layer_groups
         }
         now, none = time.time(), np.zeros(len(groups), dtype=np.int64)
-        self._snapshot = _Snapshot({}, None, none, 0, 0, now, {}, {}, None, (started_at_step, now))
+        parts = {part: 0 for _, part in groups.keys}
+        self._snapshot = _Snapshot({}, None, none, parts, 0, 0, now, {}, {}, None, (started_at_step, now))
         self._writing = threading.Lock()
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -165,11 +167,16 @@ class Exporter(Collector):
                 scalars=scalars,
                 table=table,
                 update_spikes_G=update_spikes_G,
+                direction_spikes=self._counted(last.direction_spikes, spikes),
                 loss_spikes=last.loss_spikes + (spikes is not None and spikes.loss_factor is not None),
                 update_ratio_max_G=self._maxima_G.add(table.update_ratio),
                 skipped_in_a_row=last.skipped_in_a_row + 1 if skipped else 0,
                 heartbeat=time.time(),
             )
+
+    def _counted(self, before: Mapping[str, int], spikes: Spikes | None) -> Mapping[str, int]:
+        found = {self._groups.keys[g][1] for g in spikes.directions} if spikes is not None else set()
+        return {part: count + (part in found) for part, count in before.items()} if found else before
 
     def probe(self, record: Mapping[str, Any]) -> None:
         """Show a probe: scalars by the keys of series.PROBE, numbers by layer by those of PROBE_LAYERED."""
@@ -205,6 +212,8 @@ class Exporter(Collector):
                 yield _family(series, [((), now.scalars[series.key])])
         yield _family(contract.LOSS_SPIKES, [((), now.loss_spikes)])
         yield _family(contract.UPDATE_SPIKES, self._spike_counts(now.update_spikes_G))
+        counts = [((part,), count) for part, count in now.direction_spikes.items()]
+        yield _family(contract.DIRECTION_SPIKES, counts)
         yield _family(contract.SKIPPED_IN_A_ROW, [((), now.skipped_in_a_row)])
         yield _family(contract.HEARTBEAT, [((), now.heartbeat)])
         info = tuple(str(self._run_info.get(label, "")) for label in contract.RUN_INFO.labels)
@@ -280,7 +289,8 @@ def series_count(
     shown = sum(1 for layer, _ in groups.keys if not layer or int(layer) in chosen)
     parts = len(groups.layer_groups)
     hidden = parts if groups.layers > max_layers else 0
-    single = len((*STEP, *PROBE, *EVALUATION, *GLOBAL, *WINDOW, *contract.STORAGE)) + 4
+    all_parts = len({part for _, part in groups.keys})
+    single = all_parts + len((*STEP, *PROBE, *EVALUATION, *GLOBAL, *WINDOW, *contract.STORAGE)) + 4
     columns = 4 + optimizer_columns
     quantiles = parts * ((columns + 1) * len(QUANTILES) + 2)  # with the ratio per rate; slope and dead layers
     return single + (columns + 3) * shown + hidden + quantiles + probed * len(chosen)

@@ -186,6 +186,10 @@ UPDATE_SPIKES = Series(
     "update_spikes_total", "counter", "", "Steps whose update stood out of this group's own history",
     ("layer", "part"),
 )  # fmt: skip
+DIRECTION_SPIKES = Series(
+    "direction_spikes_total", "counter", "",
+    "Steps on which a group's direction, before clip or trust ratio, stood out of its own history", ("part",),
+)  # fmt: skip
 LOSS_SPIKES = Series("loss_spikes_total", "counter", "", "Steps whose loss stood out of its own history")
 SKIPPED_IN_A_ROW = Series(
     "skipped_steps_in_a_row", "gauge", "steps", "Skipped updates since the last good one"
@@ -225,6 +229,6 @@ RUN_INFO = Series(
 
 ALL: tuple[Series, ...] = (
     *STEP, *PROBE, *PROBE_LAYERED, *EVALUATION, *EVALUATION_BY, *GLOBAL, *LAYERED, PARAMETERS, *OVER_DEPTH,
-    WINDOW_LAYERED, *WINDOW, DEAD_LAYERS, DEPTH_SLOPE, UPDATE_SPIKES, LOSS_SPIKES, SKIPPED_IN_A_ROW,
+    WINDOW_LAYERED, *WINDOW, DEAD_LAYERS, DEPTH_SLOPE, UPDATE_SPIKES, DIRECTION_SPIKES, LOSS_SPIKES, SKIPPED_IN_A_ROW,
     *RANK, *STORAGE, HEARTBEAT, RUN_INFO,
 )  # fmt: skip

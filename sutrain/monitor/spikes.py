@@ -26,6 +26,10 @@ Updates move with the learning rate by design, so they are judged relative to th
 schedule) does, on the step at which it jumps. A loss that is not finite is a spike at once; an update that is
 not finite or is zero (a skipped step) is not judged and leaves no trace in the history.
 
+Optimizers that fix the size of the update (LAMB, AdaFactor's clip) hide in it what they had to do. So the direction
+before that, RMS(U) or one over the trust ratio, is judged by the same rule: stale second moments show there and nowhere
+else (benchmarks/faults.py).
+
 Shapes: G groups, W steps of history.
 """
 
@@ -50,6 +54,7 @@ LOSS_FACTOR = 1.1
 FLOOR = 0.01
 NOISE_EVERY_STEPS = 10
 _GAUSSIAN = 1.4826
+_JUDGED = ("update_norm", "direction_rms", "trust_ratio")
 
 
 class RollingHistory:
@@ -111,7 +116,8 @@ class Spikes:
     """The verdict on one step.
 
     `loss_factor` is loss / its level if the loss spiked (infinity if it was not finite), else None.
-    `updates` is the indices of the groups whose update spiked; `update_factor_G` and `update_sigmas_G` are
+    `updates` is the indices of the groups whose update spiked, `directions` of those whose direction before clip or
+    trust ratio did; `update_factor_G` and `update_sigmas_G` are
     every group's update over its level and its distance in robust sigmas (NaN while the history is
     short).
     """
@@ -119,6 +125,7 @@ class Spikes:
     groups: TensorGroups
     loss_factor: float | None
     updates: np.ndarray
+    directions: np.ndarray
     update_factor_G: np.ndarray
     update_sigmas_G: np.ndarray
 
@@ -131,6 +138,8 @@ class Spikes:
             record["update_spikes"] = [
                 [*self.groups.keys[g], float(self.update_factor_G[g])] for g in self.updates
             ]
+        if len(self.directions):
+            record["direction_spikes"] = [list(self.groups.keys[g]) for g in self.directions]
         return record
 
     def conspicuous(self, count: int = 3) -> list[tuple[str, str, float]]:
@@ -147,6 +156,7 @@ class SpikeWatch:
         self._groups = groups
         self._loss = RollingHistory(1)
         self._updates = RollingHistory(len(groups))
+        self._directions = RollingHistory(len(groups))
         self._log_rate = math.nan  # of the last step that had a positive learning rate
 
     def judge(self, loss: float, learning_rate: float, table: GroupTable) -> Spikes:
@@ -159,7 +169,9 @@ class SpikeWatch:
         loss_factor, loss_sigmas = (float(x[0]) for x in self._loss.compare(log_loss))
         log_update_G = safe_log(table.update_norm)
         factor_G, sigmas_G = self._updates.compare(log_update_G - self._log_rate)
-        self._remember(log_loss, learning_rate, log_update_G)
+        log_direction_G = safe_log(direction_of(table.direction_rms, table.trust_ratio))
+        direction_factor_G, direction_sigmas_G = self._directions.compare(log_direction_G)
+        self._remember(log_loss, learning_rate, log_update_G, log_direction_G)
 
         loss_spike: float | None = None
         if not math.isfinite(loss):
@@ -167,13 +179,21 @@ class SpikeWatch:
         elif loss_factor > LOSS_FACTOR and loss_sigmas > ROBUST_SIGMAS:
             loss_spike = loss_factor
         spiked = np.flatnonzero((factor_G > UPDATE_FACTOR) & (sigmas_G > ROBUST_SIGMAS))
-        return Spikes(self._groups, loss_spike, spiked, factor_G, sigmas_G)
+        far = (direction_factor_G > UPDATE_FACTOR) & (direction_sigmas_G > ROBUST_SIGMAS)
+        return Spikes(self._groups, loss_spike, spiked, np.flatnonzero(far), factor_G, sigmas_G)
 
-    def _remember(self, log_loss: np.ndarray, learning_rate: float, log_update_G: np.ndarray) -> None:
+    def _remember(
+        self,
+        log_loss: np.ndarray,
+        learning_rate: float,
+        log_update_G: np.ndarray,
+        log_direction_G: np.ndarray,
+    ) -> None:
         self._loss.add(log_loss)
         if learning_rate > 0:
             self._log_rate = math.log(learning_rate)
         self._updates.add(log_update_G - self._log_rate)
+        self._directions.add(log_direction_G)
 
     def restore(self, steps: Sequence[Mapping[str, Any]]) -> None:
         """Take over the history of a run that goes on: its last step records, as metrics.jsonl keeps them.
@@ -185,5 +205,16 @@ class SpikeWatch:
         for line in steps[-WINDOW_STEPS - 1 :]:
             layers = line.get("layers")
             fits = layers is not None and [layers["layer"], layers["part"]] == names
-            log_update_G = safe_log(np.array(layers["update_norm"])) if layers and fits else unknown
-            self._remember(safe_log(np.array([line["loss"]])), line.get("learning_rate", 0.0), log_update_G)
+            known = {c: np.array(layers.get(c, unknown), float) for c in _JUDGED} if layers and fits else {}
+            log_update_G = safe_log(known.get("update_norm", unknown))
+            log_direction_G = safe_log(
+                direction_of(known.get("direction_rms", unknown), known.get("trust_ratio", unknown))
+            )
+            rate = line.get("learning_rate", 0.0)
+            self._remember(safe_log(np.array([line["loss"]])), rate, log_update_G, log_direction_G)
+
+
+def direction_of(direction_rms_G: np.ndarray, trust_ratio_G: np.ndarray) -> np.ndarray:
+    """Size of the direction before the optimizer fixed it: RMS(U), or one over the trust ratio; else NaN."""
+    with np.errstate(divide="ignore"):
+        return np.where(np.isnan(direction_rms_G), 1.0 / trust_ratio_G, direction_rms_G)

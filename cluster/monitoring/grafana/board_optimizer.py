@@ -73,7 +73,10 @@ def optimizer() -> Rows:
                     width=12,
                 ),
                 layers("RMS(U) by layer (AdaFactor)", "As above, layer by layer.", "sutrain_direction_rms"),
-                layers("Share clipped by layer (AdaFactor)", "As above, layer by layer.", "sutrain_clipped_share", "percentunit"),
+                layers(
+                    "Share clipped by layer (AdaFactor)", "As above, layer by layer.", "sutrain_clipped_share",
+                    "percentunit",
+                ),
                 layers("Trust ratio by layer (LAMB)", "As above, layer by layer.", "sutrain_trust_ratio"),
             ],
         ),

@@ -86,6 +86,9 @@ def overview() -> Rows:
                         f"sum by (instance, part) (sutrain:update_spikes:increase5m{{{RUN}}})",
                         "updates {{part}} {{instance}}",
                     ),
+                    query(
+                        f"sum by (instance) (sutrain:direction_spikes:increase5m{{{RUN}}})", "directions {{instance}}"
+                    ),
                     query(f"sutrain:loss_spikes:increase5m{{{RUN}}}", "loss {{instance}}"),
                 ),
                 curve(
