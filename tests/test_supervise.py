@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ sys.exit(rank.wait())
 
 # A rank that counts its starts and does what the n-th word on its command line says.
 RANK = """
-import os, pathlib, signal, subprocess, sys, time
+import os, pathlib, signal, subprocess, sys, time, zlib
 from sutrain import heartbeat
 run = pathlib.Path(sys.argv[1].partition("=")[2])
 plan = sys.argv[2:]
@@ -33,7 +34,8 @@ starts.write_text(str(number + 1))
 todo = plan[min(number, len(plan) - 1)]
 signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), (run / "saved").write_text(""), os._exit(0)))
 signal.signal(signal.SIGUSR1, lambda *_: (run / "usr1").write_text(""))
-subprocess.Popen(["sleep", "600"], start_new_session=True)  # what a crash leaves behind
+mark = f"0.{zlib.crc32(str(run).encode())}"  # by which the test knows its own
+subprocess.Popen(["sleep", "600", mark], start_new_session=True)  # what a crash leaves behind
 heartbeat.start(run, 0)
 def checkpoint():
     (run / f"checkpoints/step-{number + 1:08d}").mkdir(parents=True)
@@ -69,16 +71,16 @@ def events(run_dir):
     return [json.loads(line) for line in (run_dir / "supervise.jsonl").read_text().splitlines()]
 
 
+def left_behind(run_dir):
+    mark = ["sleep", "600", f"0.{zlib.crc32(str(run_dir).encode())}"]
+    return [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == mark]
+
+
 @pytest.fixture
-def sleepers():
-    """The `sleep 600` processes that were there before the test; none may be added."""
-
-    def now():
-        return {p.pid for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "600"]}
-
-    before = now()
+def sleepers(tmp_path):
+    """Whatever the ranks of the test started must be gone in the end."""
     yield
-    assert now() <= before, "the supervisor left processes behind"
+    assert not left_behind(tmp_path), "the supervisor left processes behind"
 
 
 def test_a_crash_is_followed_by_a_restart_and_the_end_by_nothing(tmp_path, sleepers):
@@ -147,9 +149,8 @@ def test_a_rank_on_another_host_ends_when_asked_and_ignores_what_was_asked_befor
         assert rank.wait(timeout=30) == heartbeat.EXIT_KILLED
     finally:
         os.killpg(rank.pid, signal.SIGKILL) if rank.poll() is None else None
-        for process in psutil.process_iter(["cmdline", "environ"]):
-            if process.info["cmdline"] == ["sleep", "600"] and process.ppid() == 1:
-                process.kill()
+        for process in left_behind(tmp_path):
+            process.kill()
 
 
 @pytest.mark.parametrize("command", [["train", "--config", "FILE"], ["train", "--config=FILE"]])
