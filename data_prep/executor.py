@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from .errors import DataPrepError
 from .files import set_fence
 
+_NODE_SECONDS = 120  # for a node to start a worker and look at its storage
 Task = Callable[[Any], dict[str, Any]]
 
 
@@ -109,6 +110,7 @@ class RayExecutor:
     name = "ray"
 
     def __init__(self, workers: int | None, fence: Any = None) -> None:
+        _choose_authentication()
         import ray
 
         self._ray, self._fence = ray, fence
@@ -147,10 +149,39 @@ class RayExecutor:
             running += [remote.remote(self._fence, function, task) for task in islice(waiting, 1)]
             yield result
 
+    def on_every_node(self, function: Task, description: Any) -> list[tuple[str, dict[str, Any] | str]]:
+        """Run a function once on every node that runs tasks; (its name, the result or what went wrong)."""
+        ray = self._ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        waiting = []
+        for node in nodes:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(call)
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
+            waiting.append((name, remote.remote(None, function, description)))
+        results: list[tuple[str, dict[str, Any] | str]] = []
+        for name, reference in waiting:
+            try:
+                results.append((name, ray.get(reference, timeout=_NODE_SECONDS)))
+            except Exception as error:  # whatever keeps a node from running a task is what there is to tell
+                results.append((name, " ".join(str(error).split())[:300]))
+        return results
+
     def close(self) -> None:
         """The cluster belongs to whoever started it; only the connection of this process ends with the
         process.
         """
+
+
+def _choose_authentication() -> None:
+    """Ray's default has changed between versions, so both sides say what they mean: RAY_AUTH_MODE where it is set,
+    else token where this process has one, else disabled. `ray start` must be given the same (docs/data_prep.md).
+    """
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    has_token = bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.exists(path)
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
 
 
 def _knock(address: str) -> None:

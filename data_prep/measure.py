@@ -9,6 +9,8 @@ import re
 import time
 from pathlib import Path
 
+import psutil
+
 _idle_bytes = 0  # of this worker process when its first task began
 
 
@@ -67,3 +69,21 @@ def _io_bytes() -> tuple[int, int]:
     except OSError:
         return 0, 0
     return int(found[0]), int(found[1])
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: what the machine has, and what its container allows."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current")
+        )
+        return free if limit == "max" else min(free, int(limit) - int(used) + _page_cache())
+    except (OSError, ValueError):
+        return free
+
+
+def _page_cache() -> int:
+    """What a container's memory holds of files, which gives way."""
+    found = re.search(r"^inactive_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0

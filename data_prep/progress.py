@@ -37,6 +37,7 @@ class RunProgress:
         self.console = console or Console(stderr=True)
         self.stage_seconds: dict[str, float] = {}
         self.records: Counter[str] = Counter()
+        self._reason = ""
         self._folder, self._log_seconds = folder, log_seconds
         self._stage, self._unit = "", "bytes"
         self._done = self._total = self._tasks_done = self._tasks = 0.0
@@ -112,6 +113,16 @@ class RunProgress:
         self._stage, self._done, self._total = "finished", 1, 1
         self._write_files()
 
+    @contextmanager
+    def telling_failure(self) -> Iterator[None]:
+        """Leave word why the run ended, if it does not end well: Ray makes 1 of every exit code, this tells more."""
+        try:
+            yield
+        except Exception as error:
+            self._reason = str(error) or type(error).__name__
+            self._write_files()
+            raise
+
     def _write_files(self) -> None:
         if self._folder is None:
             return
@@ -129,6 +140,7 @@ class RunProgress:
             "stage_seconds": time.monotonic() - self._started,
             "records": dict(self.records),
             "time": time.time(),
+            **({"failed": self._reason} if self._reason else {}),
         }
         share = min(1.0, self._done / (self._total or 1))
         lines = [

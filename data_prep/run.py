@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .account import account, compared
-from .adopt import adopt
+from .adopt import load
 from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_merges, run_missing
 from .books import close_books, describe_run, merge_books, write_quarantine
 from .config import PrepareConfig, records_bytes
@@ -26,7 +26,7 @@ from .gather import GatherTask, finished_gather, gather
 from .lease import owned
 from .merge import SpillSet
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
-from .places import is_remote, place
+from .places import is_remote
 from .plan import Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
@@ -36,7 +36,7 @@ from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import Manifest, token_dtype
 from .storage import check_storage
 from .text import leaves_text_alone
-from .tokenizer import AnyTokenizer, load_tokenizer, make_tokenizer, read_model
+from .tokenizer import AnyTokenizer, load_tokenizer, training_bytes
 from .wordpiece import WordPieceTokenizer
 
 
@@ -55,7 +55,7 @@ def run(
     progress = progress or RunProgress(output, config.resources.log_seconds)
     if plan.ignored:
         progress.say(f"{len(plan.ignored)} file(s) in the input folders are not taken; `plan` lists them")
-    with owned(output, config.resources.lease_seconds, progress.say) as fence:
+    with owned(output, config.resources.lease_seconds, progress.say) as fence, progress.telling_failure():
         plan = adopt_plan(plan, fresh)
         if (output / "manifest.json").exists():
             publish(output, config.output_dir)
@@ -126,11 +126,7 @@ def prepare_tokenizer(plan: Plan, executor: Executor, progress: RunProgress) -> 
     folder = config.output_path / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         if config.tokenizer.load:
-            origin: dict[str, Any] = {}
-            model = read_model(place(config.tokenizer.load))
-            if config.tokenizer.adopt:
-                model, origin = adopt(model, config.tokenizer.load)
-            tokenizer = make_tokenizer(model, config.tokenizer.load)
+            model, tokenizer, notes = load(config.tokenizer)
             name = "vocab.txt" if isinstance(tokenizer, WordPieceTokenizer) else "tokenizer.model"
             write_bytes(folder / name, model)
             description = {
@@ -138,7 +134,7 @@ def prepare_tokenizer(plan: Plan, executor: Executor, progress: RunProgress) -> 
                 "sha256": tokenizer.sha256,
                 "vocab_size": tokenizer.vocab_size,
                 "special_ids": tokenizer.special_ids,
-                **origin,
+                **notes,
             }
             write_json(folder / "tokenizer.json", description)
         else:
@@ -164,10 +160,17 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
         lost.update(result["lost"])
     if not sum(result["texts"] for result in results):
         raise DataPrepError(f"no text to train the tokenizer on ({reasons_of(lost)}); is text_field right?")
+    section = config.tokenizer.train
+    needed = training_bytes(section, min(section.sample_bytes, plan.text_bytes))
+    progress.say(
+        f"training takes about {needed / 1e6:,.0f} MB of memory, on one worker with {section.threads} thread(s)"
+    )
     with progress.stage("train tokenizer", 0, 1):
         task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))
         for result in executor.run(train_tokenizer, [task]):
             progress.advance(result["input_bytes"])
+            if skipped := result["trained_on"]["skipped_sentences"]:
+                progress.say(f"{skipped:,} sentence(s) with a reserved character were left out of training")
     shutil.rmtree(work)
 
 

@@ -105,6 +105,10 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
     assert result.returncode == 3, result.stderr
     assert "no space left for" in result.stderr and "bytes more are needed" in result.stderr
     assert "Traceback" not in result.stderr and not list(folder.rglob("*.tmp-*"))
+    assert (
+        size == "200k"
+        or "no space left" in json.loads((folder / "out" / "progress.json").read_bytes())["failed"]
+    )
     done = {path: path.stat().st_mtime_ns for path in folder.rglob("task-*.json")}
     resize("64m")
     result = command_line(tree, tmp_path, "run")

@@ -243,6 +243,7 @@ def test_a_first_run_that_failed_does_not_bind_the_second(tmp_path):
     )
     with pytest.raises(DataPrepError, match="supports only"):
         prepare(tree)
+    assert "supports only" in json.loads((tmp_path / "out" / "progress.json").read_bytes())["failed"]
     prepare(settings(tmp_path / "out", [source]))
 
 
