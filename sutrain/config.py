@@ -179,6 +179,15 @@ class LossScale(Section):
         return initial
 
 
+class Memory(Section):
+    activation_mib: float | None = Field(
+        None,
+        gt=0,
+        description="limit on what a micro-batch's layers keep for the backward pass, MiB a rank; as many layers as "
+        "needed are computed again; none: none is",
+    )
+
+
 class Evaluation(Section):
     every_steps: int = Field(100, ge=1, description="updates between evaluations on held-out rows")
     sequences: int = Field(512, ge=1, description="held-out rows used, the same every time")
@@ -262,6 +271,7 @@ class PretrainConfig(Section):
     optimizer: Optimizer
     schedule: LearningRate = LearningRate()
     zero: Zero = Zero()
+    memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
     monitor: Monitor = Monitor()
