@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help demo test test-slow lint format clean setup
+.PHONY: help demo test test-slow experiments lint format clean setup
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
@@ -26,6 +26,9 @@ test: $(VENV)/.tests setup  ## the test suite, under 15 minutes on two cores
 
 test-slow: $(VENV)/.tests setup  ## the long tests (fault injection, scale); evidence in build/evidence/*.json
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+experiments: setup  ## what the models' authors claim, run here; writes docs/experiments.md (about twenty minutes)
+	@$(BIN)/python -m experiments
 
 lint: $(VENV)/.tests  ## ruff and the type checker
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

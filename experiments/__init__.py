@@ -1,0 +1,1 @@
+"""One small script a claim; see docs/experiments.md."""
