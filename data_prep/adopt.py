@@ -11,9 +11,11 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from .config import TokenizerSection
 from .errors import DataPrepError
+from .places import place
 from .shards import SPECIAL_IDS
-from .tokenizer import _ModelProto, changes_of_text
+from .tokenizer import AnyTokenizer, _ModelProto, changes_of_text, make_tokenizer, read_model
 
 
 def adopt(serialized: bytes, name: str) -> tuple[bytes, dict[str, Any]]:
@@ -65,3 +67,12 @@ def adopt(serialized: bytes, name: str) -> tuple[bytes, dict[str, Any]]:
         "pieces_left_out": left_out[:300],
         "settings_left_out": settings,
     }
+
+
+def load(section: TokenizerSection) -> tuple[bytes, AnyTokenizer, dict[str, Any]]:
+    """The file of a tokenizer that is loaded, the tokenizer, and what was left out of a model that was taken over."""
+    name, notes = section.load or "", dict[str, Any]()
+    data = read_model(place(name))
+    if section.adopt:
+        data, notes = adopt(data, name)
+    return data, make_tokenizer(data, name), notes

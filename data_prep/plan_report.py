@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from .adopt import load
 from .estimate import Estimate, estimate, refuse_too_little_memory
 from .executor import usable_cores
 from .files import free_bytes
-from .places import place
 from .plan import Plan
-from .tokenizer import Tokenizer, read_model
+from .tokenizer import training_bytes
 
 
 def report(plan: Plan, console: Console) -> None:
@@ -19,7 +19,7 @@ def report(plan: Plan, console: Console) -> None:
     workers = config.resources.workers or usable_cores()
     tokenizer = None
     if config.tokenizer.load and config.shards.content == "tokens":
-        tokenizer = Tokenizer(read_model(place(config.tokenizer.load)), config.tokenizer.load)
+        _, tokenizer, _ = load(config.tokenizer)
     found = estimate(plan, tokenizer, workers)
     console.print(_input_table(plan))
     facts = Table("what", "estimate", show_header=False, box=None)
@@ -58,14 +58,14 @@ def _work(plan: Plan, found: Estimate) -> list[tuple[str, str]]:
     sample_bytes = min(train.sample_bytes, plan.text_bytes)
     trained = (
         f"train {train.model}, {train.vocab_size:,} pieces, on {size(sample_bytes)} "
-        f"(about {size(30 * sample_bytes)} of memory)"
+        f"(about {size(training_bytes(train, sample_bytes))} of memory)"
     )
     row = (
         f"{config.shards.row_tokens} tokens, [CLS] document [SEP] one behind the other; shards of "
         f"{size(config.shards.target_bytes)} before compression, {config.shards.validation_share:.2%} for validation"
     )
-    load = config.tokenizer.load
-    return [*rows, ("tokenizer", f"load {load}" if load else trained), ("rows", row)]
+    given = config.tokenizer.load
+    return [*rows, ("tokenizer", f"load {given}" if given else trained), ("rows", row)]
 
 
 def _whole(plan: Plan) -> str:

@@ -163,7 +163,7 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
     section = config.tokenizer.train
     needed = training_bytes(section, min(section.sample_bytes, plan.text_bytes))
     progress.say(
-        f"training takes about {needed / 1e6:,.0f} MB of memory, on one worker with {section.threads} thread(s)"
+        f"training takes about {needed / 1e6:,.0f} MB of memory on one worker, {section.threads} thread(s)"
     )
     with progress.stage("train tokenizer", 0, 1):
         task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))

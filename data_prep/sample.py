@@ -20,12 +20,14 @@ import zstandard
 
 from .clean import Cleaner, make_cleaner
 from .config import CleaningSection, TrainSection
+from .errors import DataPrepError
 from .files import atomic_file, read_json, size_or_none, write_bytes, write_json
 from .keys import philox_words, share_threshold, stream_id
+from .measure import available_bytes
 from .scatter import Segment, clean_texts, new_book
 from .shards import SPECIAL_IDS
 from .sources import COMPRESSION_RATIO, FileChangedError, InputFile, read_batches
-from .tokenizer import Tokenizer, train
+from .tokenizer import Tokenizer, train, training_bytes
 
 _HEADROOM = 1.25
 # At least so much text is looked at, and this many times what is asked for, so that it comes from many places.
@@ -192,6 +194,12 @@ def train_tokenizer(task: TrainTask) -> dict[str, Any]:
             break
         texts.append(entry[4])
         used_bytes += len(entry[4].encode())
+    needed, free = training_bytes(task.section, used_bytes), available_bytes()
+    if needed > free:
+        raise DataPrepError(
+            f"tokenizer.train.sample_bytes: training on {used_bytes:,} bytes takes about {needed:,} bytes of memory, "
+            f"and {free:,} are free on this machine; take a smaller sample"
+        )
     model, statistics = train(iter(texts), task.section)
     tokenizer = Tokenizer(model)
     output = Path(task.output_folder)
@@ -202,6 +210,7 @@ def train_tokenizer(task: TrainTask) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "special_ids": SPECIAL_IDS,
         "trained_on": {"records": len(texts), "bytes": used_bytes, **statistics},
+        "estimated_memory_bytes": needed,
         "train": task.section.model_dump(mode="json"),
     }
     write_json(output / "tokenizer.json", description)

@@ -13,6 +13,8 @@ import sentencepiece
 
 from data_prep.config import TrainSection
 from data_prep.errors import DataPrepError
+from data_prep.measure import available_bytes
+from data_prep.sample import TrainTask, train_tokenizer
 from data_prep.scatter import tokenise
 from data_prep.shards import SPECIAL_IDS
 from data_prep.tokenizer import Tokenizer, cut_sentences, load_tokenizer, train
@@ -200,3 +202,33 @@ def test_nothing_is_read_from_a_folder_that_all_may_write(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0 and not list(tmp_path.iterdir()), result.stderr
+
+
+def test_skipped_sentences_are_those_that_sentencepiece_would_skip(tmp_path):
+    """What its log says of the same sentences: it leaves out what holds its own sign for the unknown."""
+    texts = make_texts(400)
+    texts[::40] = [f"{text}▅" for text in texts[::40]]
+    section = TrainSection(vocab_size=300, model="bpe", sample_bytes=1)
+    model, statistics = train(iter(texts), section)
+    assert statistics == {"sentences": 400, "cut_texts": 0, "skipped_sentences": 10}
+    code = (
+        "import sentencepiece, sys, io; from tests.data_prep.made import make_texts\n"
+        "texts = make_texts(400); texts[::40] = [f'{text}▅' for text in texts[::40]]\n"
+        "sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=io.BytesIO(),"
+        " vocab_size=300, model_type='bpe')"
+    )
+    log = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
+    assert log.count("Reserved chars are found. Skipped") == 10 and "Loaded all 390 sentences" in log
+
+
+def test_training_is_refused_where_memory_does_not_suffice(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.sample.available_bytes", lambda: 100_000)
+    monkeypatch.setattr(
+        "data_prep.sample.zstandard.open",
+        lambda *_, **__: io.StringIO('[1, 0, 0, 0, "text to train"]\n' * 999),
+    )
+    with pytest.raises(
+        DataPrepError, match="training on 12,987 bytes takes about 337,662 bytes of memory, and 100,000"
+    ):
+        train_tokenizer(TrainTask(str(tmp_path), 1, TrainSection(), str(tmp_path)))
+    assert available_bytes() > 50_000_000
