@@ -19,6 +19,10 @@ class Counting(MemoryFileSystem):
     store, pseudo_dirs = {}, [""]
     fetched, failures = [], 0
 
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("counting://").strip("/")
+
     def cat_file(self, path, start=None, end=None, **kwargs):
         if Counting.failures:
             Counting.failures -= 1
