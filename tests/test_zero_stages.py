@@ -1,6 +1,7 @@
 """The same training at every ZeRO stage and precision: a real model on two processes, one launch for all runs."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -63,7 +64,9 @@ def checkpoint(runs, name, step=12):
     return Checkpoint(runs / name / f"checkpoints/step-{step:08d}")
 
 
-@pytest.mark.parametrize("name", ["stage2_fp32_offload", "stage3_fp32", "stage1_to_stage3"])
+@pytest.mark.parametrize(
+    "name", ["stage2_fp32_offload", "stage3_fp32", "stage3_fp32_recomputed", "stage1_to_stage3"]
+)
 def test_every_stage_computes_the_same_in_fp32(runs, name):
     """Training loss, held-out loss (whose weights ZeRO-3 brings together), norms by layer, and masters at the end."""
     assert losses(runs, name) == pytest.approx(losses(runs, "stage1_fp32"), rel=SAME_NUMBERS)
@@ -77,11 +80,9 @@ def test_every_stage_computes_the_same_in_fp32(runs, name):
         assert difference < 1e-4, (tensor, float(difference))
 
 
-def test_recomputed_layers_bring_their_weights_together_once_more(runs):
-    """… and draw the learning rate of a shorter run, so that only the first losses can be compared."""
-    assert "layers computed again" in (runs / "rank0.log").read_text()
-    ours, theirs = losses(runs, "stage3_fp32_recomputed"), losses(runs, "stage1_fp32")
-    assert ours[:2] == pytest.approx(theirs[:2], rel=SAME_NUMBERS)
+def test_layers_were_computed_again(runs):
+    """stage3_fp32_recomputed brought their weights together once more in the backward pass."""
+    assert re.search(r"[12] of 2 layers computed again", (runs / "rank0.log").read_text())
 
 
 def test_probes_see_the_same_model_whatever_the_stage(runs):
