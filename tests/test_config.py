@@ -127,3 +127,28 @@ def test_the_schedule_is_that_of_the_config(write_config):
 def test_overrides_of_top_level_keys(write_config):
     assert load(write_config(), "--steps=7", "--run_dir=elsewhere").steps == 7
     assert yaml.safe_load(to_yaml(load(write_config(), "--steps=7")))["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ({"name": "adamw", "learning_rate": 1e-3}, "su_adam"),
+        ({"name": "lamb", "learning_rate": 1e-3}, "su_lamb"),
+        ({"name": "adafactor", "learning_rate": 1e-3}, "su_lamb"),
+        ({"name": "adafactor", "learning_rate": 1e-3, "settings": {"parameter_scale": False}}, "su_adam"),
+    ],
+    ids=str,
+)
+def test_an_automatic_initialisation_becomes_the_row_of_the_optimizer(write_config, optimizer, expected):
+    model = {"residual": "deepnorm", "initialisation": "auto"}
+    config = load_config(PretrainConfig, write_config(model=model, optimizer=optimizer))
+    assert config.model.initialisation == expected
+    assert f"initialisation: {expected}" in to_yaml(config)  # what the run's folder will hold
+
+
+def test_a_model_that_this_training_does_not_serve_is_refused(write_config):
+    with pytest.raises(ConfigError, match="predicts masked words from both sides"):
+        load_config(PretrainConfig, write_config(model={"context": "causal"}))
+    model, adamw = {"initialisation": "auto"}, {"name": "adamw", "learning_rate": 1e-3}
+    with pytest.raises(ConfigError, match="set residual to deepnorm"):
+        load_config(PretrainConfig, write_config(model=model, optimizer=adamw))
