@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 import sutrain.huggingface  # noqa: F401
 from data_prep.config_file import load_config, to_yaml
@@ -29,29 +29,39 @@ import sys
 import torch
 from safetensors.torch import save_file
 sys.modules["sutrain"] = sys.modules["data_prep"] = None  # importing them fails, even if installed
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 code = {"trust_remote_code": True}
 separator = sys.argv.index("--")
 folders, texts = sys.argv[1:separator], sys.argv[separator + 1:]
 
+def automatic(folder):
+    causal = AutoConfig.from_pretrained(folder, **code).context == "causal"
+    return AutoModelForCausalLM if causal else AutoModelForMaskedLM
+
 def logits(folder):
     batch = AutoTokenizer.from_pretrained(folder, **code)(texts, padding=True, return_tensors="pt")
-    return batch, AutoModelForMaskedLM.from_pretrained(folder, **code)(**batch).logits
+    return batch, automatic(folder).from_pretrained(folder, **code)(**batch).logits
 
 with torch.no_grad():
     for number, folder in enumerate(folders):
         assert AutoConfig.from_pretrained(folder, **code).model_type == "sutrain"
         batch, first = logits(folder)
         hidden = AutoModel.from_pretrained(folder, **code)(**batch).last_hidden_state
-        assert pipeline("fill-mask", model=folder, **code)(texts[0])[0]["token_str"]
+        if automatic(folder) is AutoModelForMaskedLM:
+            assert pipeline("fill-mask", model=folder, **code)(texts[0])[0]["token_str"]
+        else:
+            model = automatic(folder).from_pretrained(folder, **code)
+            made = model.generate(batch["input_ids"][:1], max_new_tokens=3, do_sample=False)
+            rest = model(made[:, :-1], logits_to_keep=1).logits[0, -1].argmax()
+            assert made.shape[1] == batch["input_ids"].shape[1] + 3 and rest == made[0, -1]
         again = f"again-{number}"
-        AutoModelForMaskedLM.from_pretrained(folder, **code).save_pretrained(again)
+        automatic(folder).from_pretrained(folder, **code).save_pretrained(again)
         AutoTokenizer.from_pretrained(folder, **code).save_pretrained(again)
         save_file({"logits": first, "hidden": hidden, "again": logits(again)[1]}, f"{number}.safetensors")
 """
 
-# Models with a tied head, with GAUs, and with a head of its own.
-KINDS = ["roformer_v2", "gau_alpha", "pre"]
+# Every family: with a tied head, with a head of its own, with BERT's, and one that predicts the next token.
+KINDS = ["roformer_v2", "gau_alpha", "pre", "flash", "deepnorm", "bert", "causal"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,7 +114,10 @@ def assert_equal_logits(found_BLV, expected):
 
 def test_a_folder_loads_where_sutrain_is_installed(exported):
     model, folder = exported
-    tokenizer, loaded = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder)
+    causal = model.config.context == "causal"
+    automatic, other = (AutoModelForMaskedLM, AutoModelForCausalLM)[:: -1 if causal else 1]
+    tokenizer, loaded = AutoTokenizer.from_pretrained(folder), automatic.from_pretrained(folder)
+    assert other.__name__ not in json.loads((folder / "config.json").read_text())["auto_map"]
     assert type(loaded).__module__.startswith("sutrain.")  # without trust_remote_code, hence our own class
     with torch.no_grad():
         found = loaded(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
@@ -136,8 +149,9 @@ def test_the_file_holds_fp32_weights_under_the_trained_names(exported):
         assert torch.equal(stored[f"model.{name}"], tensor)
 
 
-def test_fill_mask_proposes_tokens(exported):
-    _, folder = exported
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "causal"])
+def test_fill_mask_proposes_tokens(exports, kind):
+    _, folder = exports[kind]
     fill = pipeline("fill-mask", model=str(folder))
     proposals = fill("今天天气很[MASK]。", top_k=3)
     assert len(proposals) == 3

@@ -183,6 +183,12 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
             )
         super().__init__(config)
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> dict[str, Any]:
+        """What a step of generation computes: the whole text, since nothing is kept of the step before."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
     def forward(
         self,
         input_ids: Tensor,
