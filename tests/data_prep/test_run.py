@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import data_prep.run as run_module
 from data_prep import plan as plan_module
 from data_prep import sources
 from data_prep.errors import AuditError, DataPrepError
+from data_prep.executor import LocalExecutor
 from data_prep.scatter import scatter
 from data_prep.shards import SplitReader
 from data_prep.tokenizer import Tokenizer
@@ -78,6 +80,19 @@ def test_workers_memory_and_tasks_change_no_byte(corpus, prepared, tmp_path, mon
     assert content_files(output) == content_files(prepared)
     stages = json.loads((output / "run.json").read_text())["stages"]
     assert ("merge" in stages) == ("min_read_bytes" in resources)
+
+
+def test_the_order_of_tasks_changes_no_byte(corpus, prepared, tmp_path, monkeypatch):
+    original = LocalExecutor.run
+
+    def in_random_order(self, function, descriptions):
+        yield from original(
+            self, function, random.Random(len(descriptions)).sample(descriptions, len(descriptions))
+        )
+
+    monkeypatch.setattr(LocalExecutor, "run", in_random_order)
+    prepare(settings(tmp_path / "out", [corpus], resources={"task_bytes": 1}))
+    assert content_files(tmp_path / "out") == content_files(prepared)
 
 
 def test_every_document_is_there_once_and_decodes_to_its_text(prepared):
