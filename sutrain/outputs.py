@@ -150,11 +150,12 @@ class RunOutputs:
         """A checkpoint of `step` is complete."""
         self.exporter.checkpoint(step)
 
-    def dump(self, record: Mapping[str, Any]) -> str:
+    def dump(self, record: Mapping[str, Any], last_good_step: int) -> str:
         """Write what is needed to look into a run that is being stopped; returns where."""
         self.worker.wait()
         layers = self.last_table.as_columns() if self.last_table is not None else {}
-        checkpoints = sorted((self.run_dir / "checkpoints").glob("step-*[0-9]"))
+        folders = sorted((self.run_dir / "checkpoints").glob("step-*[0-9]"))
+        checkpoints = [path for path in folders if int(path.name.removeprefix("step-")) <= last_good_step]
         return str(
             write_dump(self.run_dir, record["step"], record, layers, checkpoints[-1] if checkpoints else None)
         )

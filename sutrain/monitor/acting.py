@@ -103,14 +103,19 @@ class BrokenStreak:
         self.limit, self.length = limit, 0
         self._skipped = 0
 
-    def stop_after(self, record: Mapping[str, Any], dump: Callable[[Mapping[str, Any]], str] | None) -> None:
+    def stop_after(
+        self, record: Mapping[str, Any], dump: Callable[[Mapping[str, Any], int], str] | None
+    ) -> None:
         """Take a step's record. Raises TrainingStoppedError, on all ranks alike, when it is time to stop; `dump`
-        (rank 0) writes what is known and says where."""
+        (rank 0) is given the record and the last step whose weights are known to be good, writes what is known and
+        says where."""
         skipped = record["skipped_steps_total"] > self._skipped
         self._skipped = record["skipped_steps_total"]
         self.length = self.length + 1 if skipped or not math.isfinite(record["loss"]) else 0
         if self.limit is not None and self.length >= self.limit:
-            where = f"; {dump(record)} says what is known" if dump is not None else ""
+            # Weights of step k are seen by the loss of step k + 1; the first broken one is `length` - 1 steps back.
+            good = record["step"] - self.length - 1
+            where = f"; {dump(record, good)} says what is known" if dump is not None else ""
             raise TrainingStoppedError(
                 f"stopped after step {record['step']}: {self.length} step(s) in a row without a finite loss or "
                 f"without an update (acting.stop_after_broken_steps){where}"
@@ -130,7 +135,7 @@ def write_dump(
         "step": step,
         "last_step": {key: _readable(value) for key, value in record.items()},
         "layers": {name: [_readable(x) for x in values] for name, values in layers.items()},
-        "last_checkpoint": str(checkpoint) if checkpoint else None,
+        "last_good_checkpoint": str(checkpoint) if checkpoint else None,
         "documents": f"python -m sutrain.replay --run {run_dir} --step {step}",
     }
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -101,7 +101,8 @@ def test_broken_steps_in_a_row_stop_the_run_with_a_dump(tmp_path):
     def record(step, loss, skipped):
         return {"step": step, "loss": loss, "skipped_steps_total": skipped}
 
-    def dump(last):
+    def dump(last, last_good_step):
+        assert last_good_step == 2  # the loss of step 3 was finite, and step 4 changed nothing
         dumped.append(
             write_dump(tmp_path, last["step"], last, {"layer": ["0"], "grad_norm": [math.inf]}, None)
         )
