@@ -1,9 +1,9 @@
 """Do two runs agree? python -m sutrain.compare RUN_A RUN_B [--exact] [--tolerance 1e-3] [--write-golden FILE]
 
 Compares step by step what was read (the fingerprint of documents and masks of every global batch, samples consumed) and
-what came out of it (loss, gradient norm), and with --exact also every tensor of the newest checkpoint both have.
-A RUN is a run folder or a golden file: one line a step, `step fingerprint samples_consumed loss grad_norm`. The exit status is
-0 when they agree, 1 when they do not, 2 when they cannot be compared.
+what came out of it (loss, gradient norm), and with --exact also every tensor of the newest checkpoint both have. A RUN
+is a run folder or a golden file: one line a step, `step fingerprint samples_consumed loss grad_norm`.
+The exit status is 0 when they agree, 1 when they do not, 2 when they cannot be compared.
 
 What was read must be the same always. Losses must be the same to the last bit with --exact, else within the tolerance.
 """

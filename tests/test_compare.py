@@ -1,4 +1,4 @@
-"""The comparison of runs: it agrees where it must; one sample, one mask, one loss or one element is enough to differ."""
+"""The comparison of runs agrees where it must, and one sample, mask, loss or element is enough for it to differ."""
 
 import dataclasses
 import json
