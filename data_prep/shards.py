@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
@@ -145,6 +146,10 @@ class Manifest:
             raise ShardError(
                 f"{path}: not a whole manifest (wrong or missing: {error}); prepare the data again"
             ) from None
+        names = [shard.name for entry in entries.values() for shard in entry.shards]
+        names += [*entries, *manifest.tokenizer["file"].split("/"), manifest.token_counts["file"]]
+        if outside := [name for name in names if not re.fullmatch(r"\w[\w.-]*|", name)]:
+            raise ShardError(f"{path}: names a file outside of its folder ({outside[0]!r})")
         if manifest.compute_content_hash() != manifest.content_hash:
             raise ShardError(f"{path}: altered after it was written (its content hash does not match)")
         return manifest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 NUMBER = 7
 
 
@@ -19,3 +21,12 @@ def broken(text: str) -> str | None:
 
 def length(text: str) -> int:
     return len(text)
+
+
+def grow_the_file(text: str) -> str | None:
+    """Makes the file that the environment names longer when its first text comes by, as another program might."""
+    name = os.environ["GROWING_FILE"]
+    if text == "the first" and os.path.getsize(name) < 10_000:
+        with open(name, "a") as file:
+            file.write("one more\n" * 2000)
+    return text

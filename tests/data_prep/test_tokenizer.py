@@ -209,7 +209,7 @@ def test_skipped_sentences_are_those_that_sentencepiece_would_skip(tmp_path):
     texts = make_texts(400)
     texts[::40] = [f"{text}▅" for text in texts[::40]]
     section = TrainSection(vocab_size=300, model="bpe", sample_bytes=1)
-    model, statistics = train(iter(texts), section)
+    _, statistics = train(iter(texts), section)
     assert statistics == {"sentences": 400, "cut_texts": 0, "skipped_sentences": 10}
     code = (
         "import sentencepiece, sys, io; from tests.data_prep.made import make_texts\n"
