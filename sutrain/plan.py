@@ -18,7 +18,7 @@ from rich.table import Table
 
 from data_prep.config_file import field_help, load_config, split_arguments, to_yaml
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
-from sutrain.data import load_manifest
+from sutrain.data import open_manifest
 from sutrain.engine import deepspeed_config
 from sutrain.launch import check_model_fits_data
 from sutrain.models.configuration import flops_per_token, parameter_count
@@ -67,7 +67,7 @@ def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size:
 
 def plan_table(config: PretrainConfig, ranks: int) -> Table:
     """Everything that follows from a configuration on `ranks` ranks. Raises ConfigError or DataError."""
-    manifest = load_manifest(config.data.dir)
+    manifest = open_manifest(config.data)
     check_model_fits_data(config.model, manifest, config.data.dir)
     plan = batch_plan(config, manifest.row_tokens, ranks, 0)
     parameters = parameter_count(config.model)
@@ -190,7 +190,7 @@ def main() -> None:
         table = plan_table(config, options.ranks)
         if options.show:
             console.print(to_yaml(config))
-            plan = batch_plan(config, load_manifest(config.data.dir).row_tokens, options.ranks, 0)
+            plan = batch_plan(config, open_manifest(config.data).row_tokens, options.ranks, 0)
             console.print_json(data=deepspeed_config(config, plan))
         console.print(table)
         if options.picture is not None:
