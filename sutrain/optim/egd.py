@@ -52,7 +52,9 @@ class Egd(FragmentOptimizer):
                     len(gain_limits) == 2 and 0 < gain_limits[0] <= 1 <= gain_limits[1]
                 ),
                 f"exponent_limit is {exponent_limit!r}, expected a positive number": exponent_limit > 0,
-                "kernels: compiled is not written for egd: use auto or eager": self.kernels != "compiled",
+                f"kernels is {self.kernels!r}, but only eager passes are written for egd: use auto or eager": (
+                    self.kernels in ("auto", "eager")
+                ),
             }
         )
         self.gain_rate = gain_rate

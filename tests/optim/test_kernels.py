@@ -185,6 +185,13 @@ def test_several_processes_may_compile_at_once(tmp_path):
     assert time.perf_counter() - began < 60
 
 
+def test_triton_without_triton_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "sutrain.optim.kernels.gpu", raising=False)
+    with pytest.raises(KernelError, match="comes with torch's CUDA build"):
+        trained("lamb", "triton", steps=1)
+
+
 def test_compiled_kernels_are_for_the_cpu():
     layout = Layout.of(ragged_map(), [None] * len(SHAPES))
     with pytest.raises(KernelError, match="on cuda"):

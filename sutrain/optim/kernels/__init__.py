@@ -10,7 +10,7 @@ from .compiled import CompiledKernels, KernelError
 from .eager import EagerKernels
 from .layout import Factors, Layout, State
 
-KERNELS = ("auto", "compiled", "eager")
+KERNELS = ("auto", "compiled", "triton", "eager")
 
 __all__ = ["KERNELS", "CompiledKernels", "EagerKernels", "Factors", "KernelError", "Layout", "build_kernels"]
 
@@ -19,12 +19,18 @@ def build_kernels(
     choice: str, layout: Layout, device: torch.device, first: State, second: State
 ) -> CompiledKernels | EagerKernels:
     """auto: compiled where the masters are on the CPU and a C++ compiler works (where it does not, a warning says so),
-    else eager. compiled: that or KernelError.
+    else eager. compiled, triton: that or KernelError; triton has never run on a GPU and is not chosen by auto.
 
     first, second: the optimizer's two kinds of state, see EagerKernels.
     """
     if choice == "compiled" and device.type != "cpu":
         raise KernelError(f"kernels compiled is for masters on the CPU, these are on {device}: use auto")
+    if choice == "triton":
+        try:
+            from .gpu import TritonKernels  # there is no Triton in torch's CPU build
+        except ImportError as error:
+            raise KernelError(f"kernels triton: {error}; it comes with torch's CUDA build") from None
+        return TritonKernels(layout, first, second)  # type: ignore[return-value]
     if choice == "eager" or device.type != "cpu":
         return EagerKernels(layout, first, second)
     try:
