@@ -49,8 +49,6 @@ _CJK = (
     (0x1B000, 0x1B2FF),
     (0x20000, 0x3FFFD),
 )
-_ASCII_LETTERS = bytes(byte for byte in range(128) if chr(byte).isalpha())
-_ASCII_SPACES = bytes(byte for byte in range(128) if chr(byte).isspace())
 _CODE_POINTS, _LAST_WITH_LETTERS, _VARIATION_SELECTORS = 0x110000, 0x40000, (0xE0100, 0xE01F0)
 
 DROP_REASONS = ("empty", "too_short", "too_long", "few_letters", "few_cjk")
@@ -161,15 +159,8 @@ def function_identity(path: str) -> str:
 
 def _has_few(texts: list[str], share: float, cjk: bool) -> np.ndarray:
     """bool [n]: is less than this share of a text's characters, spaces left out, letters (or CJK)?"""
-    few = np.ones(len(texts), dtype=bool)  # ASCII has no CJK
-    others = []
-    for number, text in enumerate(texts):
-        if not text.isascii():
-            others.append(number)
-        elif not cjk:
-            data = text.encode()
-            letters = len(data) - len(data.translate(None, _ASCII_LETTERS))
-            few[number] = letters < share * len(data.translate(None, _ASCII_SPACES))
+    few = np.ones(len(texts), dtype=bool)
+    others = [number for number, text in enumerate(texts) if not (cjk and text.isascii())]  # ASCII has no CJK
     if others:
         texts = [texts[number] for number in others]
         points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")
