@@ -34,7 +34,7 @@ TITLES = {
     "grad_norm": "gradient norm",
 }
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.edgecolor": "#8a94a3",
     "axes.labelcolor": INK,
@@ -61,7 +61,7 @@ def colour_of(number: int) -> str:
 def data_uri(figure: Figure) -> str:
     """A figure as an inline SVG image."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", dpi=130, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -96,8 +96,8 @@ def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str | N
     axes.plot(x, smoothed(middle), color=colour, linewidth=1.8, label=label)
 
 
-def _axes(figure: Figure, where: object, title: str, unit: str) -> Axes:
-    axes = figure.add_subplot(where)  # type: ignore[call-overload]
+def axes_of(figure: Figure, where: Any, title: str, unit: str) -> Axes:
+    axes = figure.add_subplot(*where) if isinstance(where, tuple) else figure.add_subplot(where)
     axes.set_title(title)
     axes.set_xlabel(STEPS)
     axes.set_ylabel(unit)
@@ -162,22 +162,22 @@ def _spike_marks(axes: Axes, run: RunLog) -> None:
 
 def curves(runs: Mapping[str, RunLog]) -> Figure:
     """Loss, accuracy, learning rate, throughput, gradient and update norm; runs over one another."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 10), layout="constrained")
         grid = figure.add_gridspec(3, 2)
-        loss_curves(_axes(figure, grid[0, 0], "Loss", "nats per predicted token"), runs)
+        loss_curves(axes_of(figure, grid[0, 0], "Loss", "nats per predicted token"), runs)
         accuracy_curves(
-            _axes(figure, grid[0, 1], "Validation accuracy on masked tokens", "share right"), runs
+            axes_of(figure, grid[0, 1], "Validation accuracy on masked tokens", "share right"), runs
         )
-        axes = _axes(figure, grid[1, 0], "Learning rate", "learning rate")
+        axes = axes_of(figure, grid[1, 0], "Learning rate", "learning rate")
         _plain(axes, runs, "learning_rate")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-        axes = _axes(figure, grid[1, 1], "Throughput", "tokens/s, all ranks")
+        axes = axes_of(figure, grid[1, 1], "Throughput", "tokens/s, all ranks")
         _plain(axes, runs, "tokens_per_second")
         axes.yaxis.set_major_formatter(THOUSANDS)
-        axes = _axes(figure, grid[2, 0], "Gradient norm, whole model", "L2 norm (log)")
+        axes = axes_of(figure, grid[2, 0], "Gradient norm, whole model", "L2 norm (log)")
         _plain(axes, runs, "grad_norm", log=True)
-        axes = _axes(figure, grid[2, 1], "Update norm, whole model", "L2 norm (log)")
+        axes = axes_of(figure, grid[2, 1], "Update norm, whole model", "L2 norm (log)")
         _plain(axes, runs, "update_norm", log=True)
         if len(runs) == 1:
             for axes in figure.axes[-2:]:
@@ -268,7 +268,7 @@ def heat_maps(run: RunLog, column: str, scale: Normalize) -> Figure | None:
     parts = parts_of(run)
     if not parts or len(_steps(run)) < 2:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.2), layout="constrained")
         panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
         for axes, part in zip(panels, parts, strict=True):
@@ -292,7 +292,7 @@ def outside_layers(run: RunLog) -> Figure | None:
         return None
     first = tables[0][1]
     rows = [(i, part) for i, part in enumerate(first["part"]) if not first["layer"][i]]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 2.9), layout="constrained")
         columns = ("update_ratio", "grad_norm", "update_norm")
         for axes, column in zip(figure.subplots(1, 3), columns, strict=True):
@@ -317,12 +317,12 @@ def outside_layers(run: RunLog) -> Figure | None:
 
 def summary(name: str, run: RunLog, headline: str) -> Figure:
     """One picture of a run for a page that has room for one: curves left, layers over time right."""
-    with matplotlib.rc_context({**_STYLE, "font.size": 10}):
+    with matplotlib.rc_context({**STYLE, "font.size": 10}):
         figure = Figure(figsize=(13, 6.6), layout="constrained", facecolor="white")
         figure.suptitle(f"{name}: {headline}", x=0.012, ha="left", fontsize=13, fontweight="bold")
         grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.35))
-        loss_curves(_axes(figure, grid[0, 0], "Loss", "nats per predicted token"), {name: run})
-        accuracy_curves(_axes(figure, grid[1, 0], "Validation accuracy", "share right"), {name: run})
+        loss_curves(axes_of(figure, grid[0, 0], "Loss", "nats per predicted token"), {name: run})
+        accuracy_curves(axes_of(figure, grid[1, 0], "Validation accuracy", "share right"), {name: run})
         maps = (
             ("update_ratio", "How far each layer moves", "viridis"),
             ("grad_norm", "What the loss asks of each layer", "magma"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import pictures
+from . import pictures, probe_pictures
 from .log import RunLog, read_run
 from .progress import duration
 from .verdicts import headline, verdicts
@@ -91,7 +91,8 @@ def page(runs: Mapping[str, RunLog]) -> str:
     )
     parts += ["<h2>Layers over time</h2>"]
     parts.append(_heat_maps(runs))
-    parts += ["<h2>Final numbers</h2>", _final_numbers(runs), _spike_table(runs)]
+    parts += _probes(runs)
+    parts += ["<h2>Final numbers</h2>", _final_numbers(runs), _data(runs), _spike_table(runs)]
     for name, run in runs.items():
         parts.append(_files(name if len(runs) > 1 else "", run.path.parent))
     parts.append(f"<footer>{_colophon(runs)}</footer>")
@@ -200,6 +201,23 @@ def _heat_maps(runs: Mapping[str, RunLog]) -> str:
     return "\n".join(parts) or '<p class="soft">No tables of layers have been written yet.</p>'
 
 
+def _probes(runs: Mapping[str, RunLog]) -> list[str]:
+    """What the layers do: probes on a fixed batch."""
+    whole = probe_pictures.probe_curves(runs)
+    if whole is None:
+        return []
+    text = (
+        "Measured on the same held-out rows every time, in fp32. The change of the function should not grow; below "
+        "three times the dashed line it is rounding. Entropy near 0 is attention that has collapsed onto single tokens."
+    )
+    maps = {name: probe_pictures.probe_maps(run) for name, run in runs.items()}
+    return [
+        f'<h2>What the layers do</h2><p class="soft">{text}</p>',
+        _picture(whole, "Model update and logits over time"),
+        *_labelled(runs, maps, "entropy, activations and dead units by layer"),
+    ]
+
+
 def _labelled(runs: Mapping[str, RunLog], figures: Mapping[str, Any], description: str) -> Iterator[str]:
     for number, name in enumerate(runs):
         if figures.get(name) is not None:
@@ -244,6 +262,21 @@ def _spike_table(runs: Mapping[str, RunLog], limit: int = 20) -> str:
     head = "".join(f"<th>{text}</th>" for text in heads)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<h3>Steps that stood out</h3>{table}"
+
+
+def _data(runs: Mapping[str, RunLog]) -> str:
+    """Rows, documents and tokens of the data by split, as the run found them."""
+    rows = []
+    for name, run in runs.items():
+        data = next((header["data"] for header in reversed(run.runs) if "data" in header), None)
+        for split, counts in (data or {}).get("splits", {}).items():
+            numbers = "".join(f"<td>{counts[key]:,}</td>" for key in ("documents", "rows", "tokens"))
+            label = f"{name}: {split}" if len(runs) > 1 else split
+            rows.append(f"<tr><td>{escape(label)}</td>{numbers}</tr>")
+    if not rows:
+        return ""
+    head = "<th></th><th>documents</th><th>rows</th><th>tokens</th>"
+    return f"<h3>Data</h3><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _files(name: str, folder: Path) -> str:

@@ -18,6 +18,11 @@ from .progress import duration
 DATA_BOUND_SHARE = 0.1  # of a step's time spent waiting for data
 THROUGHPUT_DROP = 0.8  # last tenth of the run over the whole run
 OVERFIT = 1.02  # validation loss now over its best, medians of three evaluations
+MINIMUM_SLOPES = 20  # tables of layers before a slope over depth is spoken of
+SLOPE_RISE = 0.5  # of log update against log depth, over its lowest: as the alarm SutrainUpdateDrift
+MODEL_UPDATE_GROWTH = 3.0  # last probes over the first half
+COLLAPSED_ENTROPY = 0.1  # nats
+DEAD_UNITS = 0.3  # of a layer's inner units
 EDGE = 0.05  # share of the run that "at the beginning" and "at the end" mean
 
 
@@ -38,6 +43,7 @@ def verdicts(run: RunLog) -> list[Verdict]:
         *_spikes(run),
         *_throughput(run),
         *_depth(run),
+        *_probes(run),
     ]
     return found + [Verdict("note", f"About the log: {note}.") for note in run.notes]
 
@@ -220,4 +226,48 @@ def _depth(run: RunLog) -> list[Verdict]:
             f"layer {lowest} least, {spread:.1f} times apart."
         )
         found.append(Verdict("note" if spread > 10 else "good", text))
+        found += _slope(run, part, name)
+    return found
+
+
+def _slope(run: RunLog, part: str, name: str) -> list[Verdict]:
+    """Does the update grow with depth, and since when? (The slope is that of statistics.depth_slope.)"""
+    steps, layers, values = run.heat_map("update_norm", part)
+    known = np.isfinite(values).all(0) & (values > 0).all(0)
+    if known.sum() < MINIMUM_SLOPES:
+        return []
+    x = np.log(layers + 1.0) - np.log(layers + 1.0).mean()
+    slope = x @ np.log(values[:, known]) / (x @ x)
+    half = max(1, len(slope) // 40)
+    smooth = np.array([np.median(slope[max(0, i - half) : i + half + 1]) for i in range(len(slope))])
+    if smooth[-1] - smooth.min() < SLOPE_RISE or smooth[-1] < SLOPE_RISE:
+        return []
+    since = int(steps[known][np.flatnonzero(smooth - smooth.min() < SLOPE_RISE / 2)[-1]])
+    text = (
+        f"The update of the {name} layers grows with depth: slope {smooth[-1]:+.1f}, from step {since:,} on."
+    )
+    return [Verdict("bad", text)]
+
+
+def _probes(run: RunLog) -> list[Verdict]:
+    """What probes say at the end: the function, attention, units."""
+    found = []
+    _, update = run.series("model_update", "probes")
+    if len(update) >= 8:
+        usual, last = float(np.median(update[: len(update) // 2])), float(np.median(update[-3:]))
+        if usual > 0 and last > MODEL_UPDATE_GROWTH * usual:
+            text = f"One update changes the function {last / usual:.1f} times as much as in the first half of the run"
+            found.append(Verdict("bad", f"{text} ({last:.2g}, after {usual:.2g})."))
+    if not run.probes:
+        return found
+    last_probe = run.probes[-1]
+    entropy = [x for x in last_probe.get("attention_entropy", []) if isinstance(x, float)]
+    collapsed = [str(layer) for layer, x in enumerate(entropy) if x < COLLAPSED_ENTROPY]
+    if collapsed:
+        text = f"Attention has collapsed onto single tokens in layer {', '.join(collapsed[:5])}"
+        found.append(Verdict("bad", f"{text}: entropy below {COLLAPSED_ENTROPY} nats."))
+    dead = [x for x in last_probe.get("dead_units_share", []) if isinstance(x, float)]
+    if dead and max(dead) > DEAD_UNITS:
+        text = f"{max(dead):.0%} of the inner units of layer {int(np.argmax(dead))} are dead"
+        found.append(Verdict("note", f"{text}: next to nothing at every token of the probe."))
     return found
