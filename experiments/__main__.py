@@ -32,6 +32,15 @@ page.
 """
 
 
+def write_page(kept: dict[str, str]) -> None:
+    """docs/experiments.md from the sections there are; those that are missing are named."""
+    sections = [kept[name] for name in EXPERIMENTS if name in kept]
+    missing = [name for name in EXPERIMENTS if name not in kept]
+    if missing:
+        sections.append(f"## Not run yet\n\n{', '.join(missing)}: `python -m experiments NAME`.\n")
+    PAGE.write_text(INTRODUCTION + "\n".join(sections))
+
+
 def main(names: list[str]) -> None:
     unknown = sorted(set(names) - EXPERIMENTS.keys())
     if unknown:
@@ -45,8 +54,7 @@ def main(names: list[str]) -> None:
         kept[name] = f"{finding.markdown()}\n`python -m experiments {name}`: {finding.seconds:.0f} s.\n"
         print(kept[name], flush=True)
         KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-        sections = [kept[known] for known in EXPERIMENTS if known in kept]
-        PAGE.write_text(INTRODUCTION + "\n".join(sections))
+        write_page(kept)
 
 
 if __name__ == "__main__":
