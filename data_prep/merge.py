@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,6 @@ def sorted_records(
 def _overlapping_frames(spills: SpillSet, split: int, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Index entries of all frames with keys of [first, stop) of the split, and the spill file of each."""
     tables, owners = [np.empty(0, dtype=FRAME_INDEX)], [np.empty(0, dtype=np.int64)]
-    low, high = np.uint64(first), np.uint64(stop - 1)
     for spill in spills.numbers:
         path = index_path(spills.folder, spill)
         try:
@@ -78,11 +78,29 @@ def _overlapping_frames(spills: SpillSet, split: int, first: int, stop: int) -> 
             raise DataPrepError(
                 f"{path}: the index of an intermediate file is gone or damaged ({error})"
             ) from None
-        mine = frames["split"] == split
-        mine &= (frames["first_key"] <= high) & (frames["last_key"] >= low)
-        tables.append(np.array(frames[mine]))
-        owners.append(np.full(int(mine.sum()), spill))
+        for begin, end in _parts_within(frames, split, first, stop - 1):
+            tables.append(np.array(frames[begin:end]))
+            owners.append(np.full(end - begin, spill))
     return np.concatenate(tables), np.concatenate(owners)
+
+
+def _parts_within(frames: np.ndarray, split: int, low: int, high: int) -> Iterator[tuple[int, int]]:
+    """The frames [begin, end) of each run of a split that may hold keys of low .. high, by halving: of an index that
+    lies on the disk only a few pages are read.
+    """
+
+    def find(field: str, value: int, begin: int, end: int, after: bool = False) -> int:
+        search = bisect_right if after else bisect_left
+        return search(range(end), value, begin, end, key=lambda number: int(frames[field][number]))
+
+    begin, last = (find("split", number, 0, len(frames)) for number in (split, split + 1))
+    while begin < last:
+        end = find("run", int(frames["run"][begin]), begin, last, after=True)
+        # In a run frames follow one another, so their first keys grow, and their last keys too.
+        start, stop = find("last_key", low, begin, end), find("first_key", high, begin, end, after=True)
+        if start < stop:
+            yield start, stop
+        begin = end
 
 
 def loaded_bytes(frames: np.ndarray, has_words: bool) -> np.ndarray:

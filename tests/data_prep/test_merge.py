@@ -1,0 +1,68 @@
+"""Reading spill files by range of keys: what an index finds by halving is what looking at every frame finds."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from data_prep.merge import _parts_within
+from data_prep.spill import CODECS, FRAME_INDEX, Items, Records, SpillWriter, decode_frame
+
+
+def test_frames_of_a_range_are_found_by_halving():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        entries = []
+        for split in (0, 1):
+            for run in range(draw.integers(0, 4)):
+                count = int(draw.integers(0, 8))
+                keys = np.sort(draw.integers(0, 60, 2 * count)).reshape(-1, 2)
+                entries += [(low, high, 0, 0, 0, 0, 0, 0, run, split, 0) for low, high in keys.tolist()]
+        frames = np.array(entries, dtype=FRAME_INDEX)
+        low, high = sorted(draw.integers(0, 60, 2).tolist())
+        for split in (0, 1):
+            mine = (frames["split"] == split) & (frames["first_key"] <= high) & (frames["last_key"] >= low)
+            found = [n for begin, end in _parts_within(frames, split, low, high) for n in range(begin, end)]
+            assert found == np.flatnonzero(mine).tolist()
+
+
+def test_payloads_are_taken_in_any_order_whatever_their_length():
+    draw = np.random.default_rng(1)
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        lengths = draw.integers(0, 9, 200).astype(np.uint32)
+        values = draw.integers(0, 200, int(lengths.sum())).astype(dtype)
+        parts = np.split(values, np.cumsum(lengths)[:-1])
+        order = draw.permutation(200)
+        assert (Items(values, lengths).take(order) == np.concatenate([parts[n] for n in order])).all()
+        assert len(Items(values, lengths).take(order[:0])) == 0
+
+
+def test_what_was_spilled_comes_back_by_every_codec_also_when_it_is_larger_than_the_budget():
+    draw = np.random.default_rng(2)
+    for codec in CODECS:
+        file = io.BytesIO()
+        writer = SpillWriter(file, 4000, 512, codec)
+        written = {}
+        for size in (3, 40, 3000, 2, 5):
+            keys = draw.integers(0, 2**63, 4).astype(np.uint64)
+            lengths = np.array([size, 0, 1, size], dtype=np.uint32)
+            tokens = draw.integers(0, 60_000, int(lengths.sum())).astype(np.uint16)
+            origin = {name: np.arange(4, dtype=np.uint32) for name in ("file", "block", "record")}
+            writer.add(
+                Records({"key": keys, "length": lengths, **origin}, tokens, None), np.array([0, 1, 0, 1])
+            )
+            written |= dict(zip(keys.tolist(), np.split(tokens, np.cumsum(lengths)[:-1]), strict=True))
+        frames = writer.finish()
+        assert writer.runs >= 2 and set(frames["split"].tolist()) == {0, 1}
+        found = {}
+        for frame in frames:
+            offset = int(frame["offset"])
+            records = decode_frame(
+                file.getvalue()[offset : offset + int(frame["bytes"])], frame, np.dtype("<u2"), False
+            )
+            assert (np.diff(records.columns["key"].astype(np.float64)) >= 0).all()
+            parts = np.split(records.tokens, np.cumsum(records.columns["length"])[:-1])
+            found |= dict(zip(records.columns["key"].tolist(), parts, strict=True))
+        assert found.keys() == written.keys()
+        assert all((found[key] == written[key]).all() for key in found)
