@@ -17,7 +17,8 @@ from .files import atomic_file, write_bytes
 from .gather import counts_path
 from .plan import Plan
 from .progress import RunProgress
-from .scatter import new_book, quarantine_path
+from .records import new_book
+from .scatter import quarantine_path
 from .shards import SPECIAL_IDS, SPLITS, Manifest, ShardEntry, SplitEntry, token_dtype
 
 

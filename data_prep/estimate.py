@@ -22,7 +22,7 @@ from .executor import usable_cores
 from .files import write_speed
 from .measure import memory_bytes
 from .plan import Plan, choose_codec
-from .scatter import Segment, clean_texts, new_book
+from .records import Segment, clean_texts, new_book
 from .shards import token_dtype
 from .sources import read_batches
 from .tokenizer import AnyTokenizer

@@ -92,3 +92,12 @@ def stamp_of_info(info: dict[str, Any]) -> tuple[int, str]:
         if info.get(key):
             return int(info["size"]), str(info[key]).strip('"')
     return int(info["size"]), ""
+
+
+def read_range(path: Path, offset: int = 0, length: int | None = None) -> bytes:
+    """Bytes of a file or of a range of it, fewer where it ends before. Raises OSError."""
+    if is_remote(path):
+        stop = None if length is None else offset + length
+        return bytes(path.fs.cat_file(path.path, start=offset, end=stop))  # type: ignore[attr-defined]
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), length, offset) if length is not None else file.read()

@@ -24,7 +24,7 @@ from .errors import DataPrepError
 from .executor import usable_cores
 from .inputs import list_corpus, search_root
 from .places import is_remote, place
-from .scatter import Segment, segment_bytes
+from .records import Segment, segment_bytes
 from .shards import FORMAT_VERSION
 from .sources import BLOCK_BYTES, InputFile
 from .tokenizer import read_model

@@ -24,7 +24,7 @@ from .errors import DataPrepError
 from .files import atomic_file, read_json, size_or_none, write_bytes, write_json
 from .keys import philox_words, share_threshold, stream_id
 from .measure import available_bytes
-from .scatter import Segment, clean_texts, new_book
+from .records import Segment, clean_texts, new_book
 from .shards import SPECIAL_IDS
 from .sources import COMPRESSION_RATIO, FileChangedError, InputFile, read_batches
 from .tokenizer import Tokenizer, train, training_bytes

@@ -7,7 +7,6 @@ a counted reason, or quarantined with file, offset and reason.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,17 +17,17 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from .clean import Cleaner, make_cleaner
+from .clean import make_cleaner
 from .config import CleaningSection, records_bytes
 from .dedup import HashWriter, hashes_index_path, hashes_path, repeated, selected
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
 from .fingerprint import document_sum, line_sum
-from .keys import philox_words, share_threshold, stream_id, stripe_words
+from .keys import share_threshold
 from .measure import TaskMeter, boot_id
-from .quarantine import quarantine_line
+from .records import Segment, clean_texts, new_book, record_keys, segment_bytes
 from .shards import SPLITS, token_dtype
-from .sources import FileChangedError, InputFile, RawBatch, parse, read_batches
+from .sources import FileChangedError, RawBatch, read_batches
 from .spill import ORIGIN, Records, SpillWriter, index_path, spill_path
 from .text import is_plain_text, read_lines, text_records
 from .tokenizer import AnyTokenizer, load_tokenizer
@@ -37,18 +36,6 @@ from .words import word_start_characters
 _ENCODE_BYTES = 1024**2
 _LONG_CHARACTERS = 32 * 1024
 _HASH_SHARE = 0.2  # of what a worker fills with records, with deduplication
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Blocks first_block .. stop_block - 1 of file number `file` (to its end where stop_block is None)."""
-
-    file: int
-    input: InputFile
-    corpus_name: str
-    first_block: int
-    stop_block: int | None
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,11 +61,6 @@ class ScatterTask:
     deduplicate: bool = False
     sync: bool = True  # without it the files are only good as long as the machine runs
     algorithm: str = "key"
-
-
-def segment_bytes(segment: Segment) -> int:
-    """Bytes on disk that a segment reads."""
-    return segment.input.disk_bytes(segment.first_block, segment.stop_block)
 
 
 def manifest_path(folder: str | Path, number: int) -> Path:
@@ -176,65 +158,6 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
     }
     write_json(manifest_path(folder, task.number), manifest)
     return manifest
-
-
-def new_book() -> dict[str, Any]:
-    """The account of one corpus: every record read is written, dropped for a reason, or quarantined for a
-    reason.
-    """
-    return {
-        "read": 0,
-        "bytes": 0,
-        "written": 0,
-        "repeated": 0,
-        "dropped": Counter(),
-        "quarantined": Counter(),
-    }
-
-
-def clean_texts(
-    segment: Segment,
-    batch: RawBatch,
-    chosen: np.ndarray,
-    clean: Cleaner,
-    book: dict[str, Any],
-    quarantine: BinaryIO | None = None,
-) -> tuple[list[str], list[int]]:
-    """Clean texts and record numbers of the `chosen` records (positions) of a batch; the others' fate goes
-    to the book.
-    """
-    raws, places = [], []
-    for position in chosen.tolist():
-        raw, reason = parse(segment.input, batch.lines[position])
-        if raw is None:
-            book["quarantined"][reason] += 1
-            if quarantine is not None:
-                quarantine.write(quarantine_line(segment.corpus_name, segment.input, batch, position, reason))
-            continue
-        raws.append(raw)
-        places.append(batch.first_record + position)
-    texts, reasons = clean.all(raws)
-    if any(reasons):
-        book["dropped"].update(filter(None, reasons))
-        texts = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
-        places = [place for place, reason in zip(places, reasons, strict=True) if not reason]
-    return texts, places
-
-
-def record_keys(
-    seed: int,
-    corpus: str,
-    relative: str,
-    block: int,
-    first: int,
-    count: int,
-    algorithm: str = "key",
-    copy: int = 0,
-) -> np.ndarray:
-    """Shuffle keys of raw records first .. first + count - 1 of a block, or of another copy of them, uint64 [count]."""
-    words = stripe_words if algorithm == "stripe" else philox_words
-    again = ("copy", copy) if copy else ()
-    return words(seed, stream_id("order", corpus, relative, block, *again), first, count)
 
 
 def _segment_records(

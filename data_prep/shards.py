@@ -30,7 +30,7 @@ import numpy as np
 import xxhash
 import zstandard
 
-from .places import is_remote, place
+from .places import place, read_range
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -395,12 +395,7 @@ def document_numbers(block: Block) -> np.ndarray:
 def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:
     """Bytes of a file or of a range of it. Raises ShardError when the file is missing or ends early."""
     try:
-        if is_remote(path):
-            stop = None if length is None else offset + length
-            data = path.fs.cat_file(path.path, start=offset, end=stop)  # type: ignore[attr-defined]
-        else:
-            with path.open("rb") as file:
-                data = os.pread(file.fileno(), length, offset) if length is not None else file.read()
+        data = read_range(path, offset, length)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from None
     if length is not None and len(data) != length:

@@ -17,6 +17,7 @@ from data_prep import plan as plan_module
 from data_prep.config import CleaningSection, PrepareConfig, TrainSection
 from data_prep.keys import philox_words, stream_id
 from data_prep.plan import make_plan
+from data_prep.records import Segment, record_keys
 from data_prep.sample import (
     SampleTask,
     Shares,
@@ -27,7 +28,6 @@ from data_prep.sample import (
     sample_shares,
     train_tokenizer,
 )
-from data_prep.scatter import Segment, record_keys
 from tests.data_prep.made import make_texts, settings, write_jsonl
 
 SAMPLE_BYTES = 20_000

@@ -1,0 +1,90 @@
+"""From raw records to clean texts with their shuffle keys, and the account of what became of every record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .clean import Cleaner
+from .keys import philox_words, stream_id, stripe_words
+from .quarantine import quarantine_line
+from .sources import InputFile, RawBatch, parse
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks first_block .. stop_block - 1 of file number `file` (to its end where stop_block is None)."""
+
+    file: int
+    input: InputFile
+    corpus_name: str
+    first_block: int
+    stop_block: int | None
+    weight: float = 1.0
+
+
+def segment_bytes(segment: Segment) -> int:
+    """Bytes on disk that a segment reads."""
+    return segment.input.disk_bytes(segment.first_block, segment.stop_block)
+
+
+def new_book() -> dict[str, Any]:
+    """The account of one corpus: every record read is written, dropped for a reason, or quarantined for a
+    reason.
+    """
+    return {
+        "read": 0,
+        "bytes": 0,
+        "written": 0,
+        "repeated": 0,
+        "dropped": Counter(),
+        "quarantined": Counter(),
+    }
+
+
+def clean_texts(
+    segment: Segment,
+    batch: RawBatch,
+    chosen: np.ndarray,
+    clean: Cleaner,
+    book: dict[str, Any],
+    quarantine: BinaryIO | None = None,
+) -> tuple[list[str], list[int]]:
+    """Clean texts and record numbers of the `chosen` records (positions) of a batch; the others' fate goes
+    to the book.
+    """
+    raws, places = [], []
+    for position in chosen.tolist():
+        raw, reason = parse(segment.input, batch.lines[position])
+        if raw is None:
+            book["quarantined"][reason] += 1
+            if quarantine is not None:
+                quarantine.write(quarantine_line(segment.corpus_name, segment.input, batch, position, reason))
+            continue
+        raws.append(raw)
+        places.append(batch.first_record + position)
+    texts, reasons = clean.all(raws)
+    if any(reasons):
+        book["dropped"].update(filter(None, reasons))
+        texts = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
+        places = [place for place, reason in zip(places, reasons, strict=True) if not reason]
+    return texts, places
+
+
+def record_keys(
+    seed: int,
+    corpus: str,
+    relative: str,
+    block: int,
+    first: int,
+    count: int,
+    algorithm: str = "key",
+    copy: int = 0,
+) -> np.ndarray:
+    """Shuffle keys of raw records first .. first + count - 1 of a block, or of another copy of them, uint64 [count]."""
+    words = stripe_words if algorithm == "stripe" else philox_words
+    again = ("copy", copy) if copy else ()
+    return words(seed, stream_id("order", corpus, relative, block, *again), first, count)
