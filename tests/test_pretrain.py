@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 import yaml
 
-from sutrain import pretrain
+from sutrain import heartbeat, pretrain
 from sutrain.compare import compare_steps, read_steps
 from tests.conftest import ROOT, RUN, environment
 
@@ -23,7 +23,7 @@ TOLERANCE_OTHER_WORLD = 1e-5
 """Relative difference of fp32 losses over a few steps when sums are only re-ordered."""
 
 
-def launch(config, ranks, *overrides, variables=None, **popen):
+def launch(config, ranks, *overrides, before=(), variables=None, **popen):
     arguments = ["sutrain/pretrain.py", "--config", str(config), *overrides]
     if ranks == 0:  # no launcher at all
         command = [sys.executable, *arguments]
@@ -37,6 +37,7 @@ def launch(config, ranks, *overrides, variables=None, **popen):
             *arguments,
         ]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [*before, *command]
     return subprocess.Popen(command, cwd=ROOT, env=environment(**variables or {}), **streams, **popen)
 
 
@@ -159,10 +160,18 @@ def test_another_world_size_goes_on_with_the_same_documents_and_masks(exact, ran
     assert after[5]["grad_norm"] == pytest.approx(before[5]["grad_norm"], rel=1e-5)
 
 
-def test_metrics_are_served_while_training_and_sigterm_leaves_a_checkpoint(dataset, write_config):
+def test_metrics_are_served_while_training_and_signals_to_the_supervisor_leave_checkpoints(
+    dataset, write_config
+):
     port = free_port()
-    config = write_config("served", data={"dir": str(dataset)}, steps=100_000, monitor={"port": port})
-    process = launch(config, 2, start_new_session=True)
+    rarely = {"every_steps": 100_000}
+    config = write_config(
+        "served", data={"dir": str(dataset)}, steps=100_000, monitor={"port": port},
+        checkpoint=rarely, evaluation=rarely,
+    )  # fmt: skip
+    supervisor = [sys.executable, "-m", "sutrain.supervise", "--"]
+    process = launch(config, 2, before=supervisor, start_new_session=True)
+    checkpoint_folder = config.with_suffix("") / "checkpoints"
     try:
         page = wait_for(f"http://127.0.0.1:{port}/metrics", "sutrain_update_ratio{")
         for series in (
@@ -174,12 +183,17 @@ def test_metrics_are_served_while_training_and_sigterm_leaves_a_checkpoint(datas
             'sutrain_update_spikes_total{layer="0",part="mixer"} ', "sutrain_loss_spikes_total ",
         ):  # fmt: skip
             assert series in page, series
-        os.killpg(process.pid, signal.SIGTERM)  # the launcher hands none down
-        output = process.communicate(timeout=90)[0]
+        process.send_signal(signal.SIGUSR1)
+        while not list(checkpoint_folder.glob("step-*")):
+            assert process.poll() is None, "the run goes on after SIGUSR1"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=150)[0]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert "stopped after step" in output, output
+        heartbeat.request(config.with_suffix(""), "KILL")  # the ranks are in groups of their own
+    assert "stopped after step" in output and process.returncode == 0, output
     stopped = max(records(config.with_suffix("")))
     assert (config.with_suffix("") / f"checkpoints/step-{stopped:08d}/manifest.json").is_file()
 
