@@ -312,24 +312,21 @@ class PrepareConfig(Section):
 
     @model_validator(mode="after")
     def _far_output_has_a_near_work_dir(self) -> PrepareConfig:
-        if self.work_dir and is_remote(self.work_dir):
-            raise ValueError(
-                f"work_dir: {self.work_dir} is a URL; give a folder that every node sees as a file system"
+        if is_remote(self.work_dir or "") or (is_remote(self.output_dir) and not self.work_dir):
+            reason = (
+                f"{self.work_dir} is a URL" if self.work_dir else f"required with the URL {self.output_dir}"
             )
-        if is_remote(self.output_dir) and not self.work_dir:
-            raise ValueError(
-                f"work_dir: required, as output_dir={self.output_dir} is a URL; give a folder that every node sees"
-            )
+            raise ValueError(f"work_dir: {reason}; give a folder that every node sees as a file system")
         return self
 
     @model_validator(mode="after")
     def _a_text_is_a_line(self) -> PrepareConfig:
         if self.shards.content == "text" and not self.cleaning.collapse_whitespace:
             for number, corpus in enumerate(self.corpora):
-                if corpus.format != "txt":
+                if corpus.format != "txt" or corpus.records != "line":
                     raise ValueError(
                         f"corpora.{number}.format: with shards.content=text a text must be one line; take "
-                        "cleaning.collapse_whitespace=true, or format: txt"
+                        "cleaning.collapse_whitespace=true, or format: txt with records: line"
                     )
         return self
 
@@ -398,5 +395,5 @@ def _paths_lost_with_a_ray_package(config: PrepareConfig, cwd: str | None = None
         f"{key}: {path!r} is relative, but a Ray job runs in a temporary copy of its working directory; "
         "give an absolute path that every node sees"
         for key, path in paths.items()
-        if path and not os.path.isabs(os.path.expanduser(path))
+        if path and not is_remote(path) and not os.path.isabs(os.path.expanduser(path))
     ]

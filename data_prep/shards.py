@@ -1,16 +1,14 @@
-"""The shard format: writer, reader and manifest side by side, so that preparation and training cannot drift
-apart.
+"""The shard format: writer, reader and manifest side by side, so that preparation and training cannot drift apart.
 
 OUTPUT/manifest.json        only what decides the content (docs/data_format.md lists every field)
-OUTPUT/tokenizer/           tokenizer.model, tokenizer.json
+OUTPUT/tokenizer/           tokenizer.model (or vocab.txt), tokenizer.json
 OUTPUT/token_counts.bin     how often each id occurs in the train split, little-endian uint64 [V]
 OUTPUT/train/shard-000000.tar, shard-000000.index.json, …    OUTPUT/validation/…
 
-A shard is a plain USTAR tar that stock webdataset reads. A sample is a block of N rows of L tokens:
-`tokens.zst` (little-endian uint16, uint32 where V > 65536, [N, L]), `words.zst` (word starts, packed bits
-over the flattened block) and `documents.zst` (uint32 [8, P]: the columns PIECE_COLUMNS of the P document
-pieces, in order). The index beside it says where each member lies and has a checksum of each block's
-content, so a reader fetches any rows by one range read.
+A shard is a plain USTAR tar that stock webdataset reads. A sample is a block of N rows of L tokens: `tokens.zst`
+(little-endian uint16, uint32 where V > 65536, [N, L]), `words.zst` (word starts, packed bits over the flattened block)
+and `documents.zst` (uint32 [8, P]: the columns PIECE_COLUMNS of the P document pieces, in order). The index beside it
+says where each member lies and has a checksum of each block's content, so a reader fetches any rows by one range read.
 
 Shapes: N rows, L row length, P document pieces, V vocabulary.
 """
@@ -143,11 +141,10 @@ class Manifest:
             }
             manifest = cls(**tree, splits=entries, directory=str(directory))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ShardError(
-                f"{path}: not a whole manifest (wrong or missing: {error}); prepare the data again"
-            ) from None
-        names = [shard.name for entry in entries.values() for shard in entry.shards]
-        names += [*entries, *manifest.tokenizer["file"].split("/"), manifest.token_counts["file"]]
+            reason = f"not a whole manifest (wrong or missing: {error}); prepare the data again"
+            raise ShardError(f"{path}: {reason}") from None
+        names = [shard.name for entry in entries.values() for shard in entry.shards] + [*entries]
+        names += [*manifest.tokenizer["file"].split("/"), manifest.token_counts["file"]]
         if outside := [name for name in names if not re.fullmatch(r"\w[\w.-]*|", name)]:
             raise ShardError(f"{path}: names a file outside of its folder ({outside[0]!r})")
         if manifest.compute_content_hash() != manifest.content_hash:

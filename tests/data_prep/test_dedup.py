@@ -81,7 +81,7 @@ def test_runs_tasks_and_ranges_leave_no_trace(repetitive, tmp_path, monkeypatch,
     resources = {"workers": 1, "task_bytes": 1}
     made = []
     original = dedup.dedup_tasks
-    monkeypatch.setattr("data_prep.run.dedup_tasks", lambda *a: made.extend(original(*a)) or made)
+    monkeypatch.setattr("data_prep.between.dedup_tasks", lambda *a: made.extend(original(*a)) or made)
     prepare(two_corpora(repetitive, tmp_path / "two", weights, resources=resources))
     assert len(made) > 3
     assert content_files(tmp_path / "one") == content_files(tmp_path / "two")

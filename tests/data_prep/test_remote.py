@@ -116,7 +116,7 @@ def test_what_is_not_there_is_one_clear_line(s3, tmp_path):
     assert "nowhere://x/y.txt: this storage cannot be used" in result.stderr
     far = settings(Path("x"), [tmp_path]) | {"output_dir": f"{BUCKET}/out"}
     result = command_line(far, tmp_path, "plan")
-    assert result.returncode == 2 and "work_dir: required" in result.stderr
+    assert result.returncode == 2 and "work_dir: required with the URL" in result.stderr
 
 
 def test_globs_roots_and_changed_objects(s3, tmp_path):
