@@ -183,7 +183,7 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
             )
         super().__init__(config)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # what the caller passes by position is this
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
     ) -> dict[str, Any]:
         """What a step of generation computes: the whole text, since nothing is kept of the step before."""
