@@ -141,10 +141,9 @@ class Manifest:
             }
             manifest = cls(**tree, splits=entries, directory=str(directory))
         except (KeyError, TypeError, AttributeError) as error:
-            reason = f"not a whole manifest (wrong or missing: {error}); prepare the data again"
-            raise ShardError(f"{path}: {reason}") from None
-        names = [shard.name for entry in entries.values() for shard in entry.shards] + [*entries]
-        names += [*manifest.tokenizer["file"].split("/"), manifest.token_counts["file"]]
+            raise ShardError(f"{path}: not a whole manifest ({error}); prepare the data again") from None
+        names = [*entries, *manifest.tokenizer["file"].split("/"), manifest.token_counts["file"]]
+        names += [shard.name for entry in entries.values() for shard in entry.shards]
         if outside := [name for name in names if not re.fullmatch(r"\w[\w.-]*|", name)]:
             raise ShardError(f"{path}: names a file outside of its folder ({outside[0]!r})")
         if manifest.compute_content_hash() != manifest.content_hash:
