@@ -56,7 +56,13 @@ def ray_shuffle(text: str, output: str, memory_bytes: str) -> None:
 
     shutil.rmtree(output, ignore_errors=True)
     os.makedirs(output)
-    ray.init(num_cpus=2, object_store_memory=int(memory_bytes), include_dashboard=False, log_to_driver=False)
+    ray.init(
+        "local",
+        num_cpus=2,
+        object_store_memory=int(memory_bytes),
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def write(batch: dict) -> dict:
