@@ -280,7 +280,8 @@ def growth(bench: Bench) -> None:
 def resume(bench: Bench) -> None:
     """Tasks that were begun before a kill -9 and so are done again, per worker; the worst of three kills."""
     text, model = bench.text("english", 700, max(bench.options.growth, 0.4)), bench.model("english")
-    command, output = bench.config("resume", text, tokenizer={"load": str(model)})
+    cleaning = {"max_record_bytes": 2**20}
+    command, output = bench.config("resume", text, tokenizer={"load": str(model)}, cleaning=cleaning)
     quiet: dict[str, Any] = {"cwd": ROOT, "stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     worst = 0
     for finished in (1, 2, 3):
@@ -289,6 +290,10 @@ def resume(bench: Bench) -> None:
         while process.poll() is None and len(list(output.glob(".work/*/scatter/task-*.json"))) < finished:
             time.sleep(0.01)
         time.sleep(0.3 * finished)
+        if process.poll() is not None:
+            sys.exit(
+                f"the run ended before it was killed (exit code {process.returncode}): {' '.join(command)}"
+            )
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kept = {path: path.stat().st_mtime_ns for path in output.glob(".work/*/scatter/task-*.json")}
@@ -296,7 +301,8 @@ def resume(bench: Bench) -> None:
         worst = max(worst, len(begun))
         process = subprocess.Popen(command, start_new_session=True, **quiet)
         time.sleep(5)
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have finished by then
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if any(path.stat().st_mtime_ns != stamp for path, stamp in kept.items()):
             sys.exit("a finished task was done again")
