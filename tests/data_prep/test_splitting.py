@@ -167,6 +167,39 @@ def test_a_damaged_frame_costs_no_other_frame(tmp_path, small_blocks, suffix):
     assert lines[:before] == LINES[:before] and lines[-after:] == LINES[-after:]
 
 
+@pytest.mark.parametrize("read_bytes", [64, 250, 400, 700, 1000])
+def test_as_much_of_a_damaged_frame_is_read_from_any_block(tmp_path, small_blocks, monkeypatch, read_bytes):
+    """A frame of many blocks, damaged in its middle: what comes before the damage does not depend on the reader."""
+    monkeypatch.setattr(decompress, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(
+        decompress, "CHUNK_BYTES", 10_000
+    )  # one call decodes several blocks, and all are lost with it
+    data = b"".join(b"%04d %s\n" % (i, random.Random(i).randbytes(12).hex().encode()) for i in range(200))
+    packed, flushed = b"", [0]
+    for begin, stop in ((0, 1490), (1490, 4500), (4500, len(data))):
+        maker = zstandard.ZstdCompressor().compressobj(size=stop - begin)
+        for at in range(begin, stop, 170):
+            packed += maker.compress(data[at : min(stop, at + 170)]) + maker.flush(
+                zstandard.COMPRESSOBJ_FLUSH_BLOCK
+            )
+            flushed.append(len(packed))
+        packed += maker.flush()
+    broken = bytearray(packed)
+    first, last = flushed[18] + 3, flushed[19]  # a block of the second frame, without its header
+    broken[first:last] = b"\xff" * (last - first)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(broken)
+    file = listed(path)
+    found = whole(file)
+    lines = [line for *_, line in found if isinstance(line, bytes)]
+    assert (
+        by_blocks(file) == found
+        and lines[:49] == data.splitlines()[:49]
+        and lines[-50:] == data.splitlines()[-50:]
+    )
+    assert len(lines) < 190
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 def test_a_decompression_bomb_is_refused_in_little_memory(tmp_path, suffix):
     import bz2
