@@ -108,10 +108,11 @@ def attend(
 def _attend_each(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool, mixes
 ) -> Tensor:
-    pieces = []
-    for (start, end), mask in zip(documents.spans(), documents.masks, strict=True):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        pieces.append(_attend(q, k, v, mask, dropout, squared, mixes))
+    # split, not slices: going back, every slice would fill a tensor of the whole row with zeros.
+    parts = zip(
+        *(x.split(documents.lengths, dim=2) for x in (query, key, value)), documents.masks, strict=True
+    )
+    pieces = [_attend(q, k, v, mask, dropout, squared, mixes) for q, k, v, mask in parts]
     return torch.cat(pieces, dim=2)
 
 
