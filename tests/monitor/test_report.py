@@ -17,7 +17,7 @@ from sutrain.monitor.pictures import curves, data_uri, in_blocks, thinned
 from sutrain.monitor.report import page, read_runs
 from sutrain.monitor.verdicts import verdicts
 from sutrain.report import main
-from tests.monitor.made_up import COLUMNS, groups_of, write_run
+from tests.monitor.made_up import COLUMNS, groups_of, probe_of, write_run
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +196,36 @@ def test_a_browser_opens_the_page_without_complaint(made, tmp_path):
     assert pixels.shape == (1500, 1200, 3)
     saturation = pixels.max(axis=2) - pixels.min(axis=2)
     assert (saturation > 0.5).mean() > 0.0005  # the curves are drawn: strong blue on white
+
+
+def test_an_update_that_begins_to_grow_with_depth_is_said_with_its_slope_and_step(tmp_path):
+    groups = groups_of(12)
+    depth = np.array([int(groups.keys[g][0] or 0) + 1.0 for g in groups.group_of_T])
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for step in range(1, 101):
+            sums = np.ones((len(groups.names), len(COLUMNS)))
+            sums[:, 2] = depth ** (0.0 if step <= 60 else 1.8)
+            log.step({"step": step, "loss": 5.0 - 0.01 * step}, groups.table(sums, COLUMNS))
+    found = re.search(r"mixer layers grows with depth: slope \+0\.9, from step (\d+) on", texts(tmp_path))
+    assert found and 55 <= int(found.group(1)) <= 62
+
+
+def test_probes_are_drawn_and_judged(tmp_path):
+    write_run(tmp_path / "a", layers=3, steps=30)
+    with MetricsLog(tmp_path / "a" / "metrics.jsonl", resume_from_step=30) as log:
+        for step in range(1, 21):
+            entropy = [3.0, 3.0 if step < 20 else 0.01, 2.0]
+            change = 0.01 if step < 15 else 0.2
+            log.probe({**probe_of(3), "step": step, "model_update": change, "attention_entropy": entropy})
+    found = texts(tmp_path / "a")
+    assert "One update changes the function 20.0 times as much as in the first half" in found
+    assert "collapsed onto single tokens in layer 1" in found
+    assert page(read_runs([tmp_path / "a"])).count("<img") == 6 + 2
+
+
+def test_what_the_data_was_stands_in_the_report(tmp_path):
+    write_run(tmp_path, layers=1, steps=20)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    data = '"data": {"splits": {"train": {"rows": 12345, "documents": 678, "tokens": 9}}}, "world_size"'
+    (tmp_path / "metrics.jsonl").write_text(text.replace('"world_size"', data, 1))
+    assert "<td>train</td><td>678</td><td>12,345</td><td>9</td>" in page(read_runs([tmp_path]))
