@@ -74,22 +74,8 @@ def test_the_first_update_against_depth(evidence):
 @pytest.mark.timeout(3000)
 def test_depth_without_warm_up(evidence):
     found = {
-        (kind, depth): trainability.mean_tail(trainability.train(trainability.transformer(kind, depth), 250))
+        kind: trainability.mean_tail(trainability.train(trainability.transformer(kind, 24), 250))
         for kind in ("post", "deepnorm")
-        for depth in (24, 60)
     }
-    evidence(losses={f"{kind} {depth}": loss for (kind, depth), loss in found.items()})
-    assert min(found["post", depth] for depth in (24, 60)) > 2.9
-    assert max(found["deepnorm", depth] for depth in (24, 60)) < 0.3
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(6000)
-def test_gated_units_without_warm_up(evidence):
-    found = {
-        (kind, depth): trainability.mean_tail(trainability.train(trainability.gau(kind, depth), 200))
-        for kind, depth in (("softmax", 48), ("gau_alpha", 48), ("softmax", 120), ("gau_alpha", 120))
-    }
-    evidence(losses={f"{kind} {depth}": loss for (kind, depth), loss in found.items()})
-    assert max(found["softmax", 48], found["gau_alpha", 48]) < 1.0
-    assert found["gau_alpha", 120] < 0.6 and found["softmax", 120] > 2.5
+    evidence(losses=found)
+    assert found["post"] > 2.9 and found["deepnorm"] < 0.3

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .configuration import GATED_ACTIVATIONS, EncoderConfig
 
-# A document costs a call of the attention kernel, forward and backward, in every layer: 0.3 ms in bf16 on a CPU core, in
-# which a forward pass makes about this many products (LOG.md). Without it rows of short documents are taken apart at a loss.
+# A document costs a call of the attention kernel, forward and backward, in every layer: 0.3 ms in bf16 on a CPU core,
+# in which a forward pass makes about this many products (LOG.md). Without it rows of short documents would be taken
+# apart at a loss.
 CALL_PRODUCTS = 10_000_000
 
 
