@@ -52,7 +52,6 @@ class Probe:
             with torch.random.fork_rng(devices=[]):  # building a model draws its initial weights
                 self.model = MaskedLanguageModel(config).float().eval().to(tokens_BL.device)
             self.model.encoder.take_rows_apart = False  # what the hooks see are rows, [B, L, …]
-            self.model.encoder.take_rows_apart = False  # what is watched is read off whole rows
         self._before_BLD: Tensor | None = None
         self.noise: float | None = None
 
