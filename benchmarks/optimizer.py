@@ -34,7 +34,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sutrain.build_extension import build_extension, prepare_environment
+from sutrain.build_extension import build_extension, prepare_environment, start_communication
 from sutrain.launch import environment
 from sutrain.models.configuration import EncoderConfig
 from sutrain.models.masked_lm import MaskedLanguageModel
@@ -202,7 +202,7 @@ def one_rank(model_name: str, updates: int) -> None:
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.init_distributed("gloo")
+    start_communication("gloo")
     model = MaskedLanguageModel(MODELS[model_name])
     optimizer = build_optimizer("adafactor", model.named_parameters(), **SETTINGS)
     bare = build_optimizer("adafactor", model.named_parameters(), statistics=False, **SETTINGS)

@@ -195,6 +195,19 @@ def _use(folder: Path) -> None:
     OpBuilder._loaded_ops[NAME] = module
 
 
+def start_communication(backend: str | None) -> None:
+    """deepspeed.init_distributed, after which the extension's shared memory (66 MiB a rank) has no name any more:
+    it is freed with the last process that maps it, however that ends. DeepSpeed removes it never."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend=backend)
+    if backend != "gloo":
+        return
+    torch.distributed.barrier()  # every rank has opened what the others made
+    name = "_".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{name}").unlink(missing_ok=True)
+
+
 def _do_without() -> None:
     """DeepSpeed asks this table before it loads the extension."""
     import deepspeed.ops

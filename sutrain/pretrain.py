@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from sutrain import checkpoint as checkpoints
 from sutrain import continuity, heartbeat, preflight
-from sutrain.build_extension import ExtensionError, build_extension, prepare_environment
+from sutrain.build_extension import ExtensionError, build_extension, prepare_environment, start_communication
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, prefetch, word_masking
@@ -105,7 +105,7 @@ class Run:
         # DeepSpeed calls functions that torch renames; once a step and rank is too often to hear of it.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         with contextlib.redirect_stdout(None):  # what it prints has no switch
-            deepspeed.init_distributed(dist_backend="gloo" if self.device.type == "cpu" else None)
+            start_communication("gloo" if self.device.type == "cpu" else None)
         self.dtype = DTYPES[config.precision]
         self.peak = device_peak(self.device, self.dtype)
         torch.manual_seed(config.seed)

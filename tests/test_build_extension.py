@@ -20,8 +20,10 @@ REDUCE = (
     "s = socket.socket(); s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]; s.close(); "
     "os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_SIZE='1', "
     "MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)); "
-    "deepspeed.init_distributed('gloo'); x = torch.ones(3); dist.all_reduce(x); assert x.sum() == 3; "
-    "from deepspeed.comm import comm; print('extension', comm.cdb.shm_comm_op is not None)"
+    "from sutrain.build_extension import start_communication; start_communication('gloo'); "
+    "x = torch.ones(3); dist.all_reduce(x); assert x.sum() == 3; "
+    "from deepspeed.comm import comm; print('extension', comm.cdb.shm_comm_op is not None); "
+    "from pathlib import Path; print('left', *Path('/dev/shm').glob(f'deepspeed_allreduce_buffer_*_{port}_*'))"
 )
 
 
@@ -65,6 +67,7 @@ def test_what_was_built_is_loaded_without_compiler_and_ninja(built, tmp_path):
     result = python(BUILD.format(arguments="") + REDUCE, path=only({}, tmp_path / "bin"))
     assert result.returncode == 0, result.stderr
     assert "extension True" in result.stdout
+    assert result.stdout.splitlines()[-1].strip() == "left", "shared memory that outlives its process"
 
 
 def test_without_a_compiler_one_line(tmp_path):
