@@ -75,6 +75,10 @@ def owned(output: Path, lease_seconds: float, say: Callable[[str], None] = print
     set_fence(fence)
     try:
         yield fence
+    except (OSError, DataPrepError) as error:
+        if not isinstance(error, LostLeaseError):
+            fence.check()  # a follower has cleared away what was missed here: being followed is the reason to give
+        raise
     finally:
         set_fence(None)
         ended.set()

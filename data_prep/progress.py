@@ -7,6 +7,7 @@ same counts for Prometheus (node exporter's textfile collector reads it).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -172,8 +173,17 @@ class RunProgress:
             try:
                 temporary.write_text(text)
                 temporary.replace(self._folder / name)
-            except OSError:
-                return  # telling about the work must never stop it
+            except OSError:  # telling about the work must never stop it
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                    _overwrite(self._folder / name, text)
+
+
+def _overwrite(path: Path, text: str) -> None:
+    """Change a file in the blocks it has: on a full disk there is no room for a second one."""
+    with open(path, "r+") as file:
+        file.write(text)
+        file.truncate()
 
 
 def _live(console: Console) -> Progress:

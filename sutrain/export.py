@@ -317,7 +317,7 @@ def export_run(run_dir: Path, output_dir: Path, choice: str = "best") -> Path:
         "sequences seen": f"{checkpoint.counters['samples_consumed']:,}",
         "tokens seen": f"{checkpoint.counters['tokens']:,}",
         **_validation_numbers(run_dir, checkpoint.counters["steps"]),
-        "data": checkpoint.counters["data_content_hash"],
+        "data": ", ".join(corpus["content_hash"] for corpus in checkpoint.counters["corpora"]),
     }
     return export_weights(
         checkpoints.load_full_weights(folder),

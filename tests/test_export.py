@@ -184,7 +184,7 @@ def write_run(folder, dataset, config_file):
             "skipped": 0,
             "samples_consumed": 72,
             "tokens": 2304,
-            "data_content_hash": "abc",
+            "corpora": [{"content_hash": "abc"}],
         }
         save_checkpoint(folder / "checkpoints", updates, slices, {}, shapes, counters)
         models.append(model)
