@@ -36,11 +36,6 @@ def place(path: str | os.PathLike[str]) -> Path:
     return Path(re.sub(r"^(file|local)://", "", text)).expanduser().resolve()
 
 
-def as_text(path: Path) -> str:
-    """A path as `place` takes it again."""
-    return str(path)
-
-
 def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path in it. Raises DataPrepError when its client is not installed."""
     import fsspec

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -92,13 +92,6 @@ class InputFile:
         if self.groups:
             return self.size_bytes * sum(self.groups[first_block:stop]) // max(1, sum(self.groups))
         return min(self.size_bytes, stop * BLOCK_BYTES) - first_block * BLOCK_BYTES
-
-    def of_blocks(self, first_block: int) -> InputFile:
-        """The same file without the entry points that a reader from this block on has no use for: a task travels."""
-        if not self.frames:
-            return self
-        kept = dict.fromkeys(self.frames[first_block:])
-        return replace(self, frames=tuple(kept))
 
 
 @dataclass(frozen=True)

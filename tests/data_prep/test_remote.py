@@ -42,8 +42,11 @@ def s3(tmp_path_factory):
                 try:
                     system.mkdir("corpora")
                     break
-                except Exception:
+                except Exception:  # which one it is depends on how far the server has come
                     time.sleep(0.1)
+            else:
+                process.kill()
+                pytest.fail("the S3 server did not answer within its time")
             try:
                 yield system
             finally:
