@@ -4,11 +4,11 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import urllib.request
 
+import psutil
 import pytest
 
 from sutrain.replay import main as replay
@@ -142,12 +142,13 @@ def test_the_rank_that_hangs_is_named(dataset, tmp_path):
 
     try:
         wait_for(lambda found: found["sutrain_step"] > 5 and found['sutrain_rank_progress{rank="1"}'] > 5)
-        listed = subprocess.run(["ps", "-eo", "pid,sess,args"], capture_output=True, text=True).stdout
-        mine = [line.split(None, 2) for line in listed.splitlines() if f" {process.pid} " in line]
+        # The processes below the launcher, not a listing by `ps`, which cuts lines to the width of a terminal.
         (second,) = (
-            int(pid) for pid, _, args in mine if "--local_rank=1" in args and args.startswith(sys.executable)
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "--local_rank=1" in child.cmdline() and os.path.samefile(child.exe(), sys.executable)
         )
-        os.kill(second, signal.SIGSTOP)
+        second.suspend()
         step = scrape()["sutrain_step"]
         time.sleep(2.5)
         found = scrape()
@@ -155,7 +156,7 @@ def test_the_rank_that_hangs_is_named(dataset, tmp_path):
         beats = [found[f'sutrain_rank_heartbeat_timestamp_seconds{{rank="{rank}"}}'] for rank in (0, 1)]
         assert all(time.time() - beat > 1.5 for beat in beats)
         assert found['sutrain_rank_progress{rank="1"}'] <= found['sutrain_rank_progress{rank="0"}']
-        os.kill(second, signal.SIGCONT)
+        second.resume()
         wait_for(lambda found: found["sutrain_step"] > step + 5)
     finally:
         with contextlib.suppress(ProcessLookupError):
