@@ -173,16 +173,15 @@ def test_metrics_are_served_while_training_and_signals_to_the_supervisor_leave_c
     process = launch(config, 2, before=supervisor, start_new_session=True)
     checkpoint_folder = config.with_suffix("") / "checkpoints"
     try:
-        page = wait_for(f"http://127.0.0.1:{port}/metrics", "sutrain_update_ratio{")
-        for series in (
+        wait_for(
+            f"http://127.0.0.1:{port}/metrics",
             "sutrain_loss ", "sutrain_learning_rate ", "sutrain_tokens_total ", "sutrain_tokens_per_second ",
             "sutrain_mfu_ratio ", "sutrain_step_seconds ", "sutrain_loss_scale ", "sutrain_skipped_steps_total ",
             'sutrain_grad_norm{layer="0",part="mixer"} ', 'sutrain_weight_norm{layer="1",part="feed_forward"} ',
             'sutrain_update_norm{layer="0",part="mixer"} ', 'sutrain_update_ratio{layer="",part="embedding"} ',
             "sutrain_model_update ", 'sutrain_attention_entropy{layer="1"} ',
             'sutrain_update_spikes_total{layer="0",part="mixer"} ', "sutrain_loss_spikes_total ",
-        ):  # fmt: skip
-            assert series in page, series
+        )  # fmt: skip
         process.send_signal(signal.SIGUSR1)
         while not list(checkpoint_folder.glob("step-*")):
             assert process.poll() is None, "the run goes on after SIGUSR1"
@@ -198,18 +197,15 @@ def test_metrics_are_served_while_training_and_signals_to_the_supervisor_leave_c
     assert (config.with_suffix("") / f"checkpoints/step-{stopped:08d}/manifest.json").is_file()
 
 
-def wait_for(url, text, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(url, timeout=2) as page:
-                content = page.read().decode()
-            if text in content:
-                return content
-        except OSError:
-            pass
+def wait_for(url, *series, seconds=120):
+    """All of them on one page: the first step is served before the first probe is."""
+    end, missing = time.monotonic() + seconds, list(series)
+    while missing and time.monotonic() < end:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as page:
+            content = page.read().decode()
+            missing = [text for text in series if text not in content]
         time.sleep(0.3)
-    raise AssertionError(f"{text} did not appear at {url}")
+    assert not missing, f"did not appear at {url}: {missing}"
 
 
 def only_error_line(config, *overrides):
