@@ -7,9 +7,7 @@ two cores has. Each value is the time of the fused kernel divided by that of pla
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sutrain.launch import environment
+from benchmarks.results import describe_run, write_results
 
 B, H, K = 16, 4, 64
 ROUNDS = 15
@@ -60,12 +58,7 @@ def main() -> None:
             results.append(
                 {"name": name, "value": round(one / other, 3), "unit": "ratio", "goal": None, "better": None}
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = environment(1)
-    machine = {key: facts[key] for key in ("processor", "cores", "python", "packages")}
-    command = "python benchmarks/attention_cpu.py"
-    content = {"commit": commit, "machine": machine, "command": command, "results": results}
-    OUTPUT.write_text(json.dumps(content, indent=1) + "\n")
+    write_results(OUTPUT, describe_run("python benchmarks/attention_cpu.py") | {"results": results})
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.data_prep_text import make_file
+from benchmarks.results import write_results
 from data_prep.config import TrainSection
 from data_prep.tokenizer import train
 
@@ -370,8 +371,7 @@ def write(bench: Bench) -> None:
         f"--{name}={getattr(bench.options, name)}" for name in ("size", "pipeline_size", "growth", "rounds")
     )
     content = {"commit": commit, "machine": machine, "command": command.replace("_size", "-size")}
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps(content | {"notes": bench.notes, "results": bench.results}, indent=1) + "\n")
+    write_results(OUTPUT, content | {"notes": bench.notes, "results": bench.results})
 
 
 if __name__ == "__main__":

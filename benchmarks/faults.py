@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.results import write_results
 from sutrain.config import Masking
 from sutrain.data import Batch, Samples, load_manifest, word_masking
 from sutrain.launch import environment
@@ -294,8 +295,7 @@ def main() -> None:
         for detector in ("update", "loss", "dead layer")
     ]
     content = {"commit": commit, "machine": machine, "command": "python benchmarks/faults.py"}
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps({**content, "rows": rows, "results": results}, indent=1) + "\n")
+    write_results(options.output, {**content, "rows": rows, "results": results})
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from benchmarks.loader_peers import (  # noqa: E402
     torchdata_loader,
     webdataset_loader,
 )  # fmt: skip
+from benchmarks.results import write_results  # noqa: E402
 from data_prep.shards import (  # noqa: E402
     SPECIAL_IDS,
     Block,
@@ -246,7 +247,7 @@ def main() -> None:
     machine = {key: facts[key] for key in ("processor", "cores", "python", "packages")}
     command = f"python benchmarks/loader.py --rows {options.rows} --rounds {options.rounds}"
     content = {"commit": commit, "machine": machine, "command": command, "results": results}
-    options.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_results(options.output, content)
 
 
 def measure(scratch: Path, rows: int, rounds: int) -> list[dict[str, Any]]:

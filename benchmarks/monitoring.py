@@ -17,7 +17,6 @@ bootstrap interval.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.results import write_results
 from sutrain.config import Monitor
 from sutrain.launch import environment
 from sutrain.models.configuration import EncoderConfig
@@ -156,9 +156,9 @@ def measure(name: str, shape: dict[str, int], rows: int, pairs: int, probes: int
     bench.close()
     return [
         {"name": f"statistics_share_{name}", "value": round(direct[0], 5), "unit": "of a step",
-         "goal": GOALS["statistics_share"], "better": "lower", "interval": [round(x, 5) for x in direct[1:]]},
+         "goal": GOALS["statistics_share"], "better": "lower", "interval_95": [round(x, 5) for x in direct[1:]]},
         {"name": f"statistics_paired_share_{name}", "value": round(paired[0], 5), "unit": "of a step", "goal": None,
-         "better": "lower", "interval": [round(x, 5) for x in paired[1:]]},
+         "better": "lower", "interval_95": [round(x, 5) for x in paired[1:]]},
         {"name": f"statistics_copied_bytes_{name}", "value": extra_bytes, "unit": "bytes a step", "goal": None,
          "better": "lower"},
         {"name": f"probes_share_{name}", "value": round(probe_share, 5), "unit": "of a step",
@@ -195,8 +195,7 @@ def main() -> None:
         "command": "python benchmarks/monitoring.py",
         "results": results,
     }
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps(content, indent=1) + "\n")
+    write_results(OUTPUT, content)
 
 
 if __name__ == "__main__":

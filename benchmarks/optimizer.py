@@ -34,6 +34,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.results import write_results
 from sutrain.build_extension import build_extension, prepare_environment, start_communication
 from sutrain.launch import environment
 from sutrain.models.configuration import EncoderConfig
@@ -331,7 +332,7 @@ def main() -> None:
     found = []
     for entry in results_of(options.updates):
         found.append(entry)
-        OUTPUT.write_text(json.dumps({**content, "results": found}, indent=1) + "\n")
+        write_results(OUTPUT, {**content, "results": found})
     print(f"\n{'result':<48}{'value':>10}{'goal':>8}  95 % interval, note")
     for entry in found:
         value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
