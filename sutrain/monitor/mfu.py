@@ -99,7 +99,9 @@ def device_peak(device: Any, dtype: Any) -> Peak:
         known = vendor_peak(torch.cuda.get_device_name(device))
         if known:
             return known
-    return measured_peak(device, dtype, size=1024 if torch.device(device).type == "cpu" else 8192)
+    # A core reaches its best rate while the matrices fit its cache, which two cores may share.
+    sizes = (512, 1024) if torch.device(device).type == "cpu" else (8192,)
+    return max((measured_peak(device, dtype, size) for size in sizes), key=lambda peak: peak.flops_per_second)
 
 
 def mfu_ratio(flops_per_token: float, tokens_per_second: float, peak_flops_per_second: float) -> float:
