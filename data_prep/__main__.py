@@ -34,7 +34,7 @@ Turn raw text into globally shuffled, tokenised webdataset shards.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for what the user can mend, 3 disk full, 4 damage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    overrides, rest = split_arguments(given, configuration.PrepareConfig)
+    overrides, rest = split_arguments(given, "config", "executor")
     options = _parser().parse_args(rest)
     try:
         config = configuration.load(options.config, overrides)

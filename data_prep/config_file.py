@@ -92,15 +92,14 @@ def _without(tree: Any, location: Sequence[int | str]) -> bool:
     return isinstance(tree, dict) and tree.pop(last, _REQUIRED) is not _REQUIRED
 
 
-def split_arguments(arguments: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
-    """Part a command line into (overrides, rest): an override is `--key=value` or `--a.b=value` with a key, or a
-    dot, that tells it from an ordinary option."""
-    known = {name for name, *_ in _fields(schema)}
+def split_arguments(arguments: Sequence[str], *options: str) -> tuple[list[str], list[str]]:
+    """Part a command line into (overrides, rest): an override is `--key=value` or `--a.b=value` whose key is none of
+    the program's own `options`; whether the schema has such a key, `load_config` says."""
     overrides: list[str] = []
     rest: list[str] = []
     for argument in arguments:
         key, equals, _ = argument.removeprefix("--").partition("=")
-        is_override = equals and argument.startswith("--") and (key in known or "." in key)
+        is_override = equals and argument.startswith("--") and key not in options
         (overrides if is_override else rest).append(argument)
     return overrides, rest
 

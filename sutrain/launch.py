@@ -62,7 +62,7 @@ def local_device() -> torch.device:
 
 def parse_arguments(arguments: list[str]) -> PretrainConfig:
     """The configuration a command line asks for; exits with one line a mistake when it is wrong."""
-    overrides, rest = split_arguments(arguments, PretrainConfig)
+    overrides, rest = split_arguments(arguments, "config", "local_rank")
     parser = argparse.ArgumentParser(
         prog="deepspeed --num_gpus N sutrain/pretrain.py",
         description="Pretrain an encoder on prepared shards. Started again, a run goes on from its last checkpoint.",

@@ -162,7 +162,7 @@ def draw_picture(learning_rate: Callable[[int], float], steps: int, title: str, 
 
 
 def main() -> None:
-    overrides, rest = split_arguments(sys.argv[1:], PretrainConfig)
+    overrides, rest = split_arguments(sys.argv[1:], "config", "ranks", "picture")
     parser = argparse.ArgumentParser(
         prog="python -m sutrain.plan",
         description=__doc__,

@@ -92,9 +92,11 @@ def test_what_is_written_reads_back_the_same(load):
 
 def test_options_and_overrides_are_told_apart():
     arguments = ["--config", "a.yaml", "--output=x", "--model.width=3", "--executor=local", "file=with.dot"]
-    overrides, rest = split_arguments(arguments, Config)
-    assert overrides == ["--output=x", "--model.width=3"]
-    assert rest == ["--config", "a.yaml", "--executor=local", "file=with.dot"]
+    overrides, rest = split_arguments([*arguments, "--outptu=x", "--help"], "config", "executor")
+    assert overrides == ["--output=x", "--model.width=3", "--outptu=x"], (
+        "load_config says which key was meant"
+    )
+    assert rest == ["--config", "a.yaml", "--executor=local", "file=with.dot", "--help"]
 
 
 def test_help_lists_every_key_with_type_default_and_meaning():
