@@ -5,7 +5,8 @@
 A step of training is a forward pass, a backward pass and an update. Around it:
 
     statistics   the optimizer's sums, their copy to the host, norms, spikes, metrics.jsonl, the endpoint's snapshot
-    probes       two forward passes in fp32 and their numbers, on the default number of rows, by the default interval
+    probes       two forward passes in fp32 and their numbers, on the default number of rows, by the interval that
+                 `monitor.probe_share` makes of the first updates (probe_interval.py, as in training)
 
 Both are the real parts (`RunOutputs`' own steps, `Probe`), in one process with one thread for torch. Each pair of
 steps trains on one batch, and which of the two comes first alternates, so that both meet the same machine. Seconds are
@@ -35,6 +36,7 @@ from sutrain.models.configuration import EncoderConfig
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.monitor.exporter import Exporter, series_count
 from sutrain.monitor.log import FILE_NAME, MetricsLog
+from sutrain.monitor.probe_interval import SETTLED_AFTER
 from sutrain.monitor.probes import Probe
 from sutrain.monitor.series import PROBE_LAYERED
 from sutrain.monitor.spikes import SpikeWatch
@@ -69,7 +71,9 @@ class Bench:
         self.rows, self.steps = rows, 0
         documents = torch.ones(Monitor().probe_sequences, TOKENS, dtype=torch.long)
         tokens = torch.randint(5, VOCABULARY, documents.shape)
-        self.probe = Probe(self.config, self.fragments, 1, tokens, documents)
+        settings = Monitor()
+        often = (settings.probe_every_steps, settings.probe_share)
+        self.probe = Probe(self.config, self.fragments, tokens, documents, *often)
 
     def train(self, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
         tokens, labels = batch
@@ -115,15 +119,32 @@ def share(extra: np.ndarray, whole: np.ndarray) -> tuple[float, float, float]:
     return float(np.median(extra) / np.median(whole)), *map(float, np.quantile(found, (0.025, 0.975)))
 
 
-def measure(name: str, shape: dict[str, int], rows: int, pairs: int, probes: int, folder: Path) -> list[dict]:
+def measure(
+    name: str, shape: dict[str, int], rows: int, pairs: int, seconds: float, probes: int, folder: Path
+) -> list[dict]:
     folder.mkdir()
     bench = Bench(shape, folder, rows)
-    tokens = torch.randint(5, VOCABULARY, (pairs + 5, rows, TOKENS))
+    tokens = torch.randint(5, VOCABULARY, (pairs + SETTLED_AFTER, rows, TOKENS))
     batches = [(t, torch.roll(t, 1, 1)) for t in tokens]
-    for batch in batches[:5]:  # compile, allocate, fill the history
+    for number, batch in enumerate(
+        batches[:SETTLED_AFTER]
+    ):  # compile, allocate, fill the history, settle the interval
+        began = time.perf_counter()
+        if number == 0:
+            bench.probe.before()
+            began = time.perf_counter()
         bench.look(bench.train(batch))
+        took = time.perf_counter() - began
+        if number == 0:
+            bench.probe.after()
+        bench.probe.finished(took)
+    every = bench.probe.interval.every_steps
+    assert every is not None, "settled by now"
     plain, watched, looks = [], [], []
-    for number, batch in enumerate(batches[5:]):
+    deadline = time.monotonic() + seconds
+    for number, batch in enumerate(batches[SETTLED_AFTER:]):
+        if time.monotonic() > deadline:
+            break
         for with_it in (number % 2 == 0, number % 2 == 1):
             began = time.process_time()
             loss = bench.train(batch)
@@ -134,7 +155,6 @@ def measure(name: str, shape: dict[str, int], rows: int, pairs: int, probes: int
     plain_S, watched_S = np.array(plain), np.array(watched)
     paired = share(watched_S - plain_S, plain_S)
     direct = share(np.array(looks), plain_S)
-    every = Monitor().probe_every_steps
     probe_share = float(np.median(probed)) / every / float(np.median(plain_S))
     print(
         f"{name}: step {np.median(plain_S) * 1e3:.1f} ms, {len(plain)} pairs; with statistics "
@@ -163,6 +183,8 @@ def measure(name: str, shape: dict[str, int], rows: int, pairs: int, probes: int
          "better": "lower"},
         {"name": f"probes_share_{name}", "value": round(probe_share, 5), "unit": "of a step",
          "goal": GOALS["probes_share"], "better": "lower"},
+        {"name": f"probe_every_steps_{name}", "value": every, "unit": "updates", "goal": None, "better": "lower"},
+        {"name": f"pairs_{name}", "value": len(plain), "unit": "pairs", "goal": None, "better": "higher"},
         {"name": f"series_{name}", "value": count, "unit": "series", "goal": 2000, "better": "lower"},
         {"name": f"scrape_seconds_{name}", "value": round(float(np.median(scrapes)), 4), "unit": "s", "goal": 0.1,
          "better": "lower"},
@@ -177,16 +199,21 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--deep-pairs", type=int, default=200)
-    parser.add_argument("--only", choices=("small", "deep"))
+    parser.add_argument("--minutes", type=float, default=60.0, help="for the pairs of one model, at most")
+    parser.add_argument("--only", choices=("small", "deep"), help="one model; keeps the file's other results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = []
+    results, limit = [], 60.0 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         if options.only != "deep":
-            results += measure("small", SMALL, ROWS, options.pairs, 5, Path(folder) / "small")
+            results += measure("small", SMALL, ROWS, options.pairs, limit, 5, Path(folder) / "small")
         if options.only != "small":
-            results += measure("1000_layers", DEEP, 1, options.deep_pairs, 2, Path(folder) / "deep")
+            results += measure("1000_layers", DEEP, 1, options.deep_pairs, limit, 2, Path(folder) / "deep")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if options.only and OUTPUT.exists():
+        measured = {entry["name"] for entry in results}
+        kept = json.loads(OUTPUT.read_text())["results"]
+        results = [entry for entry in kept if entry["name"] not in measured] + results
     facts = environment(1)
     machine = {key: facts[key] for key in ("processor", "cores", "python", "packages")}
     content = {

@@ -208,9 +208,10 @@ class Monitor(Section):
     host: str = Field("127.0.0.1", description="address the metrics endpoint listens on")
     port: int = Field(9700, ge=0, le=65535, description="port of /metrics on rank 0; 0: off")
     progress_seconds: float = Field(10.0, gt=0, description="seconds between progress lines in a log")
-    probe_every_steps: int = Field(
-        50, ge=0, description="updates between probes of model update and attention entropy; 0: none"
+    probe_every_steps: int | None = Field(
+        None, ge=0, description="updates between probes (docs/monitoring.md); 0: never; none: by probe_share"
     )
+    probe_share: float = Field(0.02, gt=0, lt=1, description="share of the time that probes may take")
     probe_sequences: int = Field(
         8, ge=1, description="held-out rows a probe looks at, the same ones every time"
     )
@@ -280,9 +281,8 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> PretrainConfig:
         problems = []
-        if (
-            self.model.initialisation == "auto"
-        ):  # written down as what it stands for, also in the run's config.yaml
+        # "auto" is written down as what it stands for, also in the run's config.yaml.
+        if self.model.initialisation == "auto":
             relative = self.optimizer.name in ("adafactor", "lamb") and self.optimizer.settings.get(
                 "parameter_scale", True
             )
@@ -299,6 +299,10 @@ class PretrainConfig(Section):
             learning_rate_schedule(self)
         except ScheduleError as error:
             problems += [f"schedule: {line}" for line in str(error).splitlines()]
+        if self.monitor.probe_every_steps is not None and self.monitor.probe_share != Monitor().probe_share:
+            problems.append(
+                "monitor.probe_share has no effect beside probe_every_steps: leave one of them out"
+            )
         problems += self._impossible_precisions()
         if problems:
             raise ValueError("\n".join(problems))

@@ -17,11 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.config_file import field_help, load_config, split_arguments, to_yaml
+from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import open_manifest
 from sutrain.engine import deepspeed_config
 from sutrain.launch import check_model_fits_data
 from sutrain.models.configuration import flops_per_token, parameter_count
+from sutrain.monitor.probe_interval import planned_interval
 from sutrain.optim.adafactor import settings_of_preset
 from sutrain.optim.build import whole_state_tensors
 from sutrain.optim.schedule import RelativeStep
@@ -95,9 +97,25 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
     table.add_row(
         "arithmetic", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e15:,.3g} PFLOP in all"
     )
+    table.add_row("probes", probes_in_words(config, plan.global_sequences // ranks, manifest))
     table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps))
     table.add_row("", learning_rate_in_words(config))
     return table
+
+
+def probes_in_words(config: PretrainConfig, rows_a_rank: int, manifest: Manifest) -> str:
+    monitor = config.monitor
+    if monitor.probe_every_steps == 0:
+        return "none"
+    if monitor.probe_every_steps is not None:
+        return f"every {monitor.probe_every_steps:,} updates"
+    held_out = min(config.evaluation.sequences, manifest.splits["validation"].rows)
+    rows = min(monitor.probe_sequences, held_out)
+    every = planned_interval(rows, rows_a_rank, monitor.probe_share)
+    return (
+        f"about every {every:,} updates by FLOPs ({rows} rows in fp32); measured at the start, for "
+        f"{monitor.probe_share:.1%} of the time at most"
+    )
 
 
 def learning_rate_by_update(config: PretrainConfig) -> Callable[[int], float]:

@@ -17,10 +17,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-if __package__ in (
-    None,
-    "",
-):  # started by its path, as the deepspeed launcher does: import the package, not its folder
+# Started by its path, as the deepspeed launcher does: import the package, not its folder.
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -126,7 +124,8 @@ class Run:
 
         kept = self.evaluator.samples.batch(0, min(config.monitor.probe_sequences, self.evaluator.sequences))
         batch = (kept.inputs_NL.to(self.device), kept.document_NL.to(self.device))
-        self.probe = Probe(config.model, self.fragments, config.monitor.probe_every_steps, *batch)
+        often = (config.monitor.probe_every_steps, config.monitor.probe_share)
+        self.probe = Probe(config.model, self.fragments, *batch, *often)
         self.gate = StepGate(config.acting.skip_sigmas, self.device)
         self.optimizer.gate = self.gate if self.gate.sigmas else None
         self.broken = BrokenStreak(config.acting.stop_after_broken_steps)
@@ -166,6 +165,7 @@ class Run:
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
+        self.probe.interval.load(counters.get("probe", {}))
         return True
 
     def save(self, best: bool = False) -> None:
@@ -178,6 +178,7 @@ class Run:
             "tokens": self.tokens,
             "skipped": self.skipped,
             "gate": self.gate.state(),
+            "probe": self.probe.interval.state(),
             "optimizer": state.counters,
             **self.identity(),
         }
@@ -211,7 +212,7 @@ class Run:
             self.outputs = RunOutputs(
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
             )
-        self.say(f"{describe(config.model)}\n{self.recomputation}")
+        self.say(f"{describe(config.model)}\n{self.recomputation}\n{self.probe.interval.words()}")
         self.say(
             f"{'resumed at' if resumed else 'starting'} step {self.steps_done} of {config.steps} in {config.run_dir}"
         )
@@ -239,6 +240,7 @@ class Run:
                 self.outputs.step(record, self.optimizer.statistics, ended - started, waited)
             if probing and (seen := self.probe.after()):
                 self.outputs.probe(self.steps_done, seen)
+            self.say(self.probe.finished(ended - started))
             self.broken.stop_after(record, self.outputs.dump if self.rank == 0 else None)
             last, stopping = self.steps_done == config.steps, bool(record["stop_requested"])
             best = False
@@ -339,7 +341,7 @@ class Run:
         return result["validation_loss"]
 
     def say(self, text: str) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and text:
             print(text, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What costs a forward pass of its own, every few steps, on a small batch that is kept for the run.
+"""What costs a forward pass of its own, now and then (probe_interval.py), on a small batch that is kept for the run.
 
     model update          RMS of F(x; θ_t) − F(x; θ_{t−1}), F the encoder's output: the change of the function that
                           one update makes, which is what DeepNet bounds (arXiv 2203.00555; kexue.fm/archives/8978)
@@ -16,6 +16,7 @@ random stream is touched. B rows, L tokens, D hidden size, H heads, N real token
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from sutrain.models.configuration import EncoderConfig
 from sutrain.models.masked_lm import MaskedLanguageModel
+from sutrain.monitor.probe_interval import ProbeInterval
 from sutrain.optim import FragmentMap
 
 DEAD_UNIT = 1e-3
@@ -41,14 +43,18 @@ class Probe:
         self,
         config: EncoderConfig,
         fragments: FragmentMap,
-        every_steps: int,
         tokens_BL: Tensor,
         document_BL: Tensor,
+        every_steps: int | None = None,
+        share: float = 0.02,
     ) -> None:
-        self.every_steps, self._first = every_steps, True
+        """every_steps: updates between probes, 0: none, None: as many as keep probes below `share` of the time."""
+        basis = {"rows": len(tokens_BL), "world_size": fragments.ranks}
+        self.interval, self._first = ProbeInterval(every_steps, share, basis), True
+        self.seconds = 0.0
         self.fragments, self.tokens_BL, self.document_BL = fragments, tokens_BL, document_BL
         self.model: MaskedLanguageModel | None = None
-        if fragments.rank == 0 and every_steps:
+        if fragments.rank == 0 and every_steps != 0:
             with torch.random.fork_rng(devices=[]):  # building a model draws its initial weights
                 self.model = MaskedLanguageModel(config).float().eval().to(tokens_BL.device)
             self.model.encoder.take_rows_apart = False  # what the hooks see are rows, [B, L, …]
@@ -57,9 +63,14 @@ class Probe:
 
     def due(self, step: int) -> bool:
         """Is the update that makes `step` to be probed? The first of a process is; none is if every_steps is 0."""
-        wanted = self.every_steps > 0 and (self._first or step % self.every_steps == 0)
-        self._first = False
-        return wanted
+        every, first, self._first = self.interval.every_steps, self._first, False
+        return every != 0 and (first or (every is not None and step % every == 0))
+
+    def finished(self, step_seconds: float) -> str:
+        """An update is made, and took so long without the probe; collective. Returns the interval in words when it has
+        been settled by this, else nothing."""
+        settled = self.interval.finished(step_seconds, self.seconds, self.tokens_BL.device)
+        return self.interval.words() if settled else ""
 
     @torch.no_grad()
     def before(self) -> None:
@@ -74,6 +85,7 @@ class Probe:
     def after(self) -> dict[str, Any]:
         """{model_update, model_update_noise, model_update_is_noise, logit_rms, logit_max, and lists of one number a
         layer: attention_entropy, …} on rank 0, {} elsewhere. Keys are those of series.PROBE and PROBE_LAYERED."""
+        began = time.perf_counter()
         self._load_masters()
         if self.model is None or self._before_BLD is None:
             return {}
@@ -95,6 +107,9 @@ class Probe:
         for name in names:
             record[name] = flat[position : position + len(seen[name])]
             position += len(seen[name])
+        self.seconds = 2.0 * (
+            time.perf_counter() - began
+        )  # `before` has as much to do, but for its first noise
         noise = self.noise or 0.0
         is_noise = record["model_update"] < NOISE_FACTOR * noise
         return record | {"model_update_noise": noise, "model_update_is_noise": is_noise}

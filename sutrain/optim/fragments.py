@@ -224,6 +224,11 @@ class FragmentMap:
         """Rank among those that hold the model, also where it is replicated."""
         return dist.get_rank(self.around.group) if dist.is_initialized() else 0
 
+    @property
+    def ranks(self) -> int:
+        """How many hold the model, also where it is replicated."""
+        return dist.get_world_size(self.around.group) if dist.is_initialized() else 1
+
     def all_reduce(self, sums: Tensor) -> None:
         """Add up partial sums of all owners, in place. Nothing to do where each rank owns everything."""
         if self.world_size > 1:

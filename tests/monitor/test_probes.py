@@ -23,7 +23,7 @@ def setting(request):
     model = MaskedLanguageModel(config)
     tokens = torch.randint(5, 60, (2, 12))
     documents = torch.tensor([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
-    probe = Probe(config, FragmentMap.whole(model.named_parameters()), 10, tokens, documents)
+    probe = Probe(config, FragmentMap.whole(model.named_parameters()), tokens, documents, 10)
     return model, probe, tokens, documents
 
 
@@ -99,7 +99,7 @@ def test_units_that_are_dead_are_counted():
     with torch.no_grad():
         model.encoder.layers[1].feed_forward.up.weight[:8] = 0  # 8 of 32 units
     documents = torch.ones(2, 12, dtype=torch.long)
-    probe = Probe(config, FragmentMap.whole(model.named_parameters()), 10, documents + 5, documents)
+    probe = Probe(config, FragmentMap.whole(model.named_parameters()), documents + 5, documents, 10)
     probe.before()
     assert probe.after()["dead_units_share"][1] >= 8 / 32
 
@@ -136,7 +136,7 @@ def test_building_a_probe_draws_nothing():
     config = EncoderConfig(**ATTENTION)
     fragments = FragmentMap.whole(MaskedLanguageModel(config).named_parameters())
     state = torch.random.get_rng_state()
-    Probe(config, fragments, 10, torch.ones(1, 12, dtype=torch.long), torch.ones(1, 12, dtype=torch.long))
+    Probe(config, fragments, torch.ones(1, 12, dtype=torch.long), torch.ones(1, 12, dtype=torch.long))
     assert (torch.random.get_rng_state() == state).all()
 
 
@@ -144,5 +144,5 @@ def test_the_first_update_of_a_process_and_every_nth_are_probed(setting):
     _, probe, *_ = setting
     assert [step for step in range(7, 32) if probe.due(step)] == [7, 10, 20, 30]
     config = EncoderConfig(**ATTENTION)
-    off = Probe(config, probe.fragments, 0, probe.tokens_BL, probe.document_BL)
+    off = Probe(config, probe.fragments, probe.tokens_BL, probe.document_BL, 0)
     assert not any(off.due(step) for step in range(20)) and off.model is None
