@@ -23,8 +23,8 @@ TOLERANCE_OTHER_WORLD = 1e-5
 """Relative difference of fp32 losses over a few steps when sums are only re-ordered."""
 
 
-def launch(config, ranks, *overrides, before=(), variables=None, **popen):
-    arguments = ["sutrain/pretrain.py", "--config", str(config), *overrides]
+def launch(config, ranks, *overrides, before=(), variables=None, program="sutrain/pretrain.py", **popen):
+    arguments = [program, "--config", str(config), *overrides]
     if ranks == 0:  # no launcher at all
         command = [sys.executable, *arguments]
     else:

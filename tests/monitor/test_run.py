@@ -117,31 +117,67 @@ def test_a_run_of_nothing_but_nan_stops_with_a_dump(dataset, tmp_path):
     assert content["step"] == content["last_step"]["step"] and len(content["layers"]["grad_norm"]) > 3
 
 
-def test_the_rank_that_hangs_is_named(dataset, tmp_path):
-    """Rank 1 is stopped from outside; rank 0 waits for it in a collective, and /metrics says so."""
-    port = free_port()
-    config = write_run(
+def scrape(port) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        lines = [line.rsplit(" ", 1) for line in reply.read().decode().splitlines() if line[0] != "#"]
+    return {name: float(value) for name, value in lines}
+
+
+def wait_for(process, port, condition) -> dict[str, float]:
+    """The first scrape that fulfils the condition."""
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError, KeyError):
+            if condition(found := scrape(port)):
+                return found
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+
+
+def end(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+
+
+def endless(tmp_path, dataset, port):
+    return write_run(
         tmp_path, dataset, steps=100_000, monitor={"port": port, "probe_every_steps": 0},
         evaluation={"every_steps": 100_000, "sequences": 8}, checkpoint={"every_steps": 100_000},
     )  # fmt: skip
-    process = launch(config, 2, start_new_session=True)
 
-    def scrape() -> dict[str, float]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
-            lines = [line.rsplit(" ", 1) for line in reply.read().decode().splitlines() if line[0] != "#"]
-        return {name: float(value) for name, value in lines}
 
-    def wait_for(condition) -> dict[str, float]:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError, KeyError):
-                if condition(found := scrape()):
-                    return found
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
+def test_the_rank_that_is_slow_is_named_at_once(dataset, tmp_path):
+    """Forward passes of rank 1 take 0.75 s longer from update 80 on: all ranks' steps do, but only its forward time."""
+    port = free_port()
+    process = launch(
+        endless(tmp_path, dataset, port), 2, program="tests/monitor/slow_rank.py", start_new_session=True,
+        variables={"SLOW": "1 80 0.25"},  # three micro-batches an update
+    )  # fmt: skip
+
+    def seconds(found, what):
+        return [found[f'sutrain_rank_{what}_seconds{{rank="{rank}"}}'] for rank in (0, 1)]
 
     try:
-        wait_for(lambda found: found["sutrain_step"] > 5 and found['sutrain_rank_progress{rank="1"}'] > 5)
+        wait_for(process, port, lambda found: found["sutrain_step"] > 10 and all(seconds(found, "forward")))
+        found = wait_for(process, port, lambda found: seconds(found, "forward")[1] > 0.7)
+        assert 80 <= found["sutrain_step"] <= 90
+        found = wait_for(process, port, lambda found: min(seconds(found, "step")) > 0.7)
+        assert seconds(found, "forward")[1] > 1.4 * seconds(found, "forward")[0]  # what SutrainRankSlow asks
+    finally:
+        end(process)
+
+
+def test_the_rank_that_hangs_is_named(dataset, tmp_path):
+    """Rank 1 is stopped from outside; rank 0 waits for it in a collective, and /metrics says so."""
+    port = free_port()
+    process = launch(endless(tmp_path, dataset, port), 2, start_new_session=True)
+    try:
+        wait_for(
+            process,
+            port,
+            lambda found: found["sutrain_step"] > 5 and found['sutrain_rank_progress{rank="1"}'] > 5,
+        )
         # The processes below the launcher, not a listing by `ps`, which cuts lines to the width of a terminal.
         (second,) = (
             child
@@ -149,16 +185,14 @@ def test_the_rank_that_hangs_is_named(dataset, tmp_path):
             if "--local_rank=1" in child.cmdline() and os.path.samefile(child.exe(), sys.executable)
         )
         second.suspend()
-        step = scrape()["sutrain_step"]
+        step = scrape(port)["sutrain_step"]
         time.sleep(2.5)
-        found = scrape()
+        found = scrape(port)
         assert found["sutrain_step"] <= step + 1
         beats = [found[f'sutrain_rank_heartbeat_timestamp_seconds{{rank="{rank}"}}'] for rank in (0, 1)]
         assert all(time.time() - beat > 1.5 for beat in beats)
         assert found['sutrain_rank_progress{rank="1"}'] <= found['sutrain_rank_progress{rank="0"}']
         second.resume()
-        wait_for(lambda found: found["sutrain_step"] > step + 5)
+        wait_for(process, port, lambda found: found["sutrain_step"] > step + 5)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=30)
+        end(process)
