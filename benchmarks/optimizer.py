@@ -1,11 +1,11 @@
 """What an update costs: ours against torch's and DeepSpeed's, on the same shapes, gradients and machine.
 
 `python benchmarks/optimizer.py` (about half an hour on two cores) prints tables and writes
-benchmarks/results/optimizer.json; `--updates 5` for a look. Two models: RoFormerV2 base (73 tensors), and an encoder of
-1000 layers of width 64 (6001 tensors). The contenders take turns, update by update in a random order, so that all of
-them meet the same machine; a value is the median over updates of ours ÷ theirs, with the 95 % interval of 10,000
-bootstrap samples. ZeRO 0 is one process with all threads; ZeRO 1 two processes of one thread with a DeepSpeed engine
-and gloo, where AdamW gets the same slices.
+benchmarks/results/optimizer.json; `--updates 5` for a look, `--model` and `--zero` for a part, which replaces that part
+of the file. Two models: RoFormerV2 base (74 tensors), and an encoder of 1000 layers of width 64 (6002 tensors). The
+contenders take turns, update by update in a random order, so that all of them meet the same machine; a value is the
+median over updates of ours ÷ theirs, with the 95 % interval of 10,000 bootstrap samples. ZeRO 0 is one process with all
+threads; ZeRO 1 two processes of one thread with a DeepSpeed engine and gloo, where the others get the same slices.
 
 The floor, in bytes of memory traffic per fp32 parameter: AdamW reads g, θ, m, v and writes θ, m, v: 28. AdaFactor reads
 g for its row and column sums, g again for the size of the update, which cannot be known before the sums are, and g and
@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,14 @@ CONTENDERS: dict[str, Callable[[dict[str, nn.Parameter]], Any]] = {
     TORCH_ADAFACTOR: lambda p: torch.optim.Adafactor(p.values(), lr=1e-3, weight_decay=0.01, foreach=True),
     CPU_ADAM: deepspeed_adam,
 }
-FEW = 15
-"""Updates of torch's Adafactor, which takes long, and of DeepSpeed's Adam, of which no goal speaks."""
 
 
-def take_turns(
-    steps: dict[str, Step], updates: dict[str, int], wait: Callable[[], Any]
-) -> dict[str, list[float]]:
+def take_turns(steps: dict[str, Step], updates: int, wait: Callable[[], Any]) -> dict[str, list[float]]:
     """Seconds of every update of every contender, until all is done that it began; two more come first and are not
     counted. wait: for the device, or for the other rank: what one of them waits for in an all-reduce is no cost."""
     order, seconds = random.Random(0), {name: [] for name in steps}
-    rounds = max(updates.values()) + 2
-    for number in range(rounds):
-        names = [name for name in steps if number < updates[name] + 2]
+    for number in range(updates + 2):
+        names = list(steps)
         order.shuffle(names)
         for name in names:
             wait()
@@ -153,9 +148,8 @@ def one_process(model: str, updates: int, device: torch.device) -> None:
         steps[name] = optimizer.step
         if name == OURS:
             state = state_bytes(optimizer)
-    many = (OURS, BARE, TORCH_ADAMW)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = take_turns(steps, {n: updates if n in many else min(FEW, updates) for n in steps}, wait)
+    seconds = take_turns(steps, updates, wait)
     print_table(f"{model}, {len(shapes)} tensors, ZeRO 0, {device.type}", seconds)
     parameters_in_all = sum(shape.numel() for shape in shapes.values())
     print(json.dumps({"seconds": seconds, "parameters": parameters_in_all, "state_bytes": state}))
@@ -225,13 +219,14 @@ def one_rank(model_name: str, updates: int) -> None:
     for ours_ in (optimizer, bare):
         ours_.attach(fragments)
     slice_.grad = torch.randn_like(slice_)
-    other = nn.Parameter(slice_.detach().clone())
-    other.grad = slice_.grad
-    adamw = torch.optim.AdamW([other], lr=1e-3, weight_decay=0.01, fused=True)
     optimizer.step()
     sent_bytes = sum(sent)
-    steps: dict[str, Step] = {OURS: optimizer.step, BARE: bare.step, TORCH_ADAMW: adamw.step}
-    seconds = take_turns(steps, dict.fromkeys(steps, updates), torch.distributed.barrier)
+    steps: dict[str, Step] = {OURS: optimizer.step, BARE: bare.step}
+    for name in (TORCH_ADAMW, TORCH_ADAFACTOR, CPU_ADAM):
+        copy = nn.Parameter(slice_.detach().clone())
+        copy.grad = slice_.grad
+        steps[name] = CONTENDERS[name]({"slice": copy}).step
+    seconds = take_turns(steps, updates, torch.distributed.barrier)
     parameters = sum(shape.numel() for shape in fragments.shapes.values())
     print(json.dumps({"seconds": seconds, "sent_bytes": sent_bytes, "parameters": parameters}))
     torch.distributed.barrier()
@@ -281,7 +276,7 @@ def state_bytes(optimizer: Any) -> int:
     return 4 * sum(v.numel() for v in [*state.replicated.values(), *(v for *_, v in state.sliced)])
 
 
-def results_of(updates: int) -> Iterator[dict[str, Any]]:
+def results_of(updates: int, models: Iterable[str], stages: Iterable[int]) -> Iterator[dict[str, Any]]:
     """One after the other, so that an interrupted run leaves what it has."""
     common = ("--updates", str(updates))
     if torch.cuda.is_available():
@@ -289,34 +284,41 @@ def results_of(updates: int) -> Iterator[dict[str, Any]]:
         yield paired("gpu_adafactor_vs_adamw", last_line(part)["seconds"], TORCH_ADAMW, 1.0)
     else:
         yield result("gpu_adafactor_vs_adamw", None, 1.0, note="not measured: no GPU here")
-    for model, suffix in (("RoFormerV2 base", ""), ("1000 layers", "_1000_layers")):
+    for model in models:
         wide = model == "RoFormerV2 base"
-        part = last_line(in_a_process_of_its_own("--part", "cpu", "--model", model, *common))
-        seconds, parameters = part["seconds"], part["parameters"]
-        yield paired(f"cpu_adafactor_vs_adamw{suffix}", seconds, TORCH_ADAMW, 2.0)
-        yield paired(f"cpu_adafactor_vs_torch_adafactor{suffix}", seconds, TORCH_ADAFACTOR, 0.4)
-        yield paired(f"cpu_adafactor_vs_deepspeed_cpu_adam{suffix}", seconds, CPU_ADAM, None)
-        if wide:
-            yield statistics_share(seconds)
-        share, formula = part["state_bytes"] / (8 * parameters), "4 Σ (rows + columns) ÷ 8 parameters"
-        yield result(f"state_vs_adamw{suffix}", share, 0.01 if wide else None, note=formula)
-        zero = two_processes(model, updates)
-        yield paired(f"cpu_adafactor_vs_adamw_zero1{suffix}", zero["seconds"], TORCH_ADAMW, None)
-        share = zero["sent_bytes"] / (4 * parameters)
-        formula = "bytes of both all-reduces, counted while stepping, ÷ 4 parameters (fp32 gradients)"
-        goal = 0.01 if wide else None
-        yield result(f"communication_vs_gradients{suffix}", share, goal, note=formula)
+        suffix = "" if wide else "_1000_layers"
+        if 0 in stages:
+            part = last_line(in_a_process_of_its_own("--part", "cpu", "--model", model, *common))
+            seconds, parameters = part["seconds"], part["parameters"]
+            yield paired(f"cpu_adafactor_vs_adamw{suffix}", seconds, TORCH_ADAMW, 2.0)
+            yield paired(f"cpu_adafactor_vs_torch_adafactor{suffix}", seconds, TORCH_ADAFACTOR, 0.4)
+            yield paired(f"cpu_adafactor_vs_deepspeed_cpu_adam{suffix}", seconds, CPU_ADAM, None)
+            if wide:
+                yield statistics_share(seconds)
+            share, formula = part["state_bytes"] / (8 * parameters), "4 Σ (rows + columns) ÷ 8 parameters"
+            yield result(f"state_vs_adamw{suffix}", share, 0.01 if wide else None, note=formula)
+        if 1 in stages:
+            zero = two_processes(model, updates)
+            seconds, parameters = zero["seconds"], zero["parameters"]
+            yield paired(f"cpu_adafactor_vs_adamw_zero1{suffix}", seconds, TORCH_ADAMW, 2.0)
+            flat = "its slice is one vector: nothing is factored, clipped by the slice"
+            yield paired(
+                f"cpu_adafactor_vs_torch_adafactor_zero1{suffix}", seconds, TORCH_ADAFACTOR, None, flat
+            )
+            yield paired(f"cpu_adafactor_vs_deepspeed_cpu_adam_zero1{suffix}", seconds, CPU_ADAM, None)
+            share = zero["sent_bytes"] / (4 * parameters)
+            formula = "bytes of both all-reduces, counted while stepping, ÷ 4 parameters (fp32 gradients)"
+            yield result(f"communication_vs_gradients{suffix}", share, 0.01 if wide else None, note=formula)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--updates", type=int, default=200, help="of ours and AdamW; the others make 15 (200)"
-    )
+    parser.add_argument("--updates", type=int, default=200, help="of every contender (200)")
+    parser.add_argument("--model", choices=tuple(MODELS), help="only this one")
+    parser.add_argument("--zero", type=int, choices=(0, 1), help="only this stage")
     parser.add_argument("--part", choices=("cpu", "cuda", "zero1"), help=argparse.SUPPRESS)
-    parser.add_argument("--model", choices=tuple(MODELS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     prepare_environment()
     if options.part == "zero1":
@@ -329,10 +331,16 @@ def main() -> None:
     facts = environment(1)
     machine = {key: facts[key] for key in ("processor", "cores", "python", "packages")}
     content = {"commit": commit, "machine": machine, "command": COMMAND, "updates": options.updates}
+    models = [options.model] if options.model else list(MODELS)
+    stages = (0, 1) if options.zero is None else (options.zero,)
+    kept = {}
+    if OUTPUT.exists() and (options.model or options.zero is not None):
+        kept = {entry["name"]: entry for entry in json.loads(OUTPUT.read_text())["results"]}
     found = []
-    for entry in results_of(options.updates):
+    for entry in results_of(options.updates, models, stages):
         found.append(entry)
-        write_results(OUTPUT, {**content, "results": found})
+        kept[entry["name"]] = entry
+        write_results(OUTPUT, {**content, "results": list(kept.values())})
     print(f"\n{'result':<48}{'value':>10}{'goal':>8}  95 % interval, note")
     for entry in found:
         value = "-" if entry["value"] is None else f"{entry['value']:.4g}"
