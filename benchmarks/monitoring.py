@@ -18,6 +18,7 @@ bootstrap interval.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
