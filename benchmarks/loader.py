@@ -94,7 +94,7 @@ def write_shards(folder: Path, rows: int) -> np.ndarray:
     (folder / "token_counts.bin").write_bytes(counts)
     known = {
         "seed": 0, "row_tokens": L, "block_rows": BLOCK, "vocab_size": V, "special_ids": SPECIAL_IDS, "has_words": True,
-        "tokenizer": {}, "token_counts": {"file": "token_counts.bin", "xxh3": xxhash.xxh3_128_hexdigest(counts)},
+        "tokenizer": {"file": ""}, "token_counts": {"file": "token_counts.bin", "xxh3": xxhash.xxh3_128_hexdigest(counts)},
         "splits": splits, "sources": [{"name": "random"}], "files": [], "records": {}, "tools": {},
         "config": {"shards": {}},
     }  # fmt: skip

@@ -1,10 +1,8 @@
 """pretrain.py with faults put in from outside: deepspeed tests/faulty.py --config X …, told by environment variables.
 
-FAULTS_SEED and FAULTS say that the first FAULTS starts of a supervised run each meet one fault, drawn from the seed
-and the
-number of the start, which all ranks read from supervise.jsonl. FAULT="PHASE NTH RANK KIND" asks for one certain
-fault. What
-was done is a line of RUN/faults.jsonl, written before it is done.
+FAULTS_SEED and FAULTS say that the starts of a supervised run each meet one fault, until FAULTS were met; it is drawn
+from the seed and the number of the start, which all ranks read from supervise.jsonl. FAULT="PHASE NTH RANK KIND" asks
+for one certain fault. What was done is a line of RUN/faults.jsonl, written before it is done.
 """
 
 import functools
@@ -32,7 +30,8 @@ def drawn() -> tuple[str, int, int, str] | None:
         return phase, int(nth), int(rank), kind
     log = (RUN_DIR / "supervise.jsonl").read_text().splitlines()
     start = sum(json.loads(line)["event"] == "start" for line in log)
-    if start > int(os.environ["FAULTS"]):
+    met = RUN_DIR / "faults.jsonl"
+    if met.exists() and len(met.read_text().splitlines()) >= int(os.environ["FAULTS"]):
         return None
     draw = random.Random(f"{os.environ['FAULTS_SEED']} {start}")
     phase = draw.choice(PHASES)

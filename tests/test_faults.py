@@ -72,7 +72,7 @@ def test_training_killed_at_random_moments_ends_with_the_same_weights(dataset, t
     assert losses[0] == losses[1] and len(losses[0]) == 300
 
 
-CHAOS_STEPS = 260
+CHAOS_STEPS = 700
 
 
 def chaos_config(tmp_path, dataset, name, **changes):
@@ -143,7 +143,9 @@ def test_a_hundred_faults_end_with_the_losses_and_weights_of_a_quiet_run(dataset
         differences=differences,
     )  # fmt: skip
     assert not differences
-    assert len(met) > 0.8 * faults, "most starts met their fault before the run ended"
+    assert len(met) == faults, "the run ended before all faults were met"
+    by_phase = Counter(fault["phase"] for fault in met)
+    assert faults < 100 or (len(by_phase) == 8 and min(by_phase.values()) >= 3), by_phase
 
 
 PHASES = ("training step", "loader", "file", "publish", "prune")
