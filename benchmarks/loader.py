@@ -58,8 +58,9 @@ from data_prep.shards import (  # noqa: E402
 from sutrain.checkpoint import MASTER  # noqa: E402
 from sutrain.checkpoint_writer import CheckpointWriter, Keep  # noqa: E402
 from sutrain.config import Masking  # noqa: E402
-from sutrain.data import BatchPlan, Samples, load_manifest, prefetch, word_masking  # noqa: E402
+from sutrain.data import BatchPlan, Samples, load_manifest, word_masking  # noqa: E402
 from sutrain.launch import environment  # noqa: E402
+from sutrain.prefetch import prefetch  # noqa: E402
 
 V, BLOCK = 12_000, 256
 OUTPUT = ROOT / "benchmarks/results/loader.json"
@@ -94,8 +95,8 @@ def write_shards(folder: Path, rows: int) -> np.ndarray:
     (folder / "token_counts.bin").write_bytes(counts)
     known = {
         "seed": 0, "row_tokens": L, "block_rows": BLOCK, "vocab_size": V, "special_ids": SPECIAL_IDS, "has_words": True,
-        "tokenizer": {"file": ""}, "token_counts": {"file": "token_counts.bin", "xxh3": xxhash.xxh3_128_hexdigest(counts)},
-        "splits": splits, "sources": [{"name": "random"}], "files": [], "records": {}, "tools": {},
+        "tokenizer": {"file": ""}, "splits": splits, "sources": [{"name": "random"}], "files": [], "records": {},
+        "token_counts": {"file": "token_counts.bin", "xxh3": xxhash.xxh3_128_hexdigest(counts)}, "tools": {},
         "config": {"shards": {}},
     }  # fmt: skip
     manifest = Manifest(**known)
@@ -107,10 +108,10 @@ class Tokens:
     """Our loader without masking: the tokens of samples, as the peers deliver them."""
 
     def __init__(self, samples: Samples):
-        self.samples = samples
+        self.samples, self.manifest, self.rows_per_epoch = samples, samples.manifest, samples.rows_per_epoch
 
     def batch(self, first: int, count: int) -> torch.Tensor:
-        return torch.from_numpy(self.samples.read(first, count)[0])
+        return torch.from_numpy(self.samples.rows(first, count).tokens_NL)
 
 
 def ours(folder: Path, masked: bool) -> Callable[[int, int], Iterator[Any]]:

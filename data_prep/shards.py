@@ -15,10 +15,12 @@ Shapes: N rows, L row length, P document pieces, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import tarfile
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ import xxhash
 import zstandard
 
 from .places import place, read_range
+from .rows import Block, RowBatch
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -43,26 +46,6 @@ class ShardError(ValueError):
     """A prepared data set is missing, damaged or of another format version; the message says which file and
     what.
     """
-
-
-@dataclass(frozen=True)
-class Block:
-    """N rows of a shard with their document pieces; also what a webdataset sample decodes to."""
-
-    tokens_NL: np.ndarray
-    word_start_NL: np.ndarray | None
-    pieces: np.ndarray
-
-
-@dataclass(frozen=True)
-class RowBatch:
-    """Consecutive rows: tokens int64 [N, L], word starts bool [N, L] or None, document numbers int32 [N, L]
-    (0 is padding, k the k-th document piece inside the row).
-    """
-
-    tokens_NL: np.ndarray
-    word_start_NL: np.ndarray | None
-    document_NL: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -265,7 +248,7 @@ class ShardReader:
         if xxhash.xxh3_128_hexdigest(index) != entry.index_xxh3:
             raise ShardError(f"{index_path}: damaged (checksum differs from the manifest)")
         self.blocks: list[dict[str, Any]] = json.loads(index)["blocks"]
-        self.first_rows = np.array([block["first_row"] for block in self.blocks], dtype=np.int64)
+        self.first_rows: list[int] = [block["first_row"] for block in self.blocks]
 
     def read_range(self, offset: int, length: int) -> bytes:
         """Bytes of the shard's file; a subclass may take them from elsewhere."""
@@ -319,40 +302,43 @@ class SplitReader:
             )
         self.split = split
         self._entries = self.manifest.splits[split].shards
-        self._stops = np.cumsum([entry.rows for entry in self._entries], dtype=np.int64)
+        self._stops = list(itertools.accumulate(entry.rows for entry in self._entries))
         self._shards: OrderedDict[int, ShardReader] = OrderedDict()
-        self._cache: OrderedDict[tuple[int, int], RowBatch] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], Block] = OrderedDict()
         self._cached_blocks = cached_blocks
 
     def __len__(self) -> int:
-        return int(self._stops[-1]) if len(self._stops) else 0
+        return self._stops[-1] if self._stops else 0
 
     def rows(self, start: int, stop: int) -> RowBatch:
         """Rows start .. stop - 1. Raises IndexError outside of 0 .. len."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"rows {start}..{stop} of {len(self)}")
-        parts, row = [], start
+        parts: list[tuple[Block, slice | np.ndarray]] = []
+        row = start
         while row < stop:
-            shard = int(np.searchsorted(self._stops, row, side="right"))
-            base = int(self._stops[shard]) - self._entries[shard].rows
-            reader = self._reader(shard)
-            block = int(np.searchsorted(reader.first_rows, row - base, side="right")) - 1
-            batch = self._block(shard, block)
-            inside = row - base - int(reader.first_rows[block])
-            taken = min(stop - row, len(batch.tokens_NL) - inside)
-            parts.append((batch, slice(inside, inside + taken)))
-            row += taken
-        if not parts:
-            empty = np.zeros((0, self.manifest.row_tokens), dtype=np.int64)
-            return RowBatch(
-                empty, empty.astype(bool) if self.manifest.has_words else None, empty.astype(np.int32)
-            )
-        words = [batch.word_start_NL[rows] for batch, rows in parts if batch.word_start_NL is not None]
-        return RowBatch(
-            np.concatenate([batch.tokens_NL[rows] for batch, rows in parts]).astype(np.int64),
-            np.concatenate(words) if words else None,
-            np.concatenate([batch.document_NL[rows] for batch, rows in parts]),
-        )
+            block, first = self._block_at(row)
+            end = min(stop, first + len(block.tokens_NL))
+            parts.append((block, slice(row - first, end - first)))
+            row = end
+        return RowBatch(parts or [(self._empty(), slice(0))])
+
+    def take(self, numbers: np.ndarray) -> RowBatch:
+        """Rows of any numbers, in that order; each block is read once. Raises IndexError outside of 0 .. len."""
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
+        if len(ordered) and not 0 <= ordered[0] <= ordered[-1] < len(self):
+            raise IndexError(f"rows {ordered[0]}..{ordered[-1]} of {len(self)}")
+        parts: list[tuple[Block, slice | np.ndarray]] = []
+        at = 0
+        while at < len(ordered):
+            block, first = self._block_at(int(ordered[at]))
+            end = int(np.searchsorted(ordered, first + len(block.tokens_NL)))
+            parts.append((block, ordered[at:end] - first))
+            at = end
+        if len(parts) == 1:
+            return RowBatch([(parts[0][0], numbers - first)])
+        return RowBatch(parts or [(self._empty(), slice(0))], np.argsort(order))
 
     def open_shard(self, entry: ShardEntry) -> ShardReader:
         """The reader of one shard; a subclass may read it from elsewhere."""
@@ -365,27 +351,25 @@ class SplitReader:
                 self._shards.popitem(last=False)
         return self._shards[shard]
 
-    def _block(self, shard: int, number: int) -> RowBatch:
+    def _block_at(self, row: int) -> tuple[Block, int]:
+        """The block that holds a row, and the number of its first row."""
+        shard = bisect_right(self._stops, row)
+        base = self._stops[shard] - self._entries[shard].rows
+        reader = self._reader(shard)
+        number = bisect_right(reader.first_rows, row - base) - 1
         key = (shard, number)
         if key in self._cache:
             self._cache.move_to_end(key)
         else:
-            block = self._reader(shard).read(number)
-            self._cache[key] = RowBatch(block.tokens_NL, block.word_start_NL, document_numbers(block))
+            self._cache[key] = reader.read(number)
             if len(self._cache) > self._cached_blocks:
                 self._cache.popitem(last=False)
-        return self._cache[key]
+        return self._cache[key], base + reader.first_rows[number]
 
-
-def document_numbers(block: Block) -> np.ndarray:
-    """int32 [N, L]: 0 for padding, k for the k-th document piece inside the row."""
-    row, start, length = (block.pieces[i].astype(np.int64) for i in range(3))
-    numbers = np.zeros(block.tokens_NL.shape, dtype=np.int32)
-    numbers[row, start] = 1
-    numbers = np.cumsum(numbers, axis=1, dtype=np.int32)
-    filled = np.bincount(row, weights=length, minlength=len(numbers)).astype(np.int64)
-    numbers[np.arange(block.tokens_NL.shape[1]) >= filled[:, None]] = 0
-    return numbers
+    def _empty(self) -> Block:
+        tokens_NL = np.zeros((0, self.manifest.row_tokens), self.manifest.token_dtype)
+        pieces = np.zeros((len(PIECE_COLUMNS), 0), np.uint32)
+        return Block(tokens_NL, tokens_NL.astype(bool) if self.manifest.has_words else None, pieces)
 
 
 def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:

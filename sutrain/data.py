@@ -11,11 +11,8 @@ Shapes: N rows, L tokens a row.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import torch
 import xxhash
 
 from data_prep.keys import philox_words, stream_id
+from data_prep.rows import RowBatch
 from data_prep.shards import Manifest, SplitReader
 from sutrain.masking import Spans, VocabularyWords, WordMasking
 from sutrain.mixture import Mixture
@@ -141,28 +139,19 @@ class Samples:
         """Samples [first_sample, first_sample + count), read, verified and masked."""
         return masked_batch(self.masking, first_sample, *self.read(first_sample, count))
 
+    def rows(self, first_sample: int, count: int) -> RowBatch:
+        """The rows of samples [first_sample, first_sample + count), verified; their columns are made when looked at."""
+        if first_sample + count <= self.rows_per_epoch:  # epoch 0 is in the order of the disk
+            return self.reader.rows(first_sample, first_sample + count)
+        return self.reader.take(self.row_numbers(first_sample, count))
+
     def read(self, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """(tokens, word starts or None, document numbers) of samples [first_sample, first_sample + count), [N, L]."""
-        numbers = self.row_numbers(first_sample, count)
-        if count and (np.diff(numbers) == 1).all():  # as in all of epoch 0
-            rows = self.reader.rows(int(numbers[0]), int(numbers[-1]) + 1)
-            words_NL, document_NL = rows.word_start_NL, rows.document_NL.astype(np.int64)
-            if words_NL is None and self.vocabulary is not None:
-                words_NL = self.vocabulary.starts(rows.tokens_NL)
-            return rows.tokens_NL, words_NL, document_NL
-        # Consecutive stretches of the sorted numbers are read in one go.
-        ascending = np.argsort(numbers, kind="stable")
-        ordered = numbers[ascending]
-        cuts = np.flatnonzero(np.diff(ordered) != 1) + 1
-        parts = [self.reader.rows(int(s[0]), int(s[-1]) + 1) for s in np.split(ordered, cuts)]
-        back = np.empty_like(ascending)
-        back[ascending] = np.arange(len(ascending))
-        tokens_NL = np.concatenate([part.tokens_NL for part in parts]).astype(np.int64, copy=False)[back]
-        document_NL = np.concatenate([part.document_NL for part in parts]).astype(np.int64)[back]
-        words = [part.word_start_NL for part in parts if part.word_start_NL is not None]
-        if words:
-            return tokens_NL, np.concatenate(words)[back], document_NL
-        return tokens_NL, self.vocabulary.starts(tokens_NL) if self.vocabulary else None, document_NL
+        rows = self.rows(first_sample, count)
+        tokens_NL, words_NL = rows.tokens_NL, rows.word_start_NL
+        if words_NL is None and self.vocabulary is not None:
+            words_NL = self.vocabulary.starts(tokens_NL)
+        return tokens_NL, words_NL, rows.document_NL
 
 
 class MixedSamples:
@@ -329,40 +318,3 @@ def _stage_at(stages: tuple[tuple[int, int], ...], samples_consumed: int) -> int
     """The value of the last stage that has begun; the final one, 0, stands for the full value."""
     values = [value for start, value in stages if start <= samples_consumed]
     return values[-1] or None if values else None
-
-
-def prefetch(
-    samples: Samples | MixedSamples,
-    plan: BatchPlan,
-    samples_consumed: int,
-    updates: int,
-    depth: int = 2,
-    workers: int = 1,
-) -> Generator[list[Batch], None, None]:
-    """Yield this rank's micro-batches for each of the next `updates`, `depth` updates ahead by `workers` threads.
-
-    Workers take micro-batches and deliver in order, so their number changes nothing; with 0 everything is read when
-    it is
-    asked for. Only what is yielded counts as read: position is advanced by the caller after the optimizer step.
-    """
-    position, planned = samples_consumed, 0
-    ahead: deque[list[Callable[[], Batch]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="batch-reader") if workers else None
-
-    def read(first: int, count: int, row_tokens: int | None) -> Batch:
-        batch = samples.batch(first, count)
-        return batch.cut(row_tokens) if row_tokens else batch
-
-    try:
-        for _ in range(updates):
-            while planned < updates and len(ahead) < (depth if pool else 1):
-                jobs = [(first, count, plan.tokens_at(position)) for first, count in plan.ranges(position)]
-                ahead.append(
-                    [pool.submit(read, *job).result if pool else partial(read, *job) for job in jobs]
-                )
-                position += plan.sequences_at(position)
-                planned += 1
-            yield [ready() for ready in ahead.popleft()]
-    finally:
-        if pool:
-            pool.shutdown(wait=True, cancel_futures=True)

@@ -29,7 +29,7 @@ from sutrain import continuity, heartbeat, preflight
 from sutrain.build_extension import ExtensionError, build_extension, prepare_environment, start_communication
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
-from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, prefetch, word_masking
+from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, word_masking
 from sutrain.engine import DTYPES, deepspeed_config, step_engine
 from sutrain.evaluation import Evaluator
 from sutrain.launch import (
@@ -50,6 +50,7 @@ from sutrain.monitor.ranks import RankClock
 from sutrain.objectives.training_model import TrainingModel
 from sutrain.optim import FragmentMap, build_optimizer
 from sutrain.outputs import RunOutputs
+from sutrain.prefetch import prefetch
 from sutrain.recompute import apply_budget
 
 

@@ -14,10 +14,10 @@ from sutrain.data import (
     Samples,
     load_manifest,
     permuted,
-    prefetch,
     vocabulary_words,
     word_masking,
 )
+from sutrain.prefetch import prefetch
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_prefetching_reads_the_planned_ranges_and_stops(samples):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
 def test_every_sample_once_an_epoch_at_any_world_size_and_number_of_workers(samples, world_size, workers):
     """Two epochs and the batch that wraps into the third, through the real loader of every rank."""
     batch, rows = 30, samples.rows_per_epoch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.packing import Documents, RowPacker
-from data_prep.shards import Block, document_numbers
+from data_prep.rows import Block, document_numbers
 
 
 def make_documents(count: int, longest: int, seed: int = 0) -> list[list[int]]:

@@ -1,0 +1,113 @@
+"""Reading ahead: threads read, verify and mask the next micro-batches while a step is computed.
+
+A thread takes a *stretch* at a time, consecutive micro-batches that lie in one block of the shards or have half as many
+rows, so that a block is decoded by one thread, and once. Batches come out in order, so the number of threads changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Event
+
+from sutrain.data import Batch, BatchPlan, MixedSamples, Samples
+
+
+class Stretch:
+    """Micro-batches that one thread reads in a row; `ready` has what is done, an exception where one failed."""
+
+    def __init__(self, block: int):
+        self.block = block
+        self.jobs: list[tuple[int, int, int | None]] = []  # (first sample, rows, tokens that rows are cut to)
+        self.rows = self.last_update = 0
+        self.ready: SimpleQueue[Batch | BaseException] = SimpleQueue()
+
+    def fill(self, samples: Samples | MixedSamples, stopped: Event) -> None:
+        for first, count, row_tokens in self.jobs:
+            if stopped.is_set():
+                return
+            try:
+                batch = samples.batch(first, count)
+                self.ready.put(batch.cut(row_tokens) if row_tokens else batch)
+            except BaseException as error:  # raised again where the batch is asked for
+                self.ready.put(error)
+                return
+
+    def batches(self) -> Iterator[Batch]:
+        for _ in self.jobs:
+            item = self.ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+def stretches(
+    samples: Samples | MixedSamples, plan: BatchPlan, samples_consumed: int, updates: int
+) -> Iterator[Stretch]:
+    """This rank's micro-batches of the next `updates`, in order."""
+    block_rows, position = samples.manifest.block_rows, samples_consumed
+    stretch: Stretch | None = None
+    for update in range(updates):
+        for first, count in plan.ranges(position):
+            block = first % samples.rows_per_epoch // block_rows
+            if stretch is not None and (
+                stretch.rows >= block_rows or (block != stretch.block and 2 * stretch.rows >= block_rows)
+            ):
+                yield stretch
+                stretch = None
+            stretch = stretch or Stretch(block)
+            stretch.jobs.append((first, count, plan.tokens_at(position)))
+            stretch.rows += count
+            stretch.last_update = update
+        position += plan.sequences_at(position)
+    if stretch is not None:
+        yield stretch
+
+
+def prefetch(
+    samples: Samples | MixedSamples,
+    plan: BatchPlan,
+    samples_consumed: int,
+    updates: int,
+    depth: int = 2,
+    workers: int = 1,
+) -> Generator[list[Batch], None, None]:
+    """Yield this rank's micro-batches for each of the next `updates`, read by `workers` threads at least `depth`
+    updates and two stretches a thread ahead; with 0 everything is read when it is asked for.
+
+    Only what is yielded counts as read: position is advanced by the caller after the optimizer step.
+    """
+    planned, stopped = stretches(samples, plan, samples_consumed, updates), Event()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batch-reader") if workers else None
+    ahead: deque[Stretch] = deque()
+    done, position = 0, samples_consumed
+
+    def in_order() -> Iterator[Batch]:
+        while True:
+            while pool and (len(ahead) <= 2 * workers or ahead[-1].last_update < done + depth):
+                if (stretch := next(planned, None)) is None:
+                    break
+                ahead.append(stretch)
+                pool.submit(stretch.fill, samples, stopped)
+            if not ahead:
+                return
+            yield from ahead.popleft().batches()
+
+    def at_once() -> Iterator[Batch]:
+        for stretch in planned:
+            for first, count, row_tokens in stretch.jobs:
+                batch = samples.batch(first, count)
+                yield batch.cut(row_tokens) if row_tokens else batch
+
+    batches = in_order() if pool else at_once()
+    try:
+        for done in range(updates):  # noqa: B007
+            yield [next(batches) for _ in plan.ranges(position)]
+            position += plan.sequences_at(position)
+    finally:
+        stopped.set()
+        if pool:
+            pool.shutdown(wait=True, cancel_futures=True)
