@@ -248,6 +248,7 @@ class PretrainConfig(Section):
 
     run_dir: Path = Field(description="folder of the run: config, metrics, checkpoints, report")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of initialisation, order, masks and dropout")
+    determinism: bool = Field(False, description="on an accelerator: kernels of fixed order only, slower")
     steps: int = Field(ge=1, description="optimizer updates of the whole run")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="of weights and activations; masters are fp32"

@@ -26,7 +26,7 @@ from sutrain.optim import FragmentMap
 # The longest prefix of a key decides. A key that is not listed is fixed: what nobody thought about is not safe to
 # change.
 MAY_CHANGE = (
-    "run_dir", "steps", "precision", "gradient_precision", "data", "batch", "optimizer", "schedule",
+    "run_dir", "determinism", "steps", "precision", "gradient_precision", "data", "batch", "optimizer", "schedule",
     "zero", "evaluation", "checkpoint", "monitor", "model.hidden_dropout", "model.attention_dropout", "accept_changes",
     "init_from", "start_timeout_seconds", "acting", "loss_scale", "memory",
 )  # fmt: skip

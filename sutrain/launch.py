@@ -34,11 +34,18 @@ _PACKAGES = (
 )
 
 
-def local_device() -> torch.device:
+def local_device(deterministic: bool = False) -> torch.device:
     """The device of this rank; on a CPU the cores are shared out among the ranks of this host.
 
+    deterministic: have torch use kernels that add up in a fixed order, and fail where it has none. It must be said
+    before cuBLAS is first used.
     Raises ConfigError when the launcher started more ranks than there are accelerators.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)

@@ -83,7 +83,7 @@ class Run:
         join_alone()
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.config = config
-        self.device = local_device()
+        self.device = local_device(config.determinism)
         self.manifest = open_manifest(config.data)
         self.plan = batch_plan(config, self.manifest.row_tokens, self.world_size, self.rank)
         check_model_fits_data(config.model, self.manifest, config.data.dir)

@@ -21,6 +21,24 @@ from tests.conftest import ROOT, ROW_TOKENS, VOCAB_SIZE
 from tests.conftest import environment as shell
 
 
+def test_determinism_is_asked_of_torch_and_cublas():
+    """Where torch has no kernel of fixed order it fails and does not go on."""
+    code = (
+        "import os, torch; from sutrain.launch import local_device; local_device(True); "
+        "x = torch.zeros(4); x.put_(torch.tensor([1, 1]), torch.ones(2)); "
+        "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=shell(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and "put_" in result.stderr, result.stderr
+    code = code.replace("x.put_(torch.tensor([1, 1]), torch.ones(2)); ", "")
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=shell(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout == "True :4096:8\n", result.stderr
+
+
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
 def test_ranks_of_a_host_share_its_cores(name):
     """LOCAL_WORLD_SIZE is torchrun's word, LOCAL_SIZE that of DeepSpeed's launcher."""

@@ -119,6 +119,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(straight, tmp_path):
     assert final_files(run_dir) == final_files(copied)
 
 
+def test_a_new_run_begins_where_the_weights_of_another_ended(straight, tmp_path):
+    """From the run's folder, whose best checkpoint is its last, with another optimizer: one step, counted from 0."""
+    config, run_dir, _ = straight
+    settings = ["--optimizer.name=adamw", "--optimizer.learning_rate=0.001", "--steps=1"]
+    output = train(config, 2, f"--run_dir={tmp_path / 'new'}", f"--init_from={run_dir}", *settings)
+    assert f"a new run with the weights of {run_dir}" in output and "starting step 0 of 1" in output
+    began, ended = records(tmp_path / "new", "evaluation")[0], records(run_dir, "evaluation")[12]
+    assert began["validation_loss"] == ended["validation_loss"]
+    assert records(tmp_path / "new")[1]["samples_consumed_total"] == 12
+
+
 @pytest.fixture(scope="module")
 def exact(dataset, tmp_path_factory):
     """8 steps on two ranks in fp32 without dropout, where only the order of sums may differ from other worlds."""
