@@ -3,8 +3,10 @@
 On a CPU DeepSpeed compiles it when the first process group starts (about a minute), and again asks the compiler's
 files at every later start. A process killed while compiling leaves a lock file for which every later start waits for
 ever. So it is built here, in a process of its own with a time limit, under a lock of the operating system that dies
-with its owner: whoever holds it knows that a lock file found is stale. What was built is loaded directly, without
-compiler, lock or child process. Where building hangs, training goes on with gloo alone, and says so.
+with its owners, this process and the building one: whoever holds it knows that a lock file found is stale, and that
+nobody else writes these files. The building process ends, compilers and all, when the one that started it is gone.
+What was built is loaded directly, without compiler, lock or child process. Where building hangs, training goes on with
+gloo alone, and says so.
 """
 
 from __future__ import annotations
@@ -71,14 +73,14 @@ def build_extension(time_limit_seconds: float = TIME_LIMIT_SECONDS, *, try_again
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _only_one(folder.parent / ".building", time_limit_seconds):
+        with _only_one(folder.parent / ".building", time_limit_seconds) as lock:
             if not _stamped(folder / STAMP):
                 if _stamped(folder / TIMED_OUT) and not try_again:
                     raise ExtensionTimeoutError(
                         "building DeepSpeed's communication extension timed out before"
                     )
                 (folder / "lock").unlink(missing_ok=True)
-                _build_in_a_child(folder, time_limit_seconds)
+                _build_in_a_child(folder, time_limit_seconds, lock)
     except ExtensionTimeoutError as error:
         print(
             f"warning: {error}; going on without it: reductions use gloo alone", file=sys.stderr, flush=True
@@ -89,8 +91,8 @@ def build_extension(time_limit_seconds: float = TIME_LIMIT_SECONDS, *, try_again
 
 
 @contextlib.contextmanager
-def _only_one(path: Path, time_limit_seconds: float) -> Iterator[None]:
-    """Hold the lock `path`, which the system frees if its holder dies.
+def _only_one(path: Path, time_limit_seconds: float) -> Iterator[int]:
+    """Hold the lock `path`, which the system frees when all processes with the descriptor that is yielded are dead.
 
     Raises ExtensionTimeoutError where another process holds it for longer than a build may take.
     """
@@ -104,7 +106,7 @@ def _only_one(path: Path, time_limit_seconds: float) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise ExtensionTimeoutError(f"another process holds {path} and does not end") from None
                 time.sleep(0.2)
-        yield
+        yield handle.fileno()
 
 
 def _stamped(path: Path) -> bool:
@@ -132,8 +134,9 @@ def _built_for() -> dict[str, str]:
     }
 
 
-def _build_in_a_child(folder: Path, time_limit_seconds: float) -> None:
+def _build_in_a_child(folder: Path, time_limit_seconds: float, lock: int) -> None:
     """Compile in a process group of its own, so that all of it can be stopped; leave the stamp when it went well.
+    The child holds `lock` too: no other build begins before it has ended, even when this process is killed.
 
     Raises ExtensionError without a compiler or where compiling fails, ExtensionTimeoutError past the limit.
     """
@@ -141,8 +144,13 @@ def _build_in_a_child(folder: Path, time_limit_seconds: float) -> None:
         raise ExtensionError("no C++ compiler: DeepSpeed needs g++ on a CPU; sudo apt-get install g++")
     # The child prints where it stands shortly before it is stopped: a hang that nobody can see is never mended.
     program = (
-        "import faulthandler, sys\n"
+        "import faulthandler, os, signal, threading, time\n"
         f"faulthandler.dump_traceback_later({max(time_limit_seconds - 2, 0.5)})\n"
+        "def end_with_parent():\n"
+        f"    while os.getppid() == {os.getpid()}:\n"
+        "        time.sleep(0.2)\n"
+        "    os.killpg(0, signal.SIGKILL)\n"
+        "threading.Thread(target=end_with_parent, daemon=True).start()\n"
         "from deepspeed.accelerator import get_accelerator\n"
         "get_accelerator().create_op_builder('ShareMemCommBuilder').load(verbose=False)\n"
     )
@@ -153,6 +161,7 @@ def _build_in_a_child(folder: Path, time_limit_seconds: float) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        pass_fds=(lock,),
     )
     try:
         output, _ = child.communicate(timeout=time_limit_seconds)
@@ -169,6 +178,11 @@ def _build_in_a_child(folder: Path, time_limit_seconds: float) -> None:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         raise
+    if child.returncode < 0:
+        raise ExtensionError(
+            f"building DeepSpeed's communication extension was ended by signal {-child.returncode} "
+            "(9: often too little memory); start again"
+        )
     if child.returncode:
         lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-1:]
         reason = " ".join(" ".join(lines).split())[:400]

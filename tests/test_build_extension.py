@@ -97,24 +97,53 @@ def test_a_lock_left_by_a_killed_build_does_not_stop_the_next(built, tmp_path):
 
 
 def test_a_build_that_hangs_is_stopped_and_training_goes_on_with_gloo(tmp_path):
-    marker = f"{int(time.time())}.{os.getpid()}"
-    compiler = f"#!/bin/sh\ncase $1 in -dump*) echo 12.2.0;; *) exec /bin/sleep {marker};; esac\n"
-    path = only({"g++": compiler, "c++": compiler}, tmp_path / "bin") + ":/usr/bin:/bin"
+    marker, path = hanging_compiler(tmp_path)
     program = "import time; " + BUILD.format(arguments="25") + REDUCE
     first = python(program, folder=tmp_path / "x", path=path)
     assert first.returncode == 0, first.stderr
     assert "warning: building DeepSpeed's communication extension did not end within 25 s" in first.stderr
     assert "most recent call first" in first.stderr, "where it hung is not shown"
     assert "extension False" in first.stdout
-    left = [
-        entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and marker in _command_line(entry)
-    ]
-    assert not left, "the hanging compiler still runs"
+    assert not compiling(marker), "the hanging compiler still runs"
 
     began = time.monotonic()
     second = python(program, folder=tmp_path / "x", path=path)
     assert second.returncode == 0 and "timed out before" in second.stderr
     assert time.monotonic() - began < 25, "a later start waited again"
+
+
+def test_a_build_ends_with_the_process_that_started_it(tmp_path):
+    """Kill -9 of a rank while it builds: compilers that go on would write into the next start's build."""
+    marker, path = hanging_compiler(tmp_path)
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "x"), "PATH": path}
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILD.format(arguments="100")], cwd=ROOT, env=environment
+    )
+    wait_until(lambda: compiling(marker), "no compiler was started")
+    process.kill()
+    process.wait()
+    wait_until(lambda: not compiling(marker), "the compiler outlives the process that wanted it")
+
+
+def wait_until(condition, complaint: str, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, complaint
+        time.sleep(0.1)
+
+
+def hanging_compiler(folder: Path) -> tuple[str, str]:
+    """(a word of the command line of everything it starts, a PATH with a compiler that never ends)."""
+    marker = f"{int(time.time())}.{os.getpid()}"
+    compiler = f"#!/bin/sh\ncase $1 in -dump*) echo 12.2.0;; *) exec /bin/sleep {marker};; esac\n"
+    return marker, only({"g++": compiler, "c++": compiler}, folder / "bin") + ":/usr/bin:/bin"
+
+
+def compiling(marker: str) -> list[Path]:
+    """The compilers with that marker that run."""
+    return [
+        entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and marker in _command_line(entry)
+    ]
 
 
 def _command_line(process: Path) -> str:

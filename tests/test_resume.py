@@ -133,7 +133,7 @@ def test_sigterm_and_sigusr1_leave_checkpoints_from_which_the_bits_are_the_same(
 
 @pytest.mark.parametrize("worlds", [(1, 2), (3, 2), (2, 2)])
 def test_other_worlds_read_the_same_and_lose_nothing_of_the_state(fp32, tmp_path, worlds, evidence):
-    """2 -> 1 -> 2, 2 -> 3 -> 2, 2 all along; in other micro-batches. The state loaded is the state saved, losses agree."""
+    """2 -> 1 -> 2, 2 -> 3 -> 2, 2 all along; in other micro-batches: state loaded is state saved, losses agree."""
     config, straight = fp32
     moved = cut(straight, tmp_path / "moved", 30)
     saved = whole_state(moved / "checkpoints/step-00000030")
