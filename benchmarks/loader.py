@@ -2,7 +2,7 @@
 
     pip install --no-deps --target build/peers litdata torchdata datasets dill multiprocess pandas \
         lightning-utilities tifffile boto3 botocore s3transfer jmespath
-    python benchmarks/loader.py [--rows 40960] [--rounds 5]
+    python benchmarks/loader.py [--rows 65536] [--rounds 5]
 
 Every loader delivers batches of 32 rows of 512 tokens as int64 tensors, in order. The rounds are interleaved, so that
 noise meets all; a value is the median. `read` is the tokens alone, which is all that the peers do; `masked` is the
@@ -62,7 +62,7 @@ from sutrain.data import BatchPlan, Samples, load_manifest, word_masking  # noqa
 from sutrain.launch import environment  # noqa: E402
 from sutrain.prefetch import prefetch  # noqa: E402
 
-V, BLOCK = 12_000, 256
+V, BLOCK, LONGEST_SECONDS = 12_000, 256, 2.0
 OUTPUT = ROOT / "benchmarks/results/loader.json"
 
 
@@ -134,30 +134,24 @@ def give_back_pages(folder: Path) -> None:
             os.close(descriptor)
 
 
-def rate(loader: Callable[[int, int], Iterator[Any]], workers: int, samples: int, mask: Any = None) -> float:
-    """Samples a second from the first batch on."""
+def rate(
+    loader: Callable[[int, int], Iterator[Any]], workers: int, samples: int, mask: Any = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:  # fmt: skip
+    """Samples a second from the first batch on, over so many samples or `LONGEST_SECONDS`, whatever ends first.
+
+    With clock=time.process_time and no workers: of processor time, which does not depend on what else the machine does.
+    """
     batches = loader(workers, 0)
     next(batches)
-    started, count = time.perf_counter(), 0
+    began, started, count = time.perf_counter(), clock(), 0
     for batch in batches:
         if mask is not None:
             mask(batch.numpy(), count)
         count += len(batch)
-        if count >= samples:
+        if count >= samples or time.perf_counter() - began > LONGEST_SECONDS:
             break
-    return count / (time.perf_counter() - started)
-
-
-def rate_by_processor(loader: Callable[[int, int], Iterator[Any]], samples: int) -> float:
-    """Samples a second of processor time, all in this process: does not depend on what else the machine does."""
-    batches = loader(0, 0)
-    next(batches)
-    started, count = time.process_time(), 0
-    for batch in batches:
-        count += len(batch)
-        if count >= samples:
-            break
-    return count / (time.process_time() - started)
+    return count / (clock() - started)
 
 
 def first_batch(
@@ -169,10 +163,11 @@ def first_batch(
 
 
 def save_costs(folder: Path, rounds: int = 9) -> dict[str, float]:
-    """What a save holds up, in memory copies of the same state, and how much slower steps are while it is written."""
+    """What a save holds up, in memory copies of the same state, how much slower steps of one thread are while it is
+    written (a core is left to the writer), and how far memory rises above the state at most."""
     torch.set_num_threads(1)
     state = [torch.randn(4_000_000) for _ in range(24)]  # 384 MB, as the masters of 96 million parameters
-    copy = [torch.empty_like(values) for values in state]
+    copy = [values.clone() for values in state]  # touched: not part of the peak below
     writer = CheckpointWriter(folder, Keep(last=1))
     matrix = torch.randn(384, 384)
 
@@ -188,6 +183,12 @@ def save_costs(folder: Path, rounds: int = 9) -> dict[str, float]:
         writer.save(number, slices, {}, {}, {})
         return time.perf_counter() - started
 
+    def memory(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = memory("VmRSS")
     save(0)
     writer.wait()
     stalls, slowdowns, writes = [], [], []
@@ -203,10 +204,12 @@ def save_costs(folder: Path, rounds: int = 9) -> dict[str, float]:
             during.append(step())
         writes.append(writer.write_seconds)
         slowdowns.append(statistics.median(during) / quiet)
+    bytes_of_state = sum(values.nbytes for values in state)
     return {
         "save_stall_vs_copy": statistics.median(stalls), "step_during_write_vs_quiet": statistics.median(slowdowns),
         "write_seconds": statistics.median(writes),
-        "save_buffer_vs_state": writer.buffer_bytes / sum(values.nbytes for values in state),
+        "save_buffer_vs_state": writer.buffer_bytes / bytes_of_state,
+        "save_peak_memory_vs_state": (memory("VmHWM") - before) / bytes_of_state,
     }  # fmt: skip
 
 
@@ -232,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=40_960)
+    parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
@@ -272,16 +275,18 @@ def measure(scratch: Path, rows: int, rounds: int) -> list[dict[str, Any]]:
     masking = word_masking(load_manifest(data), Masking(whole_words=False), 0, "masks")
     masked = {"sutrain": ours(data, masked=True), **peers}
     found: dict[tuple[str, ...], list[float]] = {}
-    samples = rows // 2
+    samples = rows - 2 * BATCH  # the first batch is not counted
     for _ in range(rounds):
         for workers in (0, 1, 2):
             for name, loader in loaders.items():
                 found.setdefault(("read", name, str(workers)), []).append(rate(loader, workers, samples))
                 mask = None if name == "sutrain" else (lambda batch, at: masking(batch, None, at))
-                value = rate(masked[name], workers, samples // 2, mask)
+                value = rate(masked[name], workers, samples, mask)
                 found.setdefault(("masked", name, str(workers)), []).append(value)
         for name, loader in loaders.items():
-            found.setdefault(("processor", name, "0"), []).append(rate_by_processor(loader, samples))
+            found.setdefault(("processor", name, "0"), []).append(
+                rate(loader, 0, samples, clock=time.process_time)
+            )
             give_back_pages(scratch)
             found.setdefault(("cold", name, "1"), []).append(rate(loader, 1, samples))
             for what, position in (("start", 0), ("resume", middle)):

@@ -2,8 +2,7 @@
 
 Shapes: N rows (samples), L tokens a row, V vocabulary, W words of all rows. The random words of sample i are words
 [2·L·i, 2·L·(i+1)) of one Philox stream: the first L decide the fate of the word that starts at each position, the
-other L
-give replacement tokens.
+other L give replacement tokens.
 """
 
 from __future__ import annotations
@@ -111,6 +110,16 @@ def begin_shares(spans: Spans, predict_share: float) -> np.ndarray:
     return np.array(shares)
 
 
+@lru_cache(maxsize=64)
+def _last_below(share: float) -> int:
+    """The largest 64-bit number that is below `share` as a float in [0, 1), by bisection; share > 0."""
+    low, high = 0, 1 << 64
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if float(middle) * 2.0**-64 < share else (low, middle)
+    return low
+
+
 @dataclass(frozen=True)
 class WordMasking:
     """Mask whole words: a word is predicted with probability `predict_share`; of the predicted words `mask_share`
@@ -162,24 +171,34 @@ class WordMasking:
         else:
             # What follows a special token without a start of its own takes that token's number, which nobody else uses.
             begins_NL = word_start_NL | special_NL
+        shares = (
+            self.predict_share, self.predict_share * (self.mask_share + self.keep_share),
+            self.predict_share * self.mask_share
+        )  # fmt: skip
+        # 0: not predicted, 1: a random token, 2: kept, 3: [MASK]
         if self.spans is None:
             # Every position takes the random number drawn at the beginning of its word.
-            positions_NL = np.where(begins_NL, np.arange(length), 0)
-            word_NL = np.maximum.accumulate(positions_NL, axis=1)
-            uniform_NL = np.take_along_axis(fate_NL, word_NL, axis=1) * 2.0**-64
+            begins_NL[:, 0] = True
+            first_W = np.flatnonzero(begins_NL)
+            fate_W = np.ascontiguousarray(fate_NL).reshape(-1)[first_W]
+            becomes_W = np.zeros(len(first_W), np.uint8)
+            for share in shares:
+                becomes_W += fate_W <= np.uint64(_last_below(share)) if share > 0 else False
+            becomes_NL = becomes_W[np.cumsum(begins_NL) - 1].reshape(rows, length)
         else:
             uniform_NL = self._fate_of_spans(self.spans, fate_NL, replacement_NL, begins_NL, special_NL)
+            becomes_NL = np.zeros(tokens_NL.shape, np.uint8)
+            for share in shares:
+                becomes_NL += uniform_NL < share
 
-        predicted_NL = (uniform_NL < self.predict_share) & ~special_NL
-        shown_below = self.predict_share * self.mask_share
-        kept_below = self.predict_share * (self.mask_share + self.keep_share)
-        hidden_NL = predicted_NL & (uniform_NL < shown_below)
-        random_NL = predicted_NL & (uniform_NL >= kept_below)
-
-        choices = np.uint64(self.vocab_size - first_regular)
-        drawn = (replacement_NL[random_NL] >> np.uint64(32)) * choices >> np.uint64(32)
+        predicted_NL = (becomes_NL > 0) & ~special_NL
+        hidden_NL = (becomes_NL == 3) & predicted_NL
         inputs_NL = np.where(hidden_NL, self.mask_id, tokens_NL)
-        inputs_NL[random_NL] = drawn.astype(np.int64) + first_regular
+        random_P = np.flatnonzero((becomes_NL == 1) & predicted_NL)
+        replacement_P = words[random_P + (random_P // length + 1) * length]
+        choices = np.uint64(self.vocab_size - first_regular)
+        drawn_P = (replacement_P >> np.uint64(32)) * choices >> np.uint64(32)
+        inputs_NL.reshape(-1)[random_P] = drawn_P.astype(np.int64) + first_regular
         return MaskedRows(inputs_NL, np.where(predicted_NL, tokens_NL, IGNORED), hidden_NL)
 
     def _fate_of_spans(
