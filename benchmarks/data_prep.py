@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ OUTPUT = ROOT / "benchmarks/results/data_prep.json"
 PEERS = str(ROOT / "benchmarks/data_prep_peers.py")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
 WORKER_BYTES = 250_000_000
+_MODEL_LINES = 30_000
 GOALS = {
     "shuffle_vs_terashuf": 2.0,
     "shuffle_zstd_vs_terashuf": 1.3,
@@ -90,7 +92,8 @@ class Bench:
         path = self.folder / f"{language}.model"
         if not path.exists():
             with self.text(language, 700, self.options.size).open(encoding="utf-8") as file:
-                lines = (line.rstrip("\n") for _, line in zip(range(30_000), file, strict=False))
+                step = max(1, int(self.options.size * 1e9 / 700) // _MODEL_LINES)  # from all of the text
+                lines = (line.rstrip("\n") for line in islice(file, 0, step * _MODEL_LINES, step))
                 path.write_bytes(
                     train(lines, TrainSection(vocab_size=32_000, threads=2, seed_pieces=300_000))[0]
                 )

@@ -39,7 +39,7 @@ def adopt(serialized: bytes, name: str) -> tuple[bytes, dict[str, Any]]:
         )
     kept = [p for p in model.pieces if p.type == kinds.NORMAL and p.piece not in SPECIAL_IDS]
     left_out = [p.piece for p in model.pieces if p.type != kinds.NORMAL]
-    settings = changes_of_text(serialized)
+    settings = changes_of_text(model)
     found = _ModelProto()
     found.CopyFrom(model)
     del found.pieces[:]

@@ -1,7 +1,8 @@
 """Cleaning: texts in, lines of clean text out, or the reason why a record is dropped.
 
-Checks that run in C decide whether a regular expression is needed, and shares of letters are counted for a whole batch
-by one table look-up a character, so nothing is done in Python for every character.
+A batch is looked at as a whole (`tidy`): white space is collapsed and clean texts are told from others without a
+Python call a text, and shares of letters are counted by one table look-up a character. The others are cleaned one by
+one, where checks that run in C decide whether a regular expression is needed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from .config import CleaningSection
 from .errors import DataPrepError
+from .tidy import tidy
 
 # Never text: NUL would end C strings, surrogates cannot be written as UTF-8.
 _NEVER = re.compile("[\x00\ud800-\udfff]+")
@@ -58,7 +60,7 @@ TextFunction = Callable[[str], str | None]
 
 class Cleaner:
     """The cleaning of a configuration. `cleaner(text)` is `(clean text, "")` or `("", reason)`; the reason is one of
-    DROP_REASONS, or the import path of the user's function that dropped the text.
+    DROP_REASONS, or the import path of the user's function that dropped the text. `cleaner.all` does the same for many.
     """
 
     def __init__(self, section: CleaningSection) -> None:
@@ -70,24 +72,54 @@ class Cleaner:
         self._functions = [(path, load_function(path)) for path in section.functions]
         shares = (("few_letters", section.min_letter_share), ("few_cjk", section.min_cjk_share))
         self._shares = [(reason, share) for reason, share in shares if share]
+        self._in_batches = section.collapse_whitespace and section.strip_control and self._form != "NFKC"
+        self._in_batches &= not self._functions
 
     def __call__(self, text: str) -> tuple[str, str]:
-        texts, reasons = self.all([text])
-        return texts[0], reasons[0]
+        text, reason = self._clean(text)
+        texts, reasons = [text.encode()], [reason]
+        self._drop_few(texts, reasons)
+        return texts[0].decode(), reasons[0]
 
-    def all(self, texts: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Clean texts and, in step with them, the reasons of those that are dropped ("" for the others)."""
-        cleaned, reasons = [], []
-        for text in texts:
-            text, reason = self._clean(text)
-            cleaned.append(text)
-            reasons.append(reason)
+    def all(self, texts: Sequence[bytes | str]) -> tuple[list[bytes], list[str]]:
+        """Clean texts (UTF-8) and, in step with them, the reasons of those that are dropped ("" for the others).
+
+        Raises UnicodeDecodeError when bytes are not UTF-8. Text that UTF-8 cannot hold (surrogates) comes as str.
+        """
+        raw = [text for text in texts if isinstance(text, bytes)]
+        if self._in_batches and raw and len(raw) == len(texts):
+            cleaned, others = tidy(raw)
+            reasons = [""] * len(cleaned)
+            if b"" in cleaned:
+                reasons = ["" if text else "empty" for text in cleaned]
+            self._drop_by_length(cleaned, reasons)
+            numbers = others.tolist()
+        else:
+            cleaned, reasons, numbers = [b""] * len(texts), [""] * len(texts), list(range(len(texts)))
+        for number in numbers:
+            given = texts[number]
+            text, reasons[number] = self._clean(given.decode() if isinstance(given, bytes) else given)
+            cleaned[number] = text.encode()
+        self._drop_few(cleaned, reasons)
+        return cleaned, reasons
+
+    def _drop_by_length(self, texts: list[bytes], reasons: list[str]) -> None:
+        """Characters are only counted where the bytes leave it open."""
+        least, most = self._section.min_characters, self._longest
+        if least == 1 and most == sys.maxsize:
+            return
+        for number, text in enumerate(texts):
+            if not reasons[number] and not (4 * least <= len(text) <= most):
+                count = len(text.decode())
+                if count < least or count > most:
+                    texts[number], reasons[number] = b"", "too_short" if count < least else "too_long"
+
+    def _drop_few(self, texts: list[bytes], reasons: list[str]) -> None:
         for name, share in self._shares:
             kept = [number for number, reason in enumerate(reasons) if not reason]
-            few = _has_few([cleaned[number] for number in kept], share, name == "few_cjk")
+            few = _has_few([texts[number] for number in kept], share, name == "few_cjk")
             for position in np.flatnonzero(few).tolist():
-                cleaned[kept[position]], reasons[kept[position]] = "", name
-        return cleaned, reasons
+                texts[kept[position]], reasons[kept[position]] = b"", name
 
     def _clean(self, text: str) -> tuple[str, str]:
         section = self._section
@@ -157,15 +189,19 @@ def function_identity(path: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def _has_few(texts: list[str], share: float, cjk: bool) -> np.ndarray:
+def _has_few(texts: list[bytes], share: float, cjk: bool) -> np.ndarray:
     """bool [n]: is less than this share of a text's characters, spaces left out, letters (or CJK)?"""
     few = np.ones(len(texts), dtype=bool)
     others = [number for number, text in enumerate(texts) if not (cjk and text.isascii())]  # ASCII has no CJK
     if others:
-        texts = [texts[number] for number in others]
-        points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")
-        lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
-        counts = np.add.reduceat(_table(cjk).take(points), np.cumsum(lengths) - lengths)
+        joined = b"".join([texts[number] for number in others])
+        points = np.frombuffer(joined.decode().encode("utf-32-le"), dtype="<u4")
+        stops = np.cumsum([len(texts[number]) for number in others])
+        begins = np.concatenate([[0], stops[:-1]])
+        if len(points) < len(joined):  # positions of characters, not of bytes
+            first = (np.frombuffer(joined, np.uint8) & 0xC0) != 0x80
+            begins = np.concatenate([[0], np.cumsum(first)[stops[:-1] - 1]])
+        counts = np.add.reduceat(_table(cjk).take(points), begins)
         few[others] = (counts >> 32) < share * (counts & 0xFFFFFFFF)
     return few
 

@@ -72,7 +72,7 @@ def cut_lines(
             lengths = np.fromiter(map(len, lines), dtype=np.int64, count=len(lines)) + 1
             offsets = position + np.cumsum(lengths) - lengths
             kept = len(lines) if limit is None else int(np.searchsorted(offsets, limit))
-            yield _finish(lines[:kept], position, max_record_bytes), offsets[:kept]
+            yield _finish(lines[:kept], position, max_record_bytes, b"\r" in data), offsets[:kept]
             data, position = data[cut:], position + cut
             if limit is not None and position >= limit:
                 return
@@ -84,14 +84,18 @@ def cut_lines(
     if lost_at >= 0:
         yield [reason], np.array([lost_at], dtype=np.int64)
     elif carry:
-        yield _finish([carry], position, max_record_bytes), np.array([position], dtype=np.int64)
+        yield _finish([carry], position, max_record_bytes, True), np.array([position], dtype=np.int64)
 
 
-def _finish(lines: list[bytes], position: int, max_record_bytes: int) -> list[bytes | str]:
-    """Take off carriage returns and a byte-order mark at the file's start; a reason for what is too large."""
+def _finish(lines: list[bytes], position: int, max_record_bytes: int, returns: bool) -> list[bytes | str]:
+    """Take off carriage returns, if there are any, and a byte-order mark at the file's start; a reason for what is
+    too large.
+    """
     if position == 0 and lines and lines[0].startswith(_UTF8_MARK):
         lines[0] = lines[0][len(_UTF8_MARK) :]
-    finished: list[bytes | str] = [line[:-1] if line.endswith(b"\r") else line for line in lines]
+    finished: list[bytes | str] = [*lines]
+    if returns:
+        finished = [line[:-1] if line.endswith(b"\r") else line for line in lines]
     if lines and max(map(len, lines)) > max_record_bytes:
         finished = [
             "record_too_large" if len(line) > max_record_bytes else kept

@@ -83,13 +83,12 @@ class HashWriter:
         self._frames: list[tuple[int, ...]] = []
         self._compressor = zstandard.ZstdCompressor(level=1)
 
-    def new(self, texts: list[str]) -> tuple[list[int], np.ndarray]:
-        """Positions of the texts that this run has not seen, and their hashes, uint64 [n, 2]."""
+    def new(self, texts: list[bytes]) -> tuple[list[int], np.ndarray]:
+        """Positions of the texts (UTF-8) that this run has not seen, and their hashes, uint64 [n, 2]."""
         if len(self._seen) >= self._limit:
             self._flush()
         seen, kept, digests = self._seen, [], []
-        for position, text in enumerate(texts):
-            digest = xxhash.xxh3_128_digest(text.encode())
+        for position, digest in enumerate(map(xxhash.xxh3_128_digest, texts)):
             if digest not in seen:
                 seen.add(digest)
                 kept.append(position)
@@ -141,7 +140,7 @@ class Selection:
     deduplication.
     """
 
-    texts: list[str]
+    texts: list[bytes]
     records: np.ndarray
     copies: np.ndarray
     hashes: np.ndarray
@@ -152,7 +151,7 @@ class Selection:
 
 
 def selected(
-    texts: list[str],
+    texts: list[bytes],
     numbers: list[int],
     where: tuple[int, int, int],
     names: tuple[int, str, str],

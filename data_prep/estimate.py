@@ -167,13 +167,13 @@ def _probe(plan: Plan, tokenizer: AnyTokenizer | None, text: bool) -> dict[str, 
             )
             found["clean_seconds"] += seconds
             found["documents"] += len(texts[0])
-            found["kept_bytes"] += sum(len(one.encode()) for one in texts[0])
+            found["kept_bytes"] += sum(map(len, texts[0]))
             if text:
-                payloads.append("\n".join(texts[0]).encode())
+                payloads.append(b"\n".join(texts[0]))
             elif tokenizer is not None and texts[0]:
-                (ids, _, _), seconds = _timed(tokenizer.encode, texts[0], False)
+                ids, seconds = _timed(tokenizer.ids, texts[0])
                 found["encode_seconds"] += seconds
-                payloads.append(ids.astype(token_dtype(tokenizer.vocab_size)).tobytes())
+                payloads.append(np.concatenate(ids).astype(token_dtype(tokenizer.vocab_size)).tobytes())
             break
     payload = b"".join(payloads)
     if not payload:  # nothing to measure: a tokenizer that is still to be trained

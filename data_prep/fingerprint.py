@@ -16,17 +16,25 @@ def document_sum(tokens: np.ndarray, lengths: np.ndarray, lineage: np.ndarray) -
     record [3, n]. Equal sums before the shuffle and in the finished shards are the evidence that every
     document is there exactly once (as valsort does for sorted records).
     """
-    if not len(lengths):
-        return 0
+    return _total(document_hashes(tokens, lengths, lineage))
+
+
+def document_hashes(tokens: np.ndarray, lengths: np.ndarray, lineage: np.ndarray) -> np.ndarray:
+    """The hash of each document, uint64 [n], whose sum is `document_sum`."""
     data = np.ascontiguousarray(tokens).view(np.uint8).data
     stops = np.cumsum(lengths) * tokens.dtype.itemsize
     file, block, record = lineage.astype(np.uint64)
     seeds = (file << np.uint64(48)) ^ (block << np.uint64(26)) ^ record
-    begin, total = 0, 0
-    for stop, seed in zip(stops.tolist(), seeds.tolist(), strict=True):
-        total += xxhash.xxh3_64_intdigest(data[begin:stop], seed)
-        begin = stop
-    return total & ((1 << 64) - 1)
+    hash_of = xxhash.xxh3_64_intdigest
+    places = zip(
+        (stops - lengths * tokens.dtype.itemsize).tolist(), stops.tolist(), seeds.tolist(), strict=True
+    )
+    found = [hash_of(data[begin:stop], seed) for begin, stop, seed in places]
+    return np.array(found, dtype=np.uint64)
+
+
+def _total(hashes: np.ndarray) -> int:
+    return int(np.sum(hashes, dtype=np.uint64))
 
 
 def line_sum(data: np.ndarray, lengths: np.ndarray) -> int:
@@ -34,8 +42,13 @@ def line_sum(data: np.ndarray, lengths: np.ndarray) -> int:
     eight bytes. What lies between is guarded by the checksums of frames and shards; a line that is lost or there
     twice changes the sum.
     """
+    return _total(line_hashes(data, lengths))
+
+
+def line_hashes(data: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The hash of each line, uint64 [n], whose sum is `line_sum`."""
     if not len(lengths):
-        return 0
+        return np.empty(0, dtype=np.uint64)
     if len(data) < 8:
         data = np.concatenate([data, np.zeros(8, np.uint8)])
     words: np.ndarray = np.ndarray((len(data) - 7,), dtype="<u8", buffer=data, strides=(1,))
@@ -53,4 +66,5 @@ def line_sum(data: np.ndarray, lengths: np.ndarray) -> int:
     tails >>= surplus
     mixed = (heads * _MIX[0]) ^ (tails * _MIX[1]) ^ (lengths * _MIX[2])
     mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[1]
-    return int(np.sum(mixed ^ (mixed >> np.uint64(32)), dtype=np.uint64))
+    hashes: np.ndarray = mixed ^ (mixed >> np.uint64(32))
+    return hashes

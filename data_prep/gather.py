@@ -18,7 +18,7 @@ import numpy as np
 from .dedup import Drops
 from .files import atomic_file, size_or_none, write_bytes, write_json
 from .keys import key_range
-from .measure import TaskMeter
+from .measure import TaskMeter, keep_freed_memory
 from .merge import SpillSet, sorted_records
 from .packing import Documents, RowPacker
 from .places import place
@@ -79,6 +79,7 @@ def finished_gather(task: GatherTask) -> dict[str, Any] | None:
 
 def gather(task: GatherTask) -> dict[str, Any]:
     """Make one shard and return its manifest; running it again gives the same bytes."""
+    keep_freed_memory()
     meter = TaskMeter()
     made = _gather_tokens(task) if task.vocab_size else gather_text(task)
     result = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -52,26 +53,44 @@ def clean_texts(
     clean: Cleaner,
     book: dict[str, Any],
     quarantine: BinaryIO | None = None,
-) -> tuple[list[str], list[int]]:
-    """Clean texts and record numbers of the `chosen` records (positions) of a batch; the others' fate goes
+) -> tuple[list[bytes], list[int]]:
+    """Clean texts (UTF-8) and record numbers of the `chosen` records (positions) of a batch; the others' fate goes
     to the book.
     """
-    raws, places = [], []
-    for position in chosen.tolist():
-        raw, reason = parse(segment.input, batch.lines[position])
-        if raw is None:
-            book["quarantined"][reason] += 1
-            if quarantine is not None:
-                quarantine.write(quarantine_line(segment.corpus_name, segment.input, batch, position, reason))
-            continue
-        raws.append(raw)
-        places.append(batch.first_record + position)
-    texts, reasons = clean.all(raws)
+    positions = chosen.tolist()
+    places = [batch.first_record + position for position in positions]
+    lines = [line for position in positions if isinstance(line := batch.lines[position], bytes)]
+    cleaned = None
+    if segment.input.format == "txt" and len(lines) == len(positions):  # a line is its own text
+        with suppress(UnicodeDecodeError):
+            cleaned = clean.all(lines)
+    if cleaned is None:
+        raws, places = [], []
+        for position in positions:
+            raw, reason = parse(segment.input, batch.lines[position])
+            if raw is None:
+                book["quarantined"][reason] += 1
+                if quarantine is not None:
+                    quarantine.write(
+                        quarantine_line(segment.corpus_name, segment.input, batch, position, reason)
+                    )
+                continue
+            raws.append(_encoded(raw))
+            places.append(batch.first_record + position)
+        cleaned = clean.all(raws)
+    texts, reasons = cleaned
     if any(reasons):
         book["dropped"].update(filter(None, reasons))
         texts = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
         places = [place for place, reason in zip(places, reasons, strict=True) if not reason]
     return texts, places
+
+
+def _encoded(text: str) -> bytes | str:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # surrogates, which JSON can spell; cleaning takes them out
+        return text
 
 
 def record_keys(

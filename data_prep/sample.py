@@ -174,7 +174,7 @@ def _sampled_lines(
         for text, record in zip(texts, records, strict=True):
             # On one scale for all files: where fewer units are chosen, or a corpus weighs more, records come sooner.
             number = float(numbers[record - batch.first_record]) * unit / segment.weight
-            entry = [number, segment.file, batch.block, record, text]
+            entry = [number, segment.file, batch.block, record, text.decode()]
             yield (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
 

@@ -7,7 +7,7 @@ a counted reason, or quarantined with file, offset and reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,15 +22,15 @@ from .config import CleaningSection, records_bytes
 from .dedup import HashWriter, hashes_index_path, hashes_path, repeated, selected
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
-from .fingerprint import document_sum, line_sum
+from .fingerprint import document_hashes, line_hashes
 from .keys import share_threshold
-from .measure import TaskMeter, boot_id
+from .measure import TaskMeter, boot_id, keep_freed_memory
 from .records import Segment, clean_texts, new_book, record_keys, segment_bytes
 from .shards import SPLITS, token_dtype
 from .sources import FileChangedError, RawBatch, read_batches
 from .spill import ORIGIN, Records, SpillWriter, index_path, spill_path
 from .text import is_plain_text, read_lines, text_records
-from .tokenizer import AnyTokenizer, load_tokenizer
+from .tokenizer import AnyTokenizer, Tokenizer, load_tokenizer
 from .words import word_start_characters
 
 _ENCODE_BYTES = 1024**2
@@ -104,6 +104,7 @@ def scatter(task: ScatterTask) -> dict[str, Any]:
 def _scatter(task: ScatterTask) -> dict[str, Any]:
     folder = Path(task.folder)
     tokenizer = load_tokenizer(task.tokenizer_path, task.tokenizer_sha256) if task.tokenizer_path else None
+    keep_freed_memory()
     meter = TaskMeter()
     books = {str(segment.input.corpus): new_book() for segment in task.segments}
     sums = {split: {"documents": 0, "tokens": 0, "document_sum": 0} for split in SPLITS}
@@ -129,8 +130,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
             for records, side in _segment_records(
                 task, segment, tokenizer, books[str(segment.input.corpus)], quarantine, hashes
             ):
-                for number, split in enumerate(SPLITS):
-                    _account(records, side == number, sums[split])
+                _account(records, side, sums)
                 writer.add(records, side)
         index = writer.finish()
         with atomic_file(paths[1], task.sync) as file:
@@ -180,7 +180,8 @@ def _segment_records(
 
     def records_of(batch: RawBatch) -> Iterator[tuple[Records, np.ndarray]]:
         book["read"] += len(batch.lines)
-        book["bytes"] += sum(len(line) + 1 for line in batch.lines if isinstance(line, bytes))
+        whole = [line for line in batch.lines if isinstance(line, bytes)]
+        book["bytes"] += sum(map(len, whole)) + len(whole)
         texts, numbers = clean_texts(segment, batch, np.arange(len(batch.lines)), clean, book, quarantine)
         where = batch.block, batch.first_record, len(batch.lines)
         taken = selected(texts, numbers, where, names, segment.weight, segment.file, hashes, book)
@@ -235,7 +236,7 @@ def _with_split(lines: Generator[Records, None, int | None]) -> Generator[Any, N
 
 
 def tokenise(
-    texts: list[str],
+    texts: list[bytes],
     keys: np.ndarray,
     file: int,
     block: int,
@@ -243,54 +244,89 @@ def tokenise(
     tokenizer: AnyTokenizer,
     segmenter: str,
 ) -> Records:
-    """Tokenise texts of one block into [CLS] … [SEP] documents with word starts.
+    """Tokenise texts (UTF-8) of one block into [CLS] … [SEP] documents with word starts.
 
     Raises DataPrepError when the pieces of a text do not add up to its characters.
     """
-    ids, counts, starts = _encode(texts, tokenizer, segmenter, f"file {file}, block {block}", records)
-    document_lengths = counts + 2
-    stops = np.cumsum(document_lengths)
-    inner = np.ones(int(stops[-1]), dtype=bool)
-    inner[stops - document_lengths] = False
-    inner[stops - 1] = False
-    tokens = np.empty(len(inner), dtype=token_dtype(tokenizer.vocab_size))
-    tokens[stops - document_lengths] = tokenizer.special_ids["[CLS]"]
-    tokens[stops - 1] = tokenizer.special_ids["[SEP]"]
-    tokens[inner] = ids
-    words = None
-    if starts is not None:
-        words = np.ones(len(inner), dtype=bool)
-        words[inner] = starts
+    where = f"file {file}, block {block}"
+    if segmenter == "none":
+        tokens, lengths = _documents(texts, tokenizer, where, records)
+        words = None
+    else:
+        tokens, lengths, words = _documents_with_words(texts, tokenizer, segmenter, where, records)
     n = len(texts)
     columns = {
         "key": keys,
         "file": np.full(n, file, dtype=np.uint32),
         "block": np.full(n, block, dtype=np.uint32),
         "record": records.astype(np.uint32),
-        "length": document_lengths.astype(np.uint32),
+        "length": lengths.astype(np.uint32),
     }
     return Records(columns, tokens, words)
 
 
+def _documents(
+    texts: list[bytes], tokenizer: AnyTokenizer, where: str, records: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all documents in a row, and the number of each. Long texts are encoded part by part."""
+    sizes = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    long = np.flatnonzero(sizes > _LONG_CHARACTERS).tolist()
+    ids = tokenizer.ids([b"" if len(text) > _LONG_CHARACTERS else text for text in texts] if long else texts)
+    for number in long:
+        parts = [part.encode() for part in cut_long(texts[number].decode())]
+        ids[number] = np.concatenate([one for part in _portions(parts) for one in tokenizer.ids(parts[part])])
+    first, last = (np.array([tokenizer.special_ids[name]], dtype=np.int32) for name in ("[CLS]", "[SEP]"))
+    rows = [first] * (2 * len(texts) + 1)
+    rows[1::2] = ids
+    rows[2::2] = [np.concatenate([last, first])] * len(texts)
+    rows[-1] = last
+    tokens = np.concatenate(rows).astype(token_dtype(tokenizer.vocab_size))
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + 2
+    if isinstance(tokenizer, Tokenizer):  # a vocabulary of words has no pieces that add up
+        for number in tokenizer.suspects(tokens, np.cumsum(lengths) - lengths, sizes).tolist():
+            text = [texts[number].decode()]
+            _, found, counts = tokenizer.encode(text, exact=False)
+            _check_characters(text, found, counts, where, records[[number]])
+    return tokens, lengths
+
+
+def _documents_with_words(
+    texts: list[bytes], tokenizer: AnyTokenizer, segmenter: str, where: str, records: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same, and for each id whether a word starts there."""
+    ids, counts, starts = _encode([text.decode() for text in texts], tokenizer, where, records)
+    lengths = counts + 2
+    stops = np.cumsum(lengths)
+    inner = np.ones(int(stops[-1]), dtype=bool)
+    inner[stops - lengths] = False
+    inner[stops - 1] = False
+    tokens = np.empty(len(inner), dtype=token_dtype(tokenizer.vocab_size))
+    tokens[stops - lengths] = tokenizer.special_ids["[CLS]"]
+    tokens[stops - 1] = tokenizer.special_ids["[SEP]"]
+    tokens[inner] = ids
+    words = np.ones(len(inner), dtype=bool)
+    words[inner] = starts
+    return tokens, lengths, words
+
+
 def _encode(
-    texts: list[str], tokenizer: AnyTokenizer, segmenter: str, where: str, records: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Ids of all texts in a row, ids of each text, and for each id whether a word starts there (None without a
-    segmenter). Long texts are encoded part by part: what an encoder needs grows with its text.
+    texts: list[str], tokenizer: AnyTokenizer, where: str, records: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids of all texts in a row, ids of each text, and for each id whether a word starts there. Long texts are
+    encoded part by part: what an encoder needs grows with its text.
     """
     parts = [cut_long(text) for text in texts]
     flat = [part for text in parts for part in text]
     of_part = np.repeat(np.arange(len(texts)), [len(text) for text in parts])
     ids, counts, starts = [], [], []
     for portion in _portions(flat):
-        some, lengths, number = tokenizer.encode(flat[portion], exact=segmenter != "none")
+        some, lengths, number = tokenizer.encode(flat[portion])
         _check_characters(flat[portion], lengths, number, where, records[of_part[portion]])
         ids.append(some)
         counts.append(number)
-        if segmenter != "none":
-            starts.append(word_start_characters(flat[portion])[np.cumsum(lengths) - lengths])
+        starts.append(word_start_characters(flat[portion])[np.cumsum(lengths) - lengths])
     total = np.bincount(of_part, weights=np.concatenate(counts), minlength=len(texts)).astype(np.int64)
-    return np.concatenate(ids), total, np.concatenate(starts) if starts else None
+    return np.concatenate(ids), total, np.concatenate(starts)
 
 
 def cut_long(text: str) -> list[str]:
@@ -320,31 +356,34 @@ def _check_characters(
         )
 
 
-def split_of(texts: list[str], seed: int, validation_share: float) -> np.ndarray:
-    """0 train, 1 validation, uint8 [N], by the hash of the clean text: all copies of a text fall on one side."""
+def split_of(texts: list[bytes], seed: int, validation_share: float) -> np.ndarray:
+    """0 train, 1 validation, uint8 [N], by the hash of the UTF-8 of the clean text: its copies fall on one side."""
     if not validation_share:
         return np.zeros(len(texts), dtype=np.uint8)
-    hashes = [xxhash.xxh3_64_intdigest(text.encode(), seed) for text in texts]
+    hashes = [xxhash.xxh3_64_intdigest(text, seed) for text in texts]
     return (np.array(hashes, dtype=np.uint64) < np.uint64(share_threshold(validation_share))).astype(np.uint8)
 
 
-def _account(records: Records, mine: np.ndarray, total: dict[str, int]) -> None:
-    if not mine.any():
-        return
+def _account(records: Records, side: np.ndarray, totals: dict[str, dict[str, int]]) -> None:
+    """Add records to the totals of their splits."""
     lengths = records.columns["length"].astype(np.int64)
-    tokens = records.tokens if mine.all() else records.tokens[np.repeat(mine, lengths)]
     if ORIGIN[0] in records.columns:
-        lineage = np.stack([records.columns[name][mine] for name in ORIGIN])
-        found = document_sum(tokens, lengths[mine], lineage)
+        hashes = document_hashes(
+            records.tokens, lengths, np.stack([records.columns[name] for name in ORIGIN])
+        )
     else:
-        found = line_sum(tokens, lengths[mine])
-    total["documents"] += int(mine.sum())
-    total["tokens"] += len(tokens)
-    total["document_sum"] = (total["document_sum"] + found) % (1 << 64)
+        hashes = line_hashes(records.tokens, lengths)
+    for number, split in enumerate(SPLITS):
+        mine, total = side == number, totals[split]
+        total["documents"] += int(mine.sum())
+        total["tokens"] += int(lengths[mine].sum())
+        found = int(hashes[mine].sum(dtype=np.uint64))
+        total["document_sum"] = (total["document_sum"] + found) % (1 << 64)
 
 
-def _portions(texts: list[str]) -> list[slice]:
+def _portions(texts: Sequence[str | bytes]) -> list[slice]:
     """Slices of about 1 MiB of text, so that intermediate lists stay small whatever the batch."""
-    sizes = np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)) * 3)
+    bytes_each = 3 if texts and isinstance(texts[0], str) else 1  # of a character, or of a byte
+    sizes = np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)) * bytes_each)
     cuts = [0, *(np.flatnonzero(np.diff(sizes // _ENCODE_BYTES)) + 1).tolist(), len(texts)]
     return [slice(a, b) for a, b in pairwise(cuts) if a < b]

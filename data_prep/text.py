@@ -57,11 +57,10 @@ def line_name(number: int, level: int) -> str:
     return f"part-{number:06d}.txt" + (".zst" if level else "")
 
 
-def text_records(texts: list[str], keys: np.ndarray) -> Records:
-    """Texts as lines, each with its line end."""
-    lines = [text.encode() + b"\n" for text in texts]
-    lengths = np.fromiter(map(len, lines), dtype=np.uint32, count=len(lines))
-    return Records({"key": keys, "length": lengths}, np.frombuffer(b"".join(lines), np.uint8), None)
+def text_records(texts: list[bytes], keys: np.ndarray) -> Records:
+    """Texts (UTF-8) as lines, each with its line end."""
+    lengths = np.fromiter(map(len, texts), dtype=np.uint32, count=len(texts)) + np.uint32(1)
+    return Records({"key": keys, "length": lengths}, np.frombuffer(b"\n".join([*texts, b""]), np.uint8), None)
 
 
 def read_lines(

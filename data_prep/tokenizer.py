@@ -50,8 +50,9 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
         self.special_ids = SPECIAL_IDS
-        pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
-        changes = changes_of_text(model)
+        proto = _ModelProto.FromString(model)
+        pieces = [piece.piece for piece in proto.pieces]
+        changes = changes_of_text(proto)
         found = {piece: i for i, piece in enumerate(pieces[: len(SPECIAL_IDS)])}
         if found != SPECIAL_IDS:
             raise DataPrepError(
@@ -64,7 +65,28 @@ class Tokenizer:
                 "or take over its pieces with tokenizer.adopt=true"
             )
         self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        # The same in bytes of UTF-8, where "▁" is a space; special pieces stand for no text.
+        sizes = [len(piece.replace("\u2581", " ").encode()) for piece in pieces]
+        self._byte_lengths = np.array(sizes, dtype=np.uint16)
+        self._byte_lengths[list(SPECIAL_IDS.values())] = 0
         self._unknown_id = SPECIAL_IDS["[UNK]"]
+
+    def ids(self, texts: list[bytes]) -> list[np.ndarray]:
+        """Ids of each text (UTF-8), int32."""
+        return self._processor.encode(texts, return_type="numpy", num_threads=1)  # type: ignore[no-any-return]
+
+    def suspects(self, tokens: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Positions of the texts whose pieces do not add up to their bytes and that have to be looked at closely.
+
+        tokens: ids of all texts in a row; begins: where those of each begin [n]; sizes: bytes of each [n]. Pieces for
+        unknown characters may stand for anything.
+        """
+        found = np.add.reduceat(self._byte_lengths.take(tokens), begins, dtype=np.int64)
+        wrong = np.flatnonzero(found != sizes)
+        if len(wrong):
+            unknown = np.add.reduceat(tokens == self._unknown_id, begins, dtype=np.int64)
+            wrong = wrong[unknown[wrong] == 0]
+        return wrong
 
     def encode(self, texts: list[str], exact: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids of all texts in a row (int32 [T]), characters behind each id (int64 [T]), ids of each text
@@ -103,9 +125,8 @@ class Tokenizer:
             lengths[part] = [end - begin for begin, end in offsets]
 
 
-def changes_of_text(serialized: bytes) -> list[str]:
+def changes_of_text(model: Any) -> list[str]:
     """The settings of a model with which its pieces are not the characters of the text, one after the other."""
-    model = _ModelProto.FromString(serialized)
     normalizer, types = model.normalizer_spec, {piece.type for piece in model.pieces}
     findings = {
         f"normalisation {normalizer.name!r}": normalizer.name != "identity"

@@ -52,6 +52,11 @@ class WordPieceTokenizer:
             [self.special_ids[piece] for piece in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
         )
 
+    def ids(self, texts: list[bytes]) -> list[np.ndarray]:
+        """Ids of each text (UTF-8), int32."""
+        ids, _, counts = self.encode([text.decode() for text in texts])
+        return np.split(ids, np.cumsum(counts)[:-1])
+
     def encode(self, texts: list[str], exact: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids of all texts in a row (int32 [T]), characters behind each id (int64 [T]), ids of each text (int64 [N]).
 

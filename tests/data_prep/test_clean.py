@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import sys
 import unicodedata
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from data_prep.clean import DROP_REASONS, make_cleaner
 from data_prep.config import CleaningSection
 from data_prep.errors import DataPrepError
+from data_prep.tidy import _table
 
 
 @pytest.mark.parametrize(
@@ -69,11 +72,59 @@ def test_combining_marks_count_as_letters_and_spaces_do_not_count():
 
 
 def test_a_batch_is_cleaned_like_its_texts():
-    section = CleaningSection(min_characters=3, min_letter_share=0.6, min_cjk_share=0.2)
+    section = CleaningSection(min_characters=3, max_characters=60, min_letter_share=0.6, min_cjk_share=0.2)
     texts = ["法律 law", "", "ab", "12 34 法", "nothing of it", "法律" * 9, "\u3000", "１２３四五六七八"] * 3
-    together = make_cleaner(section).all(texts)
-    assert list(zip(*together, strict=True)) == [make_cleaner(section)(text) for text in texts]
-    assert set(together[1]) == {"", "empty", "too_short", "few_letters", "few_cjk"}
+    texts += ["法" * 60, "法" * 61, "a\ue000" + "法" * 60]
+    cleaned, reasons = make_cleaner(section).all([text.encode() for text in texts])
+    one_by_one = [make_cleaner(section)(text) for text in texts]
+    assert list(zip([text.decode() for text in cleaned], reasons, strict=True)) == one_by_one
+    assert set(reasons) == {"", "empty", "too_short", "too_long", "few_letters", "few_cjk"}
+
+
+# What NFC composes, decomposes and reorders, white space and controls of all widths, and what is left alone.
+_TRICKY = (
+    "a b.e\t\n\r\x0b\x1c\x1f\x00\x07\x7f\x85\xa0\xad\u0301\u0327\u0345é\u1100\u1161\u11a8가\u09c7\u09be\u1680\u180e"
+    "\u2003\u2009\u200b\u200d\u2019\u2028\u202e\u202f\u205f\u2126\u212b\u2329\u3000\u3001法律\u302a\u304b\u3099\u309aゞ\ufeff\uff0c"
+    "\uffff\U0001f600\U00020000\U0002f800\U0001d15e\U000e0100"
+)
+
+
+@pytest.mark.parametrize("settings", [{}, {"unicode": "none"}, {"unicode": "nfkc"}, {"strip_control": False}])
+def test_a_batch_of_anything_is_cleaned_like_its_texts(settings):
+    draw, cleaner = random.Random(2), make_cleaner(CleaningSection(**settings))
+    for alphabet in (_TRICKY, "ab  .é\u2019\xa0 ", "法律，。 \u3000a"):
+        for _ in range(100):
+            texts = ["".join(draw.choices(alphabet, k=draw.randint(0, 20))) for _ in range(20)]
+            texts += ["法律" * draw.randint(1, 100), "plain words " * draw.randint(0, 50)]
+            draw.shuffle(texts)
+            cleaned, reasons = cleaner.all([text.encode() for text in texts])
+            found = list(zip([text.decode() for text in cleaned], reasons, strict=True))
+            assert found == [cleaner(text) for text in texts]
+
+
+def test_a_large_text_and_bytes_that_are_no_text():
+    cleaner = make_cleaner(CleaningSection())
+    large = " 法\u0301律  e\u0301\n" * 150_000
+    texts = ["a  b", " \u3000", large, "", "c"]
+    cleaned, _ = cleaner.all([text.encode() for text in texts])
+    assert [text.decode() for text in cleaned] == [cleaner(text)[0] for text in texts]
+    for bad in (b"\xe6\xb3", b"\xff" + b"a" * 99, b"\x95" + "法律".encode() * 9, b"\xed\xa0\x80"):
+        with pytest.raises(UnicodeDecodeError):
+            cleaner.all([b"before", bad, "法".encode()])
+    assert cleaner.all(["x\ud800y", b"z"]) == ([b"xy", b"z"], ["", ""])
+
+
+def test_nothing_that_the_table_leaves_alone_is_ever_changed():
+    table, seconds = _table(), {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}
+    for point in range(sys.maxunicode + 1):
+        parts = unicodedata.decomposition(chr(point)).split()
+        if len(parts) == 2 and not parts[0].startswith("<"):
+            seconds.add(int(parts[1], 16))  # NFC may join it to what stands before
+    alone = np.flatnonzero(table == 0).tolist()
+    assert len(alone) > 40_000
+    text = "".join(map(chr, alone[128:]))
+    assert make_cleaner(CleaningSection())(text) == (text, "")
+    assert not seconds & set(alone) and not any(map(unicodedata.combining, text))
 
 
 def test_the_share_is_the_one_counted_character_by_character():

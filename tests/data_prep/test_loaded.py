@@ -113,7 +113,15 @@ def test_every_id_of_a_vocabulary_stands_for_characters_of_the_text(vocabulary):
 def test_word_starts_of_a_vocabulary_are_those_of_the_segmenter(vocabulary):
     tokenizer = WordPieceTokenizer(vocabulary.read_bytes())
     texts = ["protects the 法律权利", "con protect"]
-    found = tokenise(texts, np.arange(2, dtype=np.uint64), 0, 0, np.arange(2), tokenizer, "rjieba")
+    found = tokenise(
+        [text.encode() for text in texts],
+        np.arange(2, dtype=np.uint64),
+        0,
+        0,
+        np.arange(2),
+        tokenizer,
+        "rjieba",
+    )
     shown = [
         ("|" if w else "") + VOCABULARY[t] for t, w in zip(found.tokens.tolist(), found.words, strict=True)
     ]

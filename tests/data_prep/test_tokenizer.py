@@ -100,9 +100,13 @@ def build_otherwise(**options) -> bytes:
 
 
 def test_pieces_that_do_not_add_up_to_the_text_stop_the_run(tokenizer, monkeypatch):
+    texts = [text.encode() for text in TEXTS[:2]]
+    place = (np.zeros(2, np.uint64), 3, 4, np.array([6, 7]), tokenizer, "none")
+    monkeypatch.setattr(tokenizer, "_byte_lengths", tokenizer._byte_lengths + np.uint16(1))
+    tokenise(texts, *place)  # a closer look finds nothing wrong
     monkeypatch.setattr(tokenizer, "_lengths", tokenizer._lengths + 1)
     with pytest.raises(DataPrepError, match=r"the tokenizer changes text: .*file 3, block 4, record [67]"):
-        tokenise(["", *TEXTS[:2]][1:], np.zeros(2, np.uint64), 3, 4, np.array([6, 7]), tokenizer, "none")
+        tokenise(texts, *place)
 
 
 def test_candidates_must_exceed_the_vocabulary():
