@@ -7,7 +7,8 @@ the same machine. `cpu_` results are the same ratios in core seconds, which othe
 
 Peers: `--terashuf=PATH` is its binary, built from github.com/alexandres/terashuf; `--peers=PATH` the Python of an
 environment with datatrove[io,processing], ray[data] and sentencepiece; what is not given, or not asked for with
-`--only`, is not measured.
+`--only`, is not measured. Groups may be measured one at a time: each keeps its own commit, command, time and load.
+The sides that take minutes run fewer rounds (a quarter, and one); the table says how many.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -34,8 +33,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.data_prep_resume import count_repeats
 from benchmarks.data_prep_text import make_file
-from benchmarks.results import write_results
+from benchmarks.results import describe_run, write_results
 from data_prep.config import TrainSection
 from data_prep.tokenizer import train
 
@@ -45,6 +45,7 @@ PEERS = str(ROOT / "benchmarks/data_prep_peers.py")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
 WORKER_BYTES = 250_000_000
 _MODEL_LINES = 30_000
+_BUSY = 1.5  # load average before a group, above which its times are not the machine's
 GOALS = {
     "shuffle_vs_terashuf": 2.0,
     "shuffle_zstd_vs_terashuf": 1.3,
@@ -76,9 +77,28 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}
-        if len(options.only) < len(GROUPS) and OUTPUT.exists():  # groups may be measured one at a time
-            earlier = json.loads(OUTPUT.read_text())
+        self.groups: dict[str, dict[str, Any]] = {}  # how, when and on what machine each was measured
+        self.group = ""
+        if (
+            len(options.only) < len(GROUPS) and options.output.exists()
+        ):  # groups may be measured one at a time
+            earlier = json.loads(options.output.read_text())
             self.results, self.notes = earlier["results"], earlier["notes"]
+            self.groups = earlier.get("groups", {})
+
+    def measure(self, group: str, step: Callable[[], None]) -> None:
+        """Run a group; what it gives replaces what an earlier run of the group gave."""
+        self.group = group
+        self.results = [one for one in self.results if one.get("group") != group]
+        before, started = os.getloadavg(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        step()
+        self.groups[group] = provenance(self.options) | {"started": started, "load_average_before": before}
+        busy = ", the machine was busy" if before[0] > _BUSY else ""
+        for one in self.results:
+            if one.get("group") == group:
+                commit = self.groups[group]["commit"]
+                one["note"] = f"{one['rounds']} rounds of {commit[:8]}, load {before[0]:.1f} before{busy}"
+        write(self)
 
     def text(self, language: str, line_bytes: int, size_gb: float) -> Path:
         path = self.folder / f"{language}-{line_bytes}-{size_gb:g}.txt"
@@ -154,11 +174,16 @@ class Bench:
         for prefix, which in (("", 0), ("cpu_", 1)):
             ratios = [a[which] / b[which] for a, b in zip(over, under, strict=True) if b[which] > 0]
             if ratios:
-                self.record(prefix + name, statistics.median(ratios), None if prefix else GOALS[name])
+                goal = None if prefix else GOALS[name]
+                self.record(prefix + name, statistics.median(ratios), goal, rounds=len(ratios))
+                self.results[-1]["range"] = [round(min(ratios), 3), round(max(ratios), 3)]
 
-    def record(self, name: str, value: float, goal: float | None, unit: str = "ratio") -> None:
+    def record(
+        self, name: str, value: float, goal: float | None, unit: str = "ratio", rounds: int = 1
+    ) -> None:
         better = "lower" if name.removeprefix("cpu_") in LOWER else "higher"
         entry = {"name": name, "value": round(value, 3), "unit": unit, "goal": goal, "better": better}
+        entry |= {"group": self.group, "rounds": rounds}
         self.results = [one for one in self.results if one["name"] != name] + [entry]
 
 
@@ -282,35 +307,16 @@ def growth(bench: Bench) -> None:
 
 
 def resume(bench: Bench) -> None:
-    """Tasks that were begun before a kill -9 and so are done again, per worker; the worst of three kills."""
+    """Tasks that are done again after a kill -9, up to the end of the run that goes on, per worker; the worst of
+    three kills.
+    """
     text, model = bench.text("english", 700, max(bench.options.growth, 0.4)), bench.model("english")
     cleaning = {"max_record_bytes": 2**20}
     command, output = bench.config("resume", text, tokenizer={"load": str(model)}, cleaning=cleaning)
-    quiet: dict[str, Any] = {"cwd": ROOT, "stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    worst = 0
-    for finished in (1, 2, 3):
-        shutil.rmtree(output, ignore_errors=True)
-        process = subprocess.Popen(command, start_new_session=True, **quiet)
-        while process.poll() is None and len(list(output.glob(".work/*/scatter/task-*.json"))) < finished:
-            time.sleep(0.01)
-        time.sleep(0.3 * finished)
-        if process.poll() is not None:
-            sys.exit(
-                f"the run ended before it was killed (exit code {process.returncode}): {' '.join(command)}"
-            )
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kept = {path: path.stat().st_mtime_ns for path in output.glob(".work/*/scatter/task-*.json")}
-        begun = {path.name.split(".")[0] for path in output.glob(".work/*/scatter/task-*.spill.tmp-*")}
-        worst = max(worst, len(begun))
-        process = subprocess.Popen(command, start_new_session=True, **quiet)
-        time.sleep(5)
-        with suppress(ProcessLookupError):  # it may have finished by then
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if any(path.stat().st_mtime_ns != stamp for path, stamp in kept.items()):
-            sys.exit("a finished task was done again")
-    bench.record("resume_repeats", worst / 2, GOALS["resume_repeats"], "tasks per worker")
+    kills = [count_repeats(command, output, ROOT, finished) for finished in (1, 2, 3)]
+    bench.notes["resume_kills"] = kills
+    worst = max(kill["repeated"] for kill in kills)
+    bench.record("resume_repeats", worst / 2, GOALS["resume_repeats"], "tasks per worker", len(kills))
 
 
 def main() -> None:
@@ -325,6 +331,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default="build/benchmarks/data_prep")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--only", nargs="*", choices=GROUPS, default=list(GROUPS))
     for name in ("terashuf", "peers", "english", "chinese"):
         parser.add_argument(f"--{name}")
@@ -353,28 +360,30 @@ def main() -> None:
             print(f"{name}: not measured, no --{needed}")
             continue
         print(f"{name}:", flush=True)
-        steps[name]()
-        write(bench)
-    print(f"\n{'result':<36}{'value':>10}{'goal':>10}")
+        bench.measure(name, steps[name])
+    print(f"\n{'result':<36}{'value':>10}{'goal':>10}{'rounds':>8}")
     for one in bench.results:
         goal = "" if one["goal"] is None else f"{'≤' if one['better'] == 'lower' else '≥'} {one['goal']}"
-        print(f"{one['name']:<36}{one['value']:>10.2f}{goal:>10}")
+        print(f"{one['name']:<36}{one['value']:>10.2f}{goal:>10}{one['rounds']:>8}")
+
+
+def provenance(options: argparse.Namespace) -> dict[str, Any]:
+    """Commit, machine and options of a measurement."""
+    names = ("size", "pipeline_size", "growth", "rounds")
+    command = " ".join(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names)
+    found = describe_run(f"python benchmarks/data_prep.py {command}")
+    changed = ["git", "status", "--porcelain", "data_prep", "benchmarks/*.py"]
+    if subprocess.run(changed, cwd=ROOT, capture_output=True).stdout:
+        found["commit"] += " and changes"
+    return found
 
 
 def write(bench: Bench) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    processor = next(
-        (x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ""
-    )
-    machine = {"processor": processor.partition(": ")[2], "cores": len(os.sched_getaffinity(0))}
-    machine |= {"python": platform.python_version(), "load_average": os.getloadavg()}
-    command = "python benchmarks/data_prep.py " + " ".join(
-        f"--{name}={getattr(bench.options, name)}" for name in ("size", "pipeline_size", "growth", "rounds")
-    )
-    content = {"commit": commit, "machine": machine, "command": command.replace("_size", "-size")}
-    write_results(OUTPUT, content | {"notes": bench.notes, "results": bench.results})
+    """Every group with its own provenance; at the top that of the last."""
+    content = {"groups": bench.groups, "notes": bench.notes, "results": bench.results}
+    last = bench.groups[bench.group]
+    top = {"commit": last["commit"], "machine": last["machine"], "command": last["command"]}
+    write_results(bench.options.output, top | content)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def _stage(results: list[dict[str, Any]], input_bytes: int) -> dict[str, float]:
     core_seconds = sum(result["cpu_seconds"] for result in results)
     return {
         "tasks": len(results),
+        "taken_over": sum("taken_over" in result for result in results),
         "core_seconds": core_seconds,
         "core_seconds_per_gb": core_seconds / max(1, input_bytes) * _GIGABYTE,
         "peak_bytes": max(result["peak_bytes"] for result in results),

@@ -40,9 +40,12 @@ def run_dedup(
         config.resources.worker_memory_bytes,
     )
     with progress.stage("dedup", sum(result["hash_entries"] for result in scattered), len(tasks), "records"):
-        done = [finished_dedup(task) for task in tasks]
         return run_missing(
-            tasks, done, find_duplicates, executor, lambda result: progress.advance(result["entries"])
+            tasks,
+            finished_dedup,
+            find_duplicates,
+            executor,
+            lambda result: progress.advance(result["entries"]),
         )
 
 
@@ -116,8 +119,9 @@ def run_merges(
             for number, group in enumerate(np.array_split(np.arange(len(numbers)), groups))
         ]
         with progress.stage("merge", spill_bytes, len(tasks)):
-            done = [finished_merge(task) for task in tasks]
-            results += run_missing(tasks, done, merge, executor, lambda r: progress.advance(r["read_bytes"]))
+            results += run_missing(
+                tasks, finished_merge, merge, executor, lambda r: progress.advance(r["read_bytes"])
+            )
         folder, numbers, runs = target, range(groups), groups
     return SpillSet(str(folder), numbers, *kind), results
 
@@ -138,20 +142,21 @@ def missing_bytes(plan: Plan) -> str:
 
 def run_missing(
     tasks: Sequence[Any],
-    done: list[dict[str, Any] | None],
+    finished: Callable[[Any], dict[str, Any] | None],
     function: Callable[[Any], dict[str, Any]],
     executor: Executor,
     account: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Results of all tasks, running those that are not done yet."""
+    """Results of all tasks, running those that `finished` finds no result of."""
     results = []
+    done = [finished(task) for task in tasks]
     for result in done:
         if result is not None:
+            result["taken_over"] = True  # from an earlier run
             results.append(result)
             account(result)
-    for result in executor.run(
-        function, [task for task, result in zip(tasks, done, strict=True) if result is None]
-    ):
+    missing = [task for task, result in zip(tasks, done, strict=True) if result is None]
+    for result in executor.run(function, missing, finished):
         results.append(result)
         account(result)
     return results

@@ -51,6 +51,7 @@ _CJK = (
     (0x1B000, 0x1B2FF),
     (0x20000, 0x3FFFD),
 )
+_PART_CHARACTERS = 1024**2
 _CODE_POINTS, _LAST_WITH_LETTERS, _VARIATION_SELECTORS = 0x110000, 0x40000, (0xE0100, 0xE01F0)
 
 DROP_REASONS = ("empty", "too_short", "too_long", "few_letters", "few_cjk")
@@ -141,14 +142,14 @@ class Cleaner:
         collapse = section.collapse_whitespace
         plain = text.isprintable()  # then the only white space is U+0020
         if not plain and collapse:
-            text = " ".join(text.split())  # most of what is not printable is white space
+            text = _collapse(text)  # most of what is not printable is white space
             plain = text.isprintable()
         if not plain:
-            text = self._unwanted.sub("", text)
+            text = "".join([self._unwanted.sub("", part) for part in _parts(text)])
         if self._form and not text.isascii():
             text = unicodedata.normalize(self._form, text)
         if collapse and (not plain or "  " in text or text[:1] == " " or text[-1:] == " "):
-            text = " ".join(text.split())
+            text = _collapse(text)
         if not text or text.isspace():
             return "", "empty"
         if len(text) < section.min_characters:
@@ -187,6 +188,25 @@ def function_identity(path: str) -> str:
     module = inspect.getmodule(load_function(path))
     source = inspect.getsource(module) if module is not None else path
     return hashlib.sha256(source.encode()).hexdigest()
+
+
+def _parts(text: str) -> list[str]:
+    """A text cut anywhere: lists of what lies in it take many times its memory."""
+    return [text[begin : begin + _PART_CHARACTERS] for begin in range(0, len(text), _PART_CHARACTERS)]
+
+
+def _collapse(text: str) -> str:
+    """`" ".join(text.split())`, which for a long text would make objects of ten times its size."""
+    if len(text) <= _PART_CHARACTERS:
+        return " ".join(text.split())
+    found: list[str] = []
+    space = False  # is one due before the next word?
+    for part in _parts(text):
+        space |= part[0].isspace()
+        if words := " ".join(part.split()):
+            found += [" ", words] if space and found else [words]
+            space = part[-1].isspace()
+    return "".join(found)
 
 
 def _has_few(texts: list[bytes], share: float, cjk: bool) -> np.ndarray:

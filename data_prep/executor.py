@@ -22,6 +22,7 @@ from .files import set_fence
 
 _NODE_SECONDS = 120  # for a node to start a worker and look at its storage
 Task = Callable[[Any], dict[str, Any]]
+Finished = Callable[[Any], dict[str, Any] | None]  # the result of a task that somebody has finished already
 
 
 class Executor(Protocol):
@@ -30,7 +31,9 @@ class Executor(Protocol):
     name: str
     workers: int
 
-    def run(self, function: Task, descriptions: Sequence[Any]) -> Iterator[dict[str, Any]]: ...
+    def run(
+        self, function: Task, descriptions: Sequence[Any], finished: Finished | None = None
+    ) -> Iterator[dict[str, Any]]: ...
 
     def close(self) -> None: ...
 
@@ -53,10 +56,13 @@ def make_executor(name: str, workers: int | None, fence: Any = None) -> Executor
     return RayExecutor(workers, fence) if name == "ray" else LocalExecutor(workers or usable_cores(), fence)
 
 
-def call(fence: Any, function: Task, description: Any) -> dict[str, Any]:
-    """Run a task in a worker by the right of its run."""
+def call(fence: Any, function: Task, description: Any, finished: Finished | None = None) -> dict[str, Any]:
+    """Run a task in a worker by the right of its run, unless it is finished: Ray runs a task again whose worker died
+    after it had done all but tell.
+    """
     set_fence(fence)
-    return function(description)
+    found = finished(description) if finished is not None else None
+    return function(description) if found is None else found
 
 
 class LocalExecutor:
@@ -68,8 +74,10 @@ class LocalExecutor:
         self.workers, self._fence = workers, fence
         self._pool: ProcessPoolExecutor | None = None
 
-    def run(self, function: Task, descriptions: Sequence[Any]) -> Iterator[dict[str, Any]]:
-        """Raises what a task raises, DataPrepError when a worker process dies."""
+    def run(
+        self, function: Task, descriptions: Sequence[Any], finished: Finished | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Raises what a task raises, DataPrepError when a worker process dies. Asks nobody what is `finished`."""
         if self.workers == 1 or len(descriptions) == 1:
             yield from map(function, descriptions)
             return
@@ -84,8 +92,8 @@ class LocalExecutor:
         }
         try:
             while running:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
                     yield future.result()
                     running |= {
                         self._pool.submit(call, self._fence, function, task) for task in islice(waiting, 1)
@@ -127,16 +135,22 @@ class RayExecutor:
         cluster = int(ray.cluster_resources().get("CPU", 1))
         self.workers = min(workers or cluster, cluster)
 
-    def run(self, function: Task, descriptions: Sequence[Any]) -> Iterator[dict[str, Any]]:
-        """Raises what a task raises."""
+    def run(
+        self, function: Task, descriptions: Sequence[Any], finished: Finished | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Raises what a task raises. A task that is repeated because its worker died is asked for with `finished`."""
         ray = self._ray
         remote = ray.remote(num_cpus=1, max_retries=3)(call)
         waiting = iter(descriptions)
-        running = [remote.remote(self._fence, function, task) for task in islice(waiting, self.workers + 2)]
+
+        def start(tasks: Iterator[Any], count: int) -> list[Any]:
+            return [remote.remote(self._fence, function, task, finished) for task in islice(tasks, count)]
+
+        running = start(waiting, self.workers + 2)
         while running:
-            finished, running = ray.wait(running, num_returns=1)
+            ended, running = ray.wait(running, num_returns=1)
             try:
-                result = ray.get(finished[0])
+                result = ray.get(ended[0])
             except ray.exceptions.RayTaskError as error:
                 for reference in running:
                     ray.cancel(reference)
@@ -146,7 +160,7 @@ class RayExecutor:
                 raise DataPrepError(
                     f"a Ray task died ({message}); run the same command again to go on"
                 ) from None
-            running += [remote.remote(self._fence, function, task) for task in islice(waiting, 1)]
+            running += start(waiting, 1)
             yield result
 
     def on_every_node(self, function: Task, description: Any) -> list[tuple[str, dict[str, Any] | str]]:

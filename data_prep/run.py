@@ -151,9 +151,8 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
         for number, segments in enumerate(plan.tasks)
     ]
     with progress.stage("sample", plan.input_bytes, len(tasks)):
-        done = [finished_sample(task) for task in tasks]
         results = run_missing(
-            tasks, done, collect_sample, executor, lambda r: progress.advance(r["input_bytes"])
+            tasks, finished_sample, collect_sample, executor, lambda r: progress.advance(r["input_bytes"])
         )
     lost: Counter[str] = Counter()
     for result in results:
@@ -217,8 +216,7 @@ def run_scatter(
         progress.advance(result["input_bytes"], outcomes)
 
     with progress.stage("scatter", plan.text_bytes, len(tasks)):
-        done = [finished_scatter(task) for task in tasks]
-        results = run_missing(tasks, done, scatter, executor, account)
+        results = run_missing(tasks, finished_scatter, scatter, executor, account)
     books = merge_books(plan, results)
     write_quarantine(plan)
     check_losses(config, len(plan.files), books)
@@ -271,5 +269,6 @@ def run_gather(
         for shard in range(shards)
     ]
     with progress.stage("gather", 0, len(tasks), "tokens"):
-        done = [finished_gather(task) for task in tasks]
-        return run_missing(tasks, done, gather, executor, lambda r: progress.advance(r["shard"]["tokens"]))
+        return run_missing(
+            tasks, finished_gather, gather, executor, lambda r: progress.advance(r["shard"]["tokens"])
+        )
