@@ -2,7 +2,8 @@
 
 `python -m benchmarks.results` renders again; a benchmark that ends with `write_results` has done it already. The JSON
 of a benchmark has `commit`, `machine`, `command` and `results`, a list of {name, value, unit, goal, better}, where
-there is one with `interval_95` and `note`; value null: it could not be measured; goal null: it has none.
+there is one with `interval_95` and `note`; value null: it could not be measured; goal null: it has none. Rows of
+further figures may be in `table`.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def render(folder: Path) -> str:
             e for e in entries if e["goal"] is None
         ]:
             lines.append("| " + " | ".join(_cells(entry)) + " |")
+        lines += _table(content.get("table", []))
     return "\n".join(lines) + "\n"
 
 
@@ -90,6 +92,17 @@ def _summary(contents: dict[str, Any]) -> list[str]:
             for kind in (MISSED, NOT_MEASURED)
         )
         lines.append(f"| [{name}](#{name}) | {held} of {len(found)} | {missed} | {unknown} |")
+    return lines
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """What a benchmark has besides results: the same columns in every row."""
+    if not rows:
+        return []
+    lines = ["", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    for row in rows:
+        values = (value if isinstance(value, str) else _number(value) for value in row.values())
+        lines.append("| " + " | ".join(values) + " |")
     return lines
 
 

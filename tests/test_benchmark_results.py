@@ -57,6 +57,7 @@ def test_writing_results_renders_the_page(tmp_path, monkeypatch):
         "machine": machine | {"load_average": [0.5, 1, 2]},
         "command": "python benchmarks/thing.py",
         "notes": {"warning": "the machine was busy"},
+        "table": [{"model": "ours", "tokens/s": 12345.6}, {"model": "theirs", "tokens/s": 0.5}],
         "results": [
             entry(2345.6, None, None) | {"unit": "tokens/s"},
             entry(1.25, 1.0, note="a | b"),
@@ -77,5 +78,8 @@ def test_writing_results_renders_the_page(tmp_path, monkeypatch):
         "| `cost` | 1.25 |  | ≤ 1 | **missed** | a \\| b |",
         "| `cost` | – |  | ≤ 2 | not measured |  |",
         "| `cost` | 2,346 tokens/s |  |  |  |  |",
+        "| model | tokens/s |",
+        "| ours | 12,346 |",
+        "| theirs | 0.5 |",
     ):
         assert line in page.splitlines()

@@ -1,0 +1,222 @@
+"""The arithmetic of benchmarks/model.py: what is counted, what is timed, and which way a ratio goes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import sutrain.models.encoder
+from benchmarks import model as benchmark
+from benchmarks.model import SHAPES, Bench, available, parse
+from benchmarks.model_peers import (
+    BERT,
+    CONTENDERS,
+    GAU,
+    OURS,
+    bert,
+    make_batch,
+    modernbert,
+    ours,
+    recomputed_flops,
+)
+from benchmarks.model_steps import Runner
+from sutrain.models.encoder import Encoder
+
+CPU = torch.device("cpu")
+SHAPE = SHAPES["quick"]
+
+
+def batch_of(layout: str, rows: int = 2, length: int = 64):
+    return make_batch(layout, rows, length, SHAPE.vocab_size, CPU)
+
+
+def counted(contender, batch) -> int:
+    """bf16 and plain attention, of which the counter sees every product."""
+    contender.model.bfloat16().train()
+    with FlopCounterMode(display=False) as counter:
+        contender.head(contender.trunk(batch), batch).backward()
+    return counter.get_total_flops()
+
+
+def plain_bert(shape, **settings):
+    return bert(shape, attention="eager", **settings)
+
+
+def plain_modernbert(shape):
+    contender = modernbert(shape)
+    contender.model.set_attn_implementation("eager")
+    return contender
+
+
+@pytest.mark.parametrize(
+    "build",
+    [ours, CONTENDERS[GAU], lambda shape: plain_bert(shape, masked_head=True), plain_modernbert],
+    ids=["RoFormerV2", "GAU", "BERT", "ModernBERT"],
+)
+def test_needed_flops_are_those_that_torch_counts(build):
+    batch, contender = batch_of("full"), build(SHAPE)
+    assert counted(contender, batch) == pytest.approx(contender.flops(batch))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_ours_computes_needed_flops_alone(layout, monkeypatch):
+    monkeypatch.setattr(sutrain.models.encoder, "worthwhile", lambda *_: True)  # always take rows apart
+    batch, contender = batch_of(layout), ours(SHAPE)
+    assert counted(contender, batch) == pytest.approx(contender.flops(batch))
+    assert contender.flops(batch) < ours(SHAPE).flops(batch_of("full"))
+
+
+def test_scores_everywhere_are_not_needed():
+    batch, contender = batch_of("full"), plain_bert(SHAPE)
+    idle = batch.tokens - batch.predicted
+    head = 6 * (SHAPE.hidden_size * SHAPE.vocab_size + SHAPE.hidden_size**2)
+    assert counted(contender, batch) == pytest.approx(contender.flops(batch) + idle * head)
+
+
+def test_a_local_window_is_needed_no_further_than_it_reaches():
+    batch = make_batch("full", 1, 256, SHAPE.vocab_size, CPU)
+    assert batch.seen() == 256
+    assert batch.seen(128) == 129
+    assert modernbert(SHAPE).windows == (0, 128, 128)
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_flops_of_recomputation(together):
+    encoder = Encoder(SHAPE).bfloat16()
+    encoder.gradient_checkpointing, encoder.recompute_together = True, together
+    batch = batch_of("full")
+    with FlopCounterMode(display=False) as counter:
+        encoder(batch.tokens_BL, batch.document_BL).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(recomputed_flops(SHAPE, 64) * batch.tokens)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "full"])
+def test_batches_are_what_they_say(layout):
+    batch = batch_of(layout, rows=4)
+    assert batch.tokens == int((batch.document_BL > 0).sum())
+    sizes = [int((row == n).sum()) for row in batch.document_BL for n in range(1, int(row.max()) + 1)]
+    assert sizes == batch.lengths
+    assert (layout == "padded") == bool((batch.document_BL == 0).any())
+    assert (layout == "packed") == (not batch.one_document_a_row)
+    chosen = batch.labels_BL >= 0
+    assert batch.predicted == int(chosen.sum()) > 0
+    assert (batch.document_BL[chosen] > 0).all()
+    assert torch.equal(batch.labels_BL[chosen], batch.tokens_BL[chosen])
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_documents_do_not_see_each_other_in_any_contender(name, layout):
+    """Other tokens in the last document of each row, or where there is padding, change nothing in its first one."""
+    torch.manual_seed(0)
+    batch, contender = batch_of(layout), CONTENDERS[name](SHAPE)
+    contender.model.eval()
+    first = batch.document_BL == 1
+    with torch.no_grad():
+        before = contender.trunk(batch)[first]
+        batch.tokens_BL[~first] = 7
+        after = contender.trunk(batch)[first]
+        batch.tokens_BL[0, 0] = 9
+        changed = contender.trunk(batch)[first]
+    assert torch.allclose(before, after, atol=1e-5)
+    assert not torch.allclose(before, changed, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [OURS, BERT])
+def test_the_cut_between_trunk_and_head_leaves_the_gradients(name):
+    torch.manual_seed(0)
+    runner = Runner(CONTENDERS[name](SHAPE), batch_of("packed"))
+    contender = runner.contender
+    contender.head(contender.trunk(runner.batch), runner.batch).backward()
+    parameters = dict(contender.model.named_parameters())
+    expected = {key: p.grad.float() for key, p in parameters.items() if p.grad is not None}
+    before = {key: p.detach().clone() for key, p in parameters.items()}
+    runner()
+    assert {key for key, p in parameters.items() if p.grad is not None} == expected.keys()
+    for key, gradient in expected.items():
+        assert torch.allclose(parameters[key].grad.float(), gradient, rtol=0.02, atol=1e-4), key
+        # A gain of 1 does not move in bf16 at this learning rate, a matrix does.
+        assert gradient.dim() == 1 or not torch.equal(parameters[key], before[key]), f"no update of {key}"
+    runner(), runner(), runner()
+    assert len(runner.trunk_seconds) == 2 and all(seconds > 0 for seconds in runner.trunk_seconds)
+
+
+def test_the_memory_of_a_step_is_seen():
+    """A step that holds 64 MiB for a moment is noted with about as much."""
+    runner = Runner(ours(SHAPE), batch_of("full"))
+    head = runner.contender.head
+
+    def wasteful(hidden, batch):
+        held = torch.ones(2**24)
+        return head(hidden, batch) + 0 * held.sum()
+
+    runner.contender.head = wasteful
+    runner(), runner()
+    assert 64 * 2**20 <= runner.peak_bytes < 192 * 2**20
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A bench whose clock is ours: seconds by name of the contender."""
+
+    class Clocked(Bench):
+        seconds: dict[str, float]
+
+        def turns(self, steps):
+            for step in steps.values():
+                for _ in range(3):
+                    step()
+            return {name: [self.seconds[name]] * 3 for name in steps}
+
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda device: 1e12)
+    return Clocked(parse(["--quick", "--output", "elsewhere.json"]))
+
+
+def test_ratios_against_peers_say_how_much_faster_ours_is(bench):
+    bench.seconds = dict.fromkeys(CONTENDERS, 1.0) | {BERT: 1.5}
+    found = {entry["name"]: entry for entry in benchmark.peers(bench)}
+    for layout in ("padded", "packed"):
+        assert found[f"roformer_v2_vs_bert_quick_{layout}_64"]["value"] == 1.5
+        assert found[f"roformer_v2_vs_modernbert_quick_{layout}_64"]["value"] == 1.0
+        (row,) = [r for r in bench.table if (r["batch"], r["model"]) == (f"quick, {layout} 64", BERT)]
+        batch = batch_of(layout)
+        assert row["step tokens/s"] == pytest.approx(batch.tokens / 1.5, rel=1e-3)
+        assert row["GFLOP/s"] == pytest.approx(bert(SHAPE).flops(batch) / 1.5 / 1e9, rel=1e-3)
+        assert row["of matmul"] == pytest.approx(row["GFLOP/s"] / 1000, rel=1e-2)
+
+
+def test_the_goal_of_gau_takes_the_worse_length(bench):
+    bench.seconds = {OURS: 3.0, GAU: 2.0}
+    found = {entry["name"]: entry for entry in benchmark.long(bench)}
+    goal = found["gau_vs_roformer_v2_long"]
+    assert (goal["value"], goal["goal"], goal["better"]) == (1.5, 1.0, "higher")
+    memory = [found[f"gau_vs_roformer_v2_{length}_memory"]["value"] for length in (96, 128)]
+    assert found["gau_vs_roformer_v2_long_memory"]["value"] == max(memory)
+
+
+def test_growth_of_flash_is_the_long_step_over_the_short_one(bench):
+    bench.seconds = {"64": 2.0, "512": 17.0}
+    found = {entry["name"]: entry for entry in benchmark.flash(bench)}
+    assert found["flash_length_growth"]["value"] == 8.5
+    assert found["flash_length_growth"]["goal"] == 9.0
+
+
+def test_depth_is_judged_by_time_per_flop(bench):
+    bench.seconds = {
+        "24": benchmark.REPEATS * 24 * 0.01,
+        "48": 48 * 0.01 * 1.2,
+    }  # a fifth longer than its FLOPs ask for
+    (found,) = benchmark.depth(bench)
+    assert found["name"] == "deepnet_1000_vs_flops"
+    assert found["value"] == pytest.approx(1.2)
+
+
+def test_without_a_gpu_its_shares_are_not_measured(bench):
+    found = list(benchmark.gpu_shares(bench, 1e12))
+    assert [(entry["value"], entry["goal"]) for entry in found] == [(None, 0.5), (None, 0.4)]
+
+
+def test_a_quick_run_does_not_replace_results():
+    with pytest.raises(SystemExit):
+        parse(["--quick"])
