@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -113,6 +114,16 @@ def _summarise(manifest: Manifest) -> None:
         f"records: {records['read']:,} read = {records['written']:,} written + "
         f"{records['dropped']:,} dropped + {records['quarantined']:,} quarantined"
     )
+    for fate in ("dropped", "quarantined"):
+        reasons: Counter[str] = Counter()
+        for source in manifest.sources:
+            reasons.update(source[fate])
+        if reasons:
+            print(f"{fate}: " + ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()))
+    if manifest.vocab_size:
+        places = sum(split.rows for split in manifest.splits.values()) * manifest.row_tokens
+        tokens = sum(split.tokens for split in manifest.splits.values())
+        print(f"padding: {1 - tokens / places:.2%} of {places:,} places in rows; no document was truncated")
     print(f"content {manifest.content_hash} in {manifest.directory}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 NUMBER = 7
 
@@ -29,4 +30,10 @@ def grow_the_file(text: str) -> str | None:
     if text == "the first" and os.path.getsize(name) < 10_000:
         with open(name, "a") as file:
             file.write("one more\n" * 2000)
+    return text
+
+
+def slowly(text: str) -> str | None:
+    """Takes its time, so that a kill at a random time finds a task at work."""
+    time.sleep(0.002)
     return text

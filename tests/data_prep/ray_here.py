@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 
 _RAY = str(Path(sys.executable).with_name("ray"))
-_MARK = "SUTRAIN_TEST_NODE"  # in the environment of a node's processes, which inherit it
+# In the environment of the processes of a node, and of all of a Ray, which children inherit.
+_NODE_MARK, _RAY_MARK = "SUTRAIN_TEST_NODE", "SUTRAIN_TEST_RAY"
 
 
 def free_port() -> int:
@@ -28,11 +29,11 @@ def free_port() -> int:
 
 
 class RayHere:
-    """A head, and nodes that can be added and killed. `variables`: environment of all its processes."""
+    """A head, and nodes that can be added and killed. mark: in the environment of its processes, with `variables`."""
 
-    def __init__(self, folder: Path, log: Path, cpus: int, **variables: str) -> None:
-        self._folder, self._log = folder, log
-        self.environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | variables
+    def __init__(self, folder: Path, log: Path, cpus: int, mark: str, **variables: str) -> None:
+        self._log, self.mark = log, mark
+        self.environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", _RAY_MARK: mark} | variables
         self.environment.pop("RAY_ADDRESS", None)
         self._gcs, dashboard, agent = free_port(), free_port(), free_port()
         self.address = f"http://127.0.0.1:{dashboard}"
@@ -53,7 +54,7 @@ class RayHere:
         with self._log.open("a") as log:
             subprocess.Popen(
                 [*command, *map(str, arguments)],
-                env=self.environment | {_MARK: mark},
+                env=self.environment | {_NODE_MARK: mark},
                 start_new_session=True,
                 stdout=log,
                 stderr=log,
@@ -68,6 +69,15 @@ class RayHere:
                     break
                 assert time.monotonic() < deadline and processes(self.head), self._log.read_text()
                 time.sleep(0.2)
+
+    def matching(self, *words: str) -> list[psutil.Process]:
+        """The living processes of this Ray, its jobs included, whose command line holds all words."""
+        found = []
+        for process in processes(self.mark, _RAY_MARK):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                line = " ".join(process.cmdline())
+                found += [process] if all(word in line for word in words) else []
+        return found
 
     def submit(
         self, folder: Path, command: list[str], *options: str, **variables: str
@@ -88,22 +98,30 @@ class RayHere:
 def ray_here(log: Path, cpus: int = 2, **variables: str) -> Iterator[RayHere]:
     """A Ray that is gone afterwards, with every process that it started."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray puts sockets below it
-    test = uuid.uuid4().hex
+    mark = uuid.uuid4().hex
     try:
-        yield RayHere(folder, log, cpus, SUTRAIN_TEST_RAY=test, **variables)
+        yield RayHere(folder, log, cpus, mark, **variables)
     finally:
-        kill(processes(test, "SUTRAIN_TEST_RAY"))
+        kill(processes(mark, _RAY_MARK))
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def processes(mark: str, name: str = _MARK) -> list[psutil.Process]:
-    """The living processes with a mark in their environment."""
-    found = []
-    for process in psutil.process_iter(["environ", "status"]):
-        marked = (process.info["environ"] or {}).get(name) == mark
-        if marked and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+def processes(mark: str, name: str = _NODE_MARK) -> list[psutil.Process]:
+    """The living processes with a mark in their environment, and what they have started: a program that changes its
+    title, as Ray's workers do, may overwrite its environment.
+    """
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get(name) == mark:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
+    return [process for process in found.values() if _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def kill(victims: list[psutil.Process]) -> None:

@@ -72,6 +72,12 @@ def test_plan_prints_what_will_be_and_leaves_nothing_behind(tree, tmp_path):
     assert result.returncode == 2 and "resources.memory_bytes: 100,000,000 bytes" in result.stderr
 
 
+def test_plan_names_the_file_that_bounds_the_time(corpus, tmp_path):
+    result = command_line(settings(tmp_path / "out", [corpus]), tmp_path, "plan")
+    assert result.returncode == 0, result.stderr
+    assert "cannot be split 1; the largest, c.jsonl.gz of" in " ".join(result.stdout.split())
+
+
 def test_a_pass_is_added_where_reads_would_be_too_small():
     gigabyte, piece = 10**9, 128 * 1024
     assert needed_groups(100 * gigabyte, 280, 500, piece) == 280  # 700 kB a read

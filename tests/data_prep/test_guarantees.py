@@ -112,6 +112,8 @@ def test_losses_above_a_limit_fail_the_run_and_a_higher_limit_goes_on(prepared, 
     again = command_line(tree, tmp_path, "run")
     assert again.returncode == 0 and made, again.stderr
     assert "7 dropped or quarantined" in again.stderr
+    assert "\nquarantined: " in again.stdout and "invalid_utf8 2" in again.stdout
+    assert "no document was truncated" in again.stdout
 
 
 def test_a_file_that_changes_during_the_run_is_lost_alone(prepared, tmp_path, monkeypatch):
