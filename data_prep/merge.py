@@ -28,10 +28,9 @@ from .spill import (
     SpillWriter,
     arena,
     column_kinds,
-    decode_frame,
     index_path,
+    load_frame,
     portions,
-    read_frame,
     sort_order,
     spill_path,
 )
@@ -146,12 +145,13 @@ def _load(spills: SpillSet, frames: np.ndarray, owners: np.ndarray, low: int, hi
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 for frame in chosen[owners[wanted] == spill]:
-                    records = decode_frame(
-                        read_frame(descriptor, frame), frame, dtype, spills.has_words, spills.has_origin
+                    records = load_frame(
+                        descriptor, frame, tokens[filled:], spills.has_words, spills.has_origin
                     )
                     part, begin, end = _within(records, first, last)
                     count = end - begin
-                    tokens[filled : filled + count] = records.tokens[begin:end]
+                    if begin:
+                        tokens[filled : filled + count] = tokens[filled + begin : filled + end]
                     if words is not None and records.words is not None:
                         words[filled : filled + count] = records.words[begin:end]
                     taken = part.stop - part.start

@@ -260,6 +260,31 @@ def decode_frame(
     return Records(columns, tokens, words)
 
 
+def load_frame(
+    descriptor: int, frame: np.void, room: np.ndarray, has_words: bool, has_origin: bool = True
+) -> Records:
+    """The records of a frame, their payload at the beginning of `room`: read to there where it lies plain in the file,
+    so that it is not copied. Raises ValueError when the frame is damaged.
+    """
+    tokens = room[: int(frame["tokens"])]
+    if CODECS[int(frame["codec"])] != "none":
+        records = decode_frame(read_frame(descriptor, frame), frame, room.dtype, has_words, has_origin)
+        tokens[:] = records.tokens
+        return Records(records.columns, tokens, records.words)
+    kinds, n = column_kinds(has_origin), int(frame["documents"])
+    columns = {name: np.empty(n, dtype=kind) for name, kind in kinds}
+    bits = np.empty(-(-len(tokens) // 8) if has_words else 0, dtype=np.uint8)
+    buffers = [part.view(np.uint8).data for part in (*columns.values(), tokens, bits)]
+    if os.preadv(descriptor, buffers, int(frame["offset"])) != int(frame["bytes"]):
+        raise ValueError("truncated")
+    checksum = xxhash.xxh3_64()
+    for buffer in buffers:
+        checksum.update(buffer)
+    if checksum.intdigest() != int(frame["xxh3"]):
+        raise ValueError("checksum differs from the index")
+    return Records(columns, tokens, np.unpackbits(bits, count=len(tokens)).view(bool) if has_words else None)
+
+
 def read_frame(descriptor: int, frame: np.void) -> bytes:
     """The stored bytes of a frame. Raises ValueError when the file ends before."""
     data = os.pread(descriptor, int(frame["bytes"]), int(frame["offset"]))

@@ -95,7 +95,9 @@ def test_ten_kills_of_each_seed_on_ray_change_no_byte(prepared, tmp_path, monkey
                         time.sleep(0.01)
                     time.sleep(draw.uniform(0, 0.5))
                     what = draw.choice(_KINDS)
-                    kills.append((what, len(watch.seen), strike(what, job, node, draw)))
+                    finished, met = len(watch.seen), strike(what, job, node, draw)
+                    if met:
+                        kills.append({"what": what, "tasks_finished": finished, "processes": met})
                     if what == "node":
                         node = ray.add_node(2)
                 if len(kills) == 10:
@@ -105,7 +107,7 @@ def test_ten_kills_of_each_seed_on_ray_change_no_byte(prepared, tmp_path, monkey
             whole_runs += 1
             shutil.rmtree(output)
         submissions = job.submissions
-    assert sum(count > 0 for _, _, count in kills) >= 7, "too few of the kills met anything"
+    assert len({kill["what"] for kill in kills}) >= 3 and any(kill["tasks_finished"] for kill in kills), kills
     evidence(kills=kills, submissions=submissions, whole_runs=whole_runs, tasks_executed=executed)
 
 
