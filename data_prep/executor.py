@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing import forkserver
 from typing import Any, Protocol
 
 from .errors import DataPrepError
@@ -73,6 +74,11 @@ class LocalExecutor:
     def __init__(self, workers: int, fence: Any = None) -> None:
         self.workers, self._fence = workers, fence
         self._pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            # A server process imports once and then forks; it has no threads, so that is safe. It begins at once, and
+            # imports while this process looks at the tokenizer and the disk.
+            forkserver.set_forkserver_preload(["data_prep.gather", "data_prep.scatter"])
+            forkserver.ensure_running()
 
     def run(
         self, function: Task, descriptions: Sequence[Any], finished: Finished | None = None
@@ -82,9 +88,7 @@ class LocalExecutor:
             yield from map(function, descriptions)
             return
         if self._pool is None:
-            # A server process imports once and then forks; it has no threads, so that is safe.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data_prep.gather", "data_prep.scatter"])
             self._pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
         waiting = iter(descriptions)
         running = {
