@@ -29,7 +29,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,10 @@ from benchmarks.model_peers import (  # noqa: E402
     CONTENDERS,
     GAU,
     OURS,
-    X_TRANSFORMERS,
     Batch,
     Build,
+    available,
+    key,
     make_batch,
     ours,
     recomputed_flops,
@@ -165,14 +165,6 @@ def rows_of(length: int, tokens: int) -> int:
 # ---- groups ------------------------------------------------------------------------------------------------
 
 
-def available() -> dict[str, Build]:
-    """The contenders whose packages are here."""
-    here = {n: build for n, build in CONTENDERS.items() if n != X_TRANSFORMERS or find_spec("x_transformers")}
-    if len(here) < len(CONTENDERS):
-        print(f"{X_TRANSFORMERS}: not measured, it is not installed (see --help)", flush=True)
-    return here
-
-
 def peers(bench: Bench) -> Iterator[dict[str, Any]]:
     """RoFormerV2 against everybody, at each length, padded and packed."""
     options, config, builds = bench.options, SHAPES[bench.options.shape], available()
@@ -198,10 +190,6 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
                 yield from gpu_shares(bench, rate)
             del runners, seconds
             gc.collect()
-
-
-def key(name: str) -> str:
-    return name.split(" (")[0].lower().replace(", ", "_").replace(" ", "_").replace("-", "_")
 
 
 def compile_gain(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -232,26 +220,30 @@ def gpu_shares(bench: Bench, rate: float) -> Iterator[dict[str, Any]]:
 
 
 def long(bench: Bench) -> Iterator[dict[str, Any]]:
-    """GAU-alpha against RoFormerV2 with one document a row: the goal's value is the worse one of all lengths."""
+    """GAU-alpha against RoFormerV2, one document a row; a goal's value is the worse one of all lengths. Once without
+    dropout, where RoFormerV2 has a fused kernel, once with that of attention as published, where a CPU has none."""
     options, config = bench.options, SHAPES[bench.options.shape]
     config = replace(config, num_layers=min(options.long_layers, config.num_layers))
-    speeds, memory = [], []
-    for length in options.long_lengths:
-        longer = replace(config, max_row_tokens=length)
-        batch = make_batch("full", 1, length, config.vocab_size, bench.device)
-        title = f"{config.num_layers} x {config.hidden_size}, one document of {length}"
-        runners, seconds = bench.race(title, {OURS: CONTENDERS[OURS], GAU: CONTENDERS[GAU]}, longer, batch)
-        note = "full step: RoFormerV2's time ÷ GAU's"
-        speeds.append(paired(f"gau_vs_roformer_v2_{length}", seconds[OURS], seconds[GAU], note))
-        memory.append(runners[GAU].peak_bytes / runners[OURS].peak_bytes)
-        yield speeds[-1]
-        yield result(f"gau_vs_roformer_v2_{length}_memory", memory[-1], note="of a step")
-    worst = min(speeds, key=lambda entry: entry["value"])
-    note = f"full step, the worse of {', '.join(map(str, options.long_lengths))} tokens"
-    yield result("gau_vs_roformer_v2_long", worst["value"], bounds=worst["interval_95"], note=note)
-    yield result(
-        "gau_vs_roformer_v2_long_memory", max(memory), note="of a step, the worse of the same lengths"
-    )
+    builds = {name: CONTENDERS[name] for name in (OURS, GAU)}
+    for dropout, suffix in ((0.0, ""), (0.1, "_dropout")):
+        speeds, memory = [], []
+        for length in options.long_lengths:
+            longer = replace(config, max_row_tokens=length, attention_dropout=dropout)
+            batch = make_batch("full", 1, length, config.vocab_size, bench.device)
+            title = (
+                f"{config.num_layers} x {config.hidden_size}, document of {length}{suffix.replace('_', ', ')}"
+            )
+            runners, seconds = bench.race(title, builds, longer, batch)
+            name = f"gau_vs_roformer_v2_{length}{suffix}"
+            speeds.append(paired(name, seconds[OURS], seconds[GAU], "full step: RoFormerV2's time ÷ GAU's"))
+            memory.append(runners[GAU].peak_bytes / runners[OURS].peak_bytes)
+            yield speeds[-1]
+            yield result(f"{name}_memory", memory[-1], note="of a step")
+        worst = min(speeds, key=lambda entry: entry["value"])
+        lengths = f"the worse of {', '.join(map(str, options.long_lengths))} tokens"
+        name = f"gau_vs_roformer_v2_long{suffix}"
+        yield result(name, worst["value"], bounds=worst["interval_95"], note=f"full step, {lengths}")
+        yield result(f"{name}_memory", max(memory), note=f"of a step, {lengths}")
 
 
 def flash(bench: Bench) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -303,3 +304,15 @@ CONTENDERS: dict[str, Build] = {
     "RoFormer v1 (transformers)": roformer,
     X_TRANSFORMERS: x_transformers,
 }
+
+
+def available() -> dict[str, Build]:
+    """The contenders whose packages are here."""
+    here = {n: build for n, build in CONTENDERS.items() if n != X_TRANSFORMERS or find_spec("x_transformers")}
+    if len(here) < len(CONTENDERS):
+        print(f"{X_TRANSFORMERS}: not measured, it is not installed (see --help)", flush=True)
+    return here
+
+
+def key(name: str) -> str:
+    return name.split(" (")[0].lower().replace(", ", "_").replace(" ", "_").replace("-", "_")

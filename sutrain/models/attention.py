@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .configuration import EncoderConfig
 from .documents import Documents
@@ -75,6 +76,10 @@ class MultiHeadAttention(nn.Module):
 
 FUSED_FROM_TOKENS = 256
 """Row length from which the fused kernel is the faster one on a CPU also in bf16."""
+
+SCORES_AGAIN_FROM_TOKENS = 512
+"""Row length from which the scores of wide values (a gated unit's) are computed again in the backward pass: at 2048
+tokens they are as much memory as all else that a layer keeps, and a twelfth of its attention's arithmetic."""
 
 NO_MIX = (None, None)
 
@@ -156,6 +161,23 @@ def _attend(
         return F.scaled_dot_product_attention(
             query_BHLK, key_BHLK, value_BHLE, attn_mask=mask, dropout_p=dropout
         )
+    inputs = (query_BHLK, key_BHLK, value_BHLE, mask, dropout, squared, mixes)
+    wide = value_BHLE.shape[-1] >= 4 * query_BHLK.shape[-1]
+    if wide and query_BHLK.shape[2] >= SCORES_AGAIN_FROM_TOKENS and torch.is_grad_enabled():
+        return checkpoint(_plain, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
+    return _plain(*inputs)
+
+
+def _plain(
+    query_BHLK: Tensor,
+    key_BHLK: Tensor,
+    value_BHLE: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    squared: bool,
+    mixes: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """By matrix products that hold all scores."""
     weights_BHLL = probabilities(query_BHLK, key_BHLK, mask, squared, mixes[0])
     weights_BHLL = F.dropout(weights_BHLL.to(value_BHLE.dtype), dropout)
     if mixes[1] is not None:

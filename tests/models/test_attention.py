@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from sutrain.models import attention
 from sutrain.models.attention import attend
 from sutrain.models.visibility import build_visibility
 from tests.models.tiny import CONFIGS
@@ -48,3 +49,27 @@ def test_dropout_drops_probabilities_and_keeps_the_mean():
     kept = outputs[0, 0, 0, :, 0] * 64 * 0.75  # how many keys each query kept
     torch.testing.assert_close(kept, kept.round(), atol=1e-3, rtol=0)
     assert 40 < kept.mean() < 56
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("squared", [False, True])
+def test_scores_of_wide_values_are_computed_again_to_the_bit(dropout, squared, monkeypatch):
+    """Same output, gradients and random stream as when they are kept, and no tensor of L x L is held."""
+    length, size, wide = 40, 8, 32
+    visible = build_visibility(torch.ones(1, length, dtype=torch.long), CONFIGS["gau_alpha"], torch.float32)
+
+    def run(from_tokens: int):
+        monkeypatch.setattr(attention, "SCORES_AGAIN_FROM_TOKENS", from_tokens)
+        torch.manual_seed(0)
+        inputs = [torch.randn(1, 1, length, k, requires_grad=True) for k in (size, size, wide)]
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+            output = attend(*inputs, visible, dropout, squared)
+        output.square().sum().backward()
+        squares = sum(x.shape[-2:] == (length, length) and x is not visible.mask for x in held)
+        return [output, *(x.grad for x in inputs), torch.rand(1)], squares
+
+    kept, many = run(length + 1)
+    again, none = run(length)
+    assert many > 0 and none == 0
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
