@@ -352,7 +352,7 @@ def learning_rate_schedule(config: PretrainConfig) -> Schedule:
 
 
 def batch_plan(config: PretrainConfig, row_tokens: int, world_size: int, rank: int) -> BatchPlan:
-    """Ranks and micro-batches of the global batch. Raises ConfigError with the nearest sizes that divide."""
+    """Ranks and micro-batches of the global batch; it need not divide. Raises ConfigError."""
     batch = config.batch
     if batch.global_tokens is None:
         assert batch.global_sequences is not None, "checked by the Batch section"
@@ -365,20 +365,8 @@ def batch_plan(config: PretrainConfig, row_tokens: int, world_size: int, rank: i
                 f"use {lower or row_tokens} or {lower + row_tokens}"
             )
         sequences = batch.global_tokens // row_tokens
-    pass_sequences = batch.micro_sequences * world_size
-    problems = []
-    for name, size in [
-        ("", sequences),
-        *((f".size_warmup.{at}", size) for at, size in batch.size_warmup.items()),
-    ]:
-        if size < 1 or size % pass_sequences:
-            lower = size // pass_sequences * pass_sequences
-            nearest = f"{lower} or {lower + pass_sequences}" if lower > 0 else str(pass_sequences)
-            key = name.removeprefix(".") or "batch.global_sequences"
-            problems.append(
-                f"batch{name}: {size} rows a step do not divide into micro-batches of {batch.micro_sequences} on "
-                f"{world_size} ranks; use {key} {nearest}, or another batch.micro_sequences"
-            )
+    sizes = {"global_sequences": sequences} | {f"size_warmup.{at}": n for at, n in batch.size_warmup.items()}
+    problems = [f"batch.{key}: {size} rows, expected 1 or more" for key, size in sizes.items() if size < 1]
     problems += [
         f"batch.length_warmup.{until}: rows of {row_tokens} tokens cannot be cut into {tokens}; use a divisor"
         for until, tokens in batch.length_warmup.items()

@@ -65,10 +65,21 @@ class Batch:
     fingerprint: (
         int  # sum mod 2^48 of a hash of every row's tokens and mask: the same however rows are batched
     )
+    idle: bool = False
+    """A row without weight, for a rank that has none left when the others compute: its gradient is zero."""
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.idle else int((self.document_NL > 0).sum())
 
     @property
     def predicted_tokens(self) -> int:
         return int((self.labels_NL >= 0).sum())
+
+    def without_weight(self) -> Batch:
+        """The same rows with nothing to predict, which count for nothing."""
+        labels_NL, hidden_NL = torch.full_like(self.labels_NL, -1), torch.zeros_like(self.hidden_NL)
+        return replace(self, labels_NL=labels_NL, hidden_NL=hidden_NL, fingerprint=0, idle=True)
 
     def cut(self, row_tokens: int) -> Batch:
         """The same tokens and masks in shorter rows, [N·L/row_tokens, row_tokens]; documents end where rows do."""
@@ -197,6 +208,13 @@ class MixedSamples:
         )
 
 
+def micro_batch(samples: Samples | MixedSamples, first_sample: int, count: int, row_tokens: int | None) -> Batch:
+    """What BatchPlan says of one: for a count of 0 a row without weight; cut to rows of `row_tokens` if given."""
+    batch = samples.batch(first_sample, count or 1)
+    batch = batch if count else batch.without_weight()
+    return batch.cut(row_tokens) if row_tokens else batch
+
+
 def masked_batch(
     masking: WordMasking, first_sample: int, tokens_NL: np.ndarray, word_start_NL: np.ndarray | None,
     document_NL: np.ndarray,
@@ -296,7 +314,10 @@ class BatchPlan:
     @property
     def accumulation(self) -> int:
         """Micro-batches each rank computes for one update of full size."""
-        return self.global_sequences // (self.micro_sequences * self.world_size)
+        return self._passes(self.global_sequences)
+
+    def _passes(self, sequences: int) -> int:
+        return -(-sequences // (self.micro_sequences * self.world_size))
 
     def sequences_at(self, samples_consumed: int) -> int:
         """Rows of the update that starts at `samples_consumed`, over all ranks."""
@@ -307,11 +328,22 @@ class BatchPlan:
         return _stage_at(self.length_warmup, samples_consumed)
 
     def ranges(self, samples_consumed: int) -> list[tuple[int, int]]:
-        """(first sample, count) of this rank's micro-batches of the update that starts at `samples_consumed`."""
-        share = self.sequences_at(samples_consumed) // self.world_size
-        first = samples_consumed + self.rank * share
-        micro = self.micro_sequences
-        return [(first + start, micro) for start in range(0, share, micro)]
+        """(first sample, count) of this rank's micro-batches of the update that starts at `samples_consumed`.
+
+        As many on every rank, since they compute in step. Rows that do not divide are spread evenly, over ranks and
+        over micro-batches, so that their sizes differ by one; a count of 0 is a micro-batch of a row without weight.
+        """
+        sequences = self.sequences_at(samples_consumed)
+        before, mine = _share(sequences, self.world_size, self.rank)
+        passes = self._passes(sequences)
+        shares = [_share(mine, passes, number) for number in range(passes)]
+        return [(samples_consumed + before + start, count) for start, count in shares]
+
+
+def _share(rows: int, parts: int, number: int) -> tuple[int, int]:
+    """(first, count) of one of `parts` parts of `rows` that differ by one at most, the larger ones first."""
+    size, larger = divmod(rows, parts)
+    return number * size + min(number, larger), size + (number < larger)
 
 
 def _stage_at(stages: tuple[tuple[int, int], ...], samples_consumed: int) -> int | None:

@@ -22,7 +22,8 @@ def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
     global count of predicted tokens instead of by accumulation steps).
     """
     return {
-        "train_batch_size": plan.global_sequences,
+        # Of its own arithmetic; where the global batch does not divide, some micro-batches have fewer rows.
+        "train_batch_size": plan.micro_sequences * plan.accumulation * plan.world_size,
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": 0.0,

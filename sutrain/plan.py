@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +19,7 @@ from rich.table import Table
 from data_prep.config_file import field_help, load_config, split_arguments, to_yaml
 from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
-from sutrain.data import open_manifest
+from sutrain.data import BatchPlan, open_manifest
 from sutrain.engine import deepspeed_config
 from sutrain.launch import check_model_fits_data
 from sutrain.models.configuration import flops_per_token, parameter_count
@@ -91,16 +91,27 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
         line = f"{_mib(need.total)} MiB a rank ({parts}, optimizer {_mib(need.optimizer)}){chosen}"
         table.add_row(f"state at ZeRO {stage}", line)
     table.add_row("global batch", f"{plan.global_sequences:,} rows x {manifest.row_tokens} tokens")
-    table.add_row("", f"= {ranks} ranks x {plan.accumulation} micro-batches x {plan.micro_sequences} rows")
+    table.add_row("", micro_batches_in_words(plan))
     table.add_row("training", f"{config.steps:,} updates, {samples:,} rows, {tokens:,} tokens")
     table.add_row("data", f"{rows:,} rows; seen {samples / rows:.2f} times")
     table.add_row(
         "arithmetic", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e15:,.3g} PFLOP in all"
     )
-    table.add_row("probes", probes_in_words(config, plan.global_sequences // ranks, manifest))
+    table.add_row("probes", probes_in_words(config, -(-plan.global_sequences // ranks), manifest))
     table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps))
     table.add_row("", learning_rate_in_words(config))
     return table
+
+
+def micro_batches_in_words(plan: BatchPlan) -> str:
+    """How the global batch is spread; where it does not divide, how much of the ranks' time that leaves idle."""
+    room = plan.world_size * plan.accumulation * plan.micro_sequences
+    words = f"= {plan.world_size} ranks x {plan.accumulation} micro-batches x {plan.micro_sequences} rows"
+    if room == plan.global_sequences:
+        return words
+    busiest = max(sum(n for _, n in replace(plan, rank=rank).ranges(0)) for rank in range(plan.world_size))
+    idle = 1 - plan.global_sequences / (busiest * plan.world_size)
+    return f"{words} at most, which would hold {room:,}: micro-batches are smaller, {idle:.1%} of the ranks' time idle"
 
 
 def probes_in_words(config: PretrainConfig, rows_a_rank: int, manifest: Manifest) -> str:

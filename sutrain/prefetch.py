@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event
 
-from sutrain.data import Batch, BatchPlan, MixedSamples, Samples
+from sutrain.data import Batch, BatchPlan, MixedSamples, Samples, micro_batch
 
 
 class Stretch:
@@ -30,8 +30,7 @@ class Stretch:
             if stopped.is_set():
                 return
             try:
-                batch = samples.batch(first, count)
-                self.ready.put(batch.cut(row_tokens) if row_tokens else batch)
+                self.ready.put(micro_batch(samples, first, count, row_tokens))
             except BaseException as error:  # raised again where the batch is asked for
                 self.ready.put(error)
                 return
@@ -99,8 +98,7 @@ def prefetch(
     def at_once() -> Iterator[Batch]:
         for stretch in planned:
             for first, count, row_tokens in stretch.jobs:
-                batch = samples.batch(first, count)
-                yield batch.cut(row_tokens) if row_tokens else batch
+                yield micro_batch(samples, first, count, row_tokens)
 
     batches = in_order() if pool else at_once()
     try:

@@ -274,7 +274,7 @@ class Run:
         mine = torch.tensor(
             [
                 sum(batch.predicted_tokens for batch in micro_batches),
-                sum(int((batch.document_NL > 0).sum()) for batch in micro_batches),
+                sum(batch.tokens for batch in micro_batches),
                 sum(batch.fingerprint for batch in micro_batches) % FINGERPRINT_MODULUS,
                 int(self.stop_requested),
                 int(save_requested := self.save_requested),

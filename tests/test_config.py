@@ -1,11 +1,14 @@
 """The run configuration: mistakes, batch arithmetic, and the engine settings that follow."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from data_prep.config_file import ConfigError, load_config, to_yaml
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.engine import deepspeed_config
+from sutrain.plan import micro_batches_in_words
 from tests.conftest import ROOT
 
 
@@ -97,16 +100,28 @@ def test_global_batch_in_sequences_or_tokens(write_config):
 
 
 @pytest.mark.parametrize(
-    ("batch", "world_size", "expected"),
+    ("batch", "expected"),
     [
-        ({"global_sequences": 10, "micro_sequences": 4}, 2, "use batch.global_sequences 8 or 16"),
-        ({"global_sequences": 2, "micro_sequences": 4}, 2, "use batch.global_sequences 8,"),
-        ({"global_sequences": None, "global_tokens": 100, "micro_sequences": 1}, 1, "use 96 or 128"),
+        ({"global_sequences": None, "global_tokens": 100, "micro_sequences": 1}, "use 96 or 128"),
+        ({"size_warmup": {100: 0}}, r"batch\.size_warmup\.100: 0 rows, expected 1 or more"),
     ],
 )
-def test_impossible_batch_arithmetic_names_sizes_that_work(write_config, batch, world_size, expected):
+def test_impossible_batch_arithmetic_says_what_is_possible(write_config, batch, expected):
     with pytest.raises(ConfigError, match=expected):
-        batch_plan(load(write_config(batch=batch)), 32, world_size, 0)
+        batch_plan(load(write_config(batch=batch)), 32, 1, 0)
+
+
+def test_a_global_batch_need_not_divide_and_the_engine_is_told_of_sizes_that_do(write_config):
+    config = load(write_config(batch={"global_sequences": 11, "micro_sequences": 2}))
+    plan = batch_plan(config, 32, 2, 0)
+    engine = deepspeed_config(config, plan)
+    assert plan.global_sequences == 11 and plan.accumulation == 3
+    assert engine["train_batch_size"] == 12 and engine["gradient_accumulation_steps"] == 3
+    assert micro_batches_in_words(plan).endswith("at most, which would hold 12: micro-batches are smaller, 8.3% of the "
+                                                 "ranks' time idle")  # fmt: skip
+    assert (
+        micro_batches_in_words(replace(plan, global_sequences=12)) == "= 2 ranks x 3 micro-batches x 2 rows"
+    )
 
 
 def test_engine_defaults_that_change_the_mathematics_are_written_out(write_config):

@@ -1,6 +1,7 @@
 """Samples by number: every row once an epoch, any cut gives the same, shared out without overlap."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -73,18 +74,32 @@ def test_the_keyed_permutation_is_one_and_depends_on_the_key(size):
         assert images != [permuted(i, size, key=12) for i in range(size)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("micro", [2, 4])
-def test_ranks_and_micro_batches_tile_the_global_batch(world_size, micro):
-    plans = [BatchPlan(24, micro, world_size, rank) for rank in range(world_size)]
-    covered = [
-        sample
-        for plan in plans
-        for first, count in plan.ranges(240)
-        for sample in range(first, first + count)
-    ]
-    assert sorted(covered) == list(range(240, 264))
-    assert all(plan.accumulation * micro * world_size == 24 for plan in plans)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("size", [24, 23, 5, 1])
+def test_ranks_and_micro_batches_tile_the_global_batch_whether_it_divides_or_not(world_size, micro, size):
+    plans = [BatchPlan(size, micro, world_size, rank) for rank in range(world_size)]
+    ranges = [plan.ranges(240) for plan in plans]
+    covered = [sample for rank in ranges for first, count in rank for sample in range(first, first + count)]
+    assert covered == list(range(240, 240 + size))
+    assert {len(rank) for rank in ranges} == {plans[0].accumulation}, "ranks compute in step"
+    assert plans[0].accumulation == math.ceil(size / (micro * world_size))
+    counts = [count for rank in ranges for _, count in rank]
+    assert max(counts) <= micro and (size % (micro * world_size) or set(counts) == {micro})
+    shares = [sum(count for _, count in rank) for rank in ranges]
+    assert max(shares) - min(shares) <= 1
+
+
+def test_a_rank_without_rows_computes_one_that_counts_for_nothing(samples):
+    plan = BatchPlan(5, 1, 2, 0)
+    mine, theirs = (next(prefetch(samples, dataclasses.replace(plan, rank=rank), 10, 1)) for rank in (0, 1))
+    assert [batch.idle for batch in (*mine, *theirs)] == [False] * 5 + [True]
+    idle = theirs[2]
+    assert idle.inputs_NL.shape == mine[0].inputs_NL.shape and (idle.document_NL > 0).any()
+    assert (idle.tokens, idle.predicted_tokens, idle.fingerprint, idle.hidden_NL.any()) == (0, 0, 0, False)
+    whole = samples.batch(10, 5)
+    for name in ("tokens", "predicted_tokens", "fingerprint"):
+        assert sum(getattr(batch, name) for batch in (*mine, *theirs)) % 2**48 == getattr(whole, name)
 
 
 def test_prefetching_reads_the_planned_ranges_and_stops(samples):

@@ -156,16 +156,19 @@ def test_losses_are_the_golden_ones(exact):
     assert compare_steps(golden, run, TOLERANCE_GOLDEN) == []
 
 
-@pytest.mark.parametrize("ranks", [0, 3])
-def test_another_world_size_goes_on_with_the_same_documents_and_masks(exact, ranks, tmp_path):
+@pytest.mark.parametrize(("ranks", "micro"), [(0, 5), (5, 1)])
+def test_another_world_size_goes_on_with_the_same_documents_and_masks(exact, ranks, micro, tmp_path):
+    """Neither divides the 12 rows: one rank makes micro-batches of four, and of five ranks three have a last one that
+    counts for nothing."""
     run_dir, moved = exact.parent / "run", tmp_path / "moved"
     shutil.copytree(run_dir, moved)
     shutil.rmtree(moved / "checkpoints/step-00000008")
     (moved / "checkpoints/best.json").unlink()
-    train(exact, ranks, f"--run_dir={moved}", "--batch.micro_sequences=4")
+    train(exact, ranks, f"--run_dir={moved}", f"--batch.micro_sequences={micro}")
     before, after = records(run_dir), records(moved)
     for step in range(5, 9):
         assert before[step]["batch_fingerprint"] == after[step]["batch_fingerprint"]
+        assert before[step]["tokens_total"] == after[step]["tokens_total"]
         assert before[step]["loss"] == pytest.approx(after[step]["loss"], rel=TOLERANCE_OTHER_WORLD)
     # The gradient is normalised by the global count of predicted tokens, however ranks and micro-batches cut it.
     assert after[5]["grad_norm"] == pytest.approx(before[5]["grad_norm"], rel=1e-5)
@@ -239,7 +242,7 @@ def test_a_finished_run_says_so_at_once(straight):
     [
         ("--data.dir=/nowhere", "no manifest.json"),
         ("--model.vocab_size=400", "set model.vocab_size=320"),
-        ("--batch.micro_sequences=5", "use batch.global_sequences"),
+        ("--batch.global_tokens=100", "give exactly one of global_sequences and global_tokens"),
         ("--stesp.x=5", "did you mean 'steps'"),
         ("--masking.predict_share=2", "masking.predict_share: input should be less than 1, found 2"),
     ],
