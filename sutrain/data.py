@@ -24,7 +24,7 @@ import xxhash
 from data_prep.keys import philox_words, stream_id
 from data_prep.rows import RowBatch
 from data_prep.shards import Manifest, SplitReader
-from sutrain.masking import Spans, VocabularyWords, WordMasking
+from sutrain.masking import IGNORED, Spans, VocabularyWords, WordMasking
 from sutrain.mixture import Mixture
 from sutrain.remote import Remote, RemoteSplitReader
 
@@ -78,7 +78,7 @@ class Batch:
 
     def without_weight(self) -> Batch:
         """The same rows with nothing to predict, which count for nothing."""
-        labels_NL, hidden_NL = torch.full_like(self.labels_NL, -1), torch.zeros_like(self.hidden_NL)
+        labels_NL, hidden_NL = torch.full_like(self.labels_NL, IGNORED), torch.zeros_like(self.hidden_NL)
         return replace(self, labels_NL=labels_NL, hidden_NL=hidden_NL, fingerprint=0, idle=True)
 
     def cut(self, row_tokens: int) -> Batch:
@@ -208,7 +208,9 @@ class MixedSamples:
         )
 
 
-def micro_batch(samples: Samples | MixedSamples, first_sample: int, count: int, row_tokens: int | None) -> Batch:
+def micro_batch(
+    samples: Samples | MixedSamples, first_sample: int, count: int, row_tokens: int | None
+) -> Batch:
     """What BatchPlan says of one: for a count of 0 a row without weight; cut to rows of `row_tokens` if given."""
     batch = samples.batch(first_sample, count or 1)
     batch = batch if count else batch.without_weight()

@@ -18,6 +18,7 @@ from sutrain.data import (
     vocabulary_words,
     word_masking,
 )
+from sutrain.masking import IGNORED
 from sutrain.prefetch import prefetch
 
 
@@ -97,6 +98,7 @@ def test_a_rank_without_rows_computes_one_that_counts_for_nothing(samples):
     idle = theirs[2]
     assert idle.inputs_NL.shape == mine[0].inputs_NL.shape and (idle.document_NL > 0).any()
     assert (idle.tokens, idle.predicted_tokens, idle.fingerprint, idle.hidden_NL.any()) == (0, 0, 0, False)
+    assert (idle.labels_NL == IGNORED).all()
     whole = samples.batch(10, 5)
     for name in ("tokens", "predicted_tokens", "fingerprint"):
         assert sum(getattr(batch, name) for batch in (*mine, *theirs)) % 2**48 == getattr(whole, name)
