@@ -127,9 +127,8 @@ def measure(
     bench = Bench(shape, folder, rows)
     tokens = torch.randint(5, VOCABULARY, (pairs + SETTLED_AFTER, rows, TOKENS))
     batches = [(t, torch.roll(t, 1, 1)) for t in tokens]
-    for number, batch in enumerate(
-        batches[:SETTLED_AFTER]
-    ):  # compile, allocate, fill the history, settle the interval
+    # Compile, allocate, fill the history, settle the interval.
+    for number, batch in enumerate(batches[:SETTLED_AFTER]):
         began = time.perf_counter()
         if number == 0:
             bench.probe.before()
