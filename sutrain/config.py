@@ -257,6 +257,7 @@ class PretrainConfig(Section):
         "fp32", description="in which gradients accumulate and are reduced over ranks"
     )
     loss_scale: LossScale = LossScale()
+    compile_layers: bool = Field(False, description="torch.compile a layer's passes, once for all layers")
     init_from: Path | None = Field(
         None, description="begin a new run with the weights of a checkpoint, run or exported folder"
     )

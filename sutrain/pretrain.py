@@ -28,6 +28,7 @@ from sutrain import checkpoint as checkpoints
 from sutrain import continuity, heartbeat, preflight
 from sutrain.build_extension import ExtensionError, build_extension, prepare_environment, start_communication
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
+from sutrain.compiled import compile_layers
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, word_masking
 from sutrain.engine import DTYPES, deepspeed_config, step_engine
@@ -114,6 +115,7 @@ class Run:
         )
         room = (config.memory.activation_mib, self.plan.micro_sequences, self.manifest.row_tokens)
         self.recomputation = apply_budget(model.encoder, *room, self.dtype, self.device)
+        compile_layers(model.encoder, config.compile_layers, config.zero.stage)
         engine_config = deepspeed_config(config, self.plan)
         with contextlib.redirect_stdout(None):
             self.engine, *_ = deepspeed.initialize(

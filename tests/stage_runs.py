@@ -13,6 +13,7 @@ from pathlib import Path
 
 import deepspeed  # noqa: F401  the longest of the imports
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
 from data_prep.config_file import load_config
 from sutrain.config import PretrainConfig
@@ -20,12 +21,22 @@ from sutrain.pretrain import Run
 
 TINY_STAGE_3 = {"stage": 3, "whole_below_parameters": 0, "sub_group_parameters": 3000}
 RUNS = {  # name: (what differs in its configuration, the run that it goes on from step 6 of)
+    "stage0_fp32": ({"precision": "fp32", "zero": {"stage": 0}}, None),
     "stage1_fp32": ({"precision": "fp32"}, None),
     "stage2_fp32_offload": ({"precision": "fp32", "zero": {"stage": 2, "offload": True}}, None),
     "stage3_fp32": ({"precision": "fp32", "zero": TINY_STAGE_3}, None),
     "stage3_fp32_resumed": ({"precision": "fp32", "zero": TINY_STAGE_3}, "stage3_fp32"),
     "stage3_fp32_recomputed": (
         {"precision": "fp32", "zero": TINY_STAGE_3, "memory": {"activation_mib": 0.12}},
+        None,
+    ),
+    "stage3_fp32_compiled": (
+        {
+            "precision": "fp32",
+            "zero": TINY_STAGE_3,
+            "memory": {"activation_mib": 0.12},
+            "compile_layers": True,
+        },
         None,
     ),
     "stage1_to_stage3": ({"precision": "fp32", "zero": TINY_STAGE_3}, "stage1_fp32"),
@@ -49,6 +60,7 @@ def train(folder: Path, name: str, origin: str | None, port: str) -> None:
         shutil.rmtree(folder / name / "checkpoints/step-00000012")
         (folder / name / "checkpoints/best.json").unlink()
     Run(load_config(PretrainConfig, folder / f"{name}.yaml", [])).train()
+    print(f"{name}: {counters['stats']['unique_graphs']} programs", flush=True)
     dist.destroy_process_group()
 
 

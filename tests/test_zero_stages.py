@@ -65,7 +65,15 @@ def checkpoint(runs, name, step=12):
 
 
 @pytest.mark.parametrize(
-    "name", ["stage2_fp32_offload", "stage3_fp32", "stage3_fp32_recomputed", "stage1_to_stage3"]
+    "name",
+    [
+        "stage0_fp32",
+        "stage2_fp32_offload",
+        "stage3_fp32",
+        "stage3_fp32_recomputed",
+        "stage3_fp32_compiled",
+        "stage1_to_stage3",
+    ],
 )
 def test_every_stage_computes_the_same_in_fp32(runs, name):
     """Training loss, held-out loss (whose weights ZeRO-3 brings together), norms by layer, and masters at the end."""
@@ -80,9 +88,13 @@ def test_every_stage_computes_the_same_in_fp32(runs, name):
         assert difference < 1e-4, (tensor, float(difference))
 
 
-def test_layers_were_computed_again(runs):
-    """stage3_fp32_recomputed brought their weights together once more in the backward pass."""
-    assert re.search(r"[12] of 2 layers computed again", (runs / "rank0.log").read_text())
+def test_layers_were_computed_again_and_compiled(runs):
+    """stage3_fp32_recomputed brought their weights together once more in the backward pass, and so did _compiled."""
+    log = (runs / "rank0.log").read_text()
+    assert len(re.findall(r"[12] of 2 layers computed again", log)) == 2
+    programs = dict(re.findall(r"^(\w+): (\d+) programs$", log, re.MULTILINE))
+    assert int(programs.pop("stage3_fp32_compiled")) >= 2  # to train and to evaluate
+    assert set(programs.values()) == {"0"}
 
 
 def test_probes_see_the_same_model_whatever_the_stage(runs):

@@ -40,8 +40,9 @@ def rotate(x_BLHK: Tensor, table: Tensor | None, half: bool = False) -> Tensor:
     """
     if table is None:
         return x_BLHK
-    # The complex product is one pass and four times as fast on a CPU; compilers for accelerators fuse the other.
-    turn = turn_complex if x_BLHK.device.type == "cpu" else turn_real
+    # The complex product is one pass and four times as fast on a CPU; compilers fuse the other.
+    plain = x_BLHK.device.type == "cpu" and not torch.compiler.is_compiling()
+    turn = turn_complex if plain else turn_real
     pairs = (
         x_BLHK.float().unflatten(-1, (2, -1)).transpose(-1, -2)
         if half

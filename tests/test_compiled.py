@@ -1,0 +1,71 @@
+"""Layers compiled one by one: the same numbers, and one program whatever the depth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sutrain.compiled import compile_layers
+from sutrain.models import encoder as encoder_module
+from sutrain.models.masked_lm import MaskedLanguageModel
+from tests.models.tiny import CONFIGS
+
+TOKENS = torch.randint(5, 300, (3, 24))
+
+
+@pytest.fixture(autouse=True)
+def _start_anew():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def passes(model, documents):
+    """Hidden vectors and all gradients."""
+    model.zero_grad()
+    hidden = model(TOKENS, documents)
+    (hidden * torch.linspace(-1, 1, hidden.shape[-1])).square()[documents > 0].sum().backward()
+    return [hidden[documents > 0], *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "roformer_v2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gau_alpha", "deepnorm", "flash")),
+    ],
+)
+def test_compiled_layers_compute_the_same(name, monkeypatch):
+    """In rows and document by document, each with other lengths the second time."""
+    model = MaskedLanguageModel(replace(CONFIGS[name], hidden_dropout=0.0, attention_dropout=0.0)).train()
+    compiled = MaskedLanguageModel(model.config).train()
+    compiled.load_state_dict(model.state_dict())
+    compile_layers(compiled.encoder, True, 0)
+    for apart in (False, True):
+        monkeypatch.setattr(encoder_module, "worthwhile", lambda *_, apart=apart: apart)
+        for short in (17, 9):
+            documents = torch.ones_like(TOKENS)
+            documents[0, 10:], documents[1, short:] = 2, 0
+            for one, other in zip(passes(model, documents), passes(compiled, documents), strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert list(compiled.state_dict()) == list(model.state_dict())
+
+
+def test_the_second_layer_takes_the_program_of_the_first():
+    programs = []
+    for layers in (1, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        config = replace(CONFIGS["roformer_v2"], num_layers=layers, hidden_dropout=0.0, attention_dropout=0.0)
+        model = MaskedLanguageModel(config).train()
+        compile_layers(model.encoder, True, 0)
+        passes(model, torch.ones_like(TOKENS))
+        programs.append(counters["stats"]["unique_graphs"])
+    assert programs == [1, 1]
+
+
+def test_unless_wanted_nothing_is_compiled():
+    model = MaskedLanguageModel(CONFIGS["roformer_v2"])
+    compile_layers(model.encoder, False, 3)
+    passes(model.train(), torch.ones_like(TOKENS))
+    assert counters["stats"]["unique_graphs"] == 0
