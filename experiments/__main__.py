@@ -11,15 +11,26 @@ import time
 
 import torch
 
-from experiments import fan_average, gau_output, relative_change, trainability, update_size
+from experiments import (
+    fan_average,
+    gau_output,
+    length_transfer,
+    relative_change,
+    trainability,
+    update_size,
+    warm_up,
+)
 from experiments.common import ROOT
 
 EXPERIMENTS = {
     "update_size": update_size.run,
     "trainability": trainability.run,
+    "trainability_1000": trainability.run_deepest,
     "trainability_gau": trainability.run_gau,
+    "length_transfer": length_transfer.run,
     "gau_output": gau_output.run,
     "relative_change": relative_change.run,
+    "warm_up": warm_up.run,
     "fan_average": fan_average.run,
 }
 PAGE, KEPT = ROOT / "docs/experiments.md", ROOT / "experiments/results.json"
@@ -45,12 +56,12 @@ def main(names: list[str]) -> None:
     unknown = sorted(set(names) - EXPERIMENTS.keys())
     if unknown:
         sys.exit(f"error: {', '.join(unknown)}: no such experiment; there are {', '.join(EXPERIMENTS)}")
-    torch.set_num_threads(2)
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     for name in names or EXPERIMENTS:
         started = time.perf_counter()
         finding = EXPERIMENTS[name]()
         finding.seconds = time.perf_counter() - started
+        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}  # others may have run meanwhile
         kept[name] = f"{finding.markdown()}\n`python -m experiments {name}`: {finding.seconds:.0f} s.\n"
         print(kept[name], flush=True)
         KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")

@@ -84,6 +84,11 @@ def run() -> Finding:
             "without positions the sizes are those measured before, within a tenth",
             all(abs(squared[LENGTHS.index(n)] / value - 1) < 0.1 for n, value in ANCHORS.items()),
         ),
+        (
+            "so are those of 1/n² and softmax at 512 tokens (before 0.0135 and 0.129)",
+            abs(measured["1/n²"][at_512] / 0.0135 - 1) < 0.1
+            and abs(measured["softmax"][at_512] / 0.129 - 1) < 0.1,
+        ),
         ("1/n² gives two orders of magnitude at 512 tokens (below 0.02)", measured["1/n²"][at_512] < 0.02),
         (
             "softmax gives two orders of magnitude at 512 tokens (below 0.02)",

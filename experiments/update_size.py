@@ -12,6 +12,9 @@ from sutrain.models.masked_lm import MaskedLanguageModel
 DEPTHS = [6, 12, 24, 48, 96]
 KINDS = ["post", "pre", "deepnorm", "su_adam", "su_lamb", "roformer_v2"]
 LEARNING_RATES = {"sgd": 1e-3, "adam": 1e-5, "lamb": 1e-4}
+CLOSE = 0.15
+"""How near a slope must come to the one measured before to count as the same."""
+
 ANCHORS = {  # slopes measured before with another implementation, by kind: SGD, Adam, LAMB
     "post": (1.12, 1.04, 1.09),
     "pre": (0.45, 0.67, 0.69),
@@ -81,6 +84,18 @@ def run() -> Finding:
         ("Su's LAMB row is flat under LAMB (-0.35 to 0.1)", -0.35 <= slopes["su_lamb"]["lamb"] <= 0.1),
         ("RoFormerV2 is flat under LAMB (-0.35 to 0.1)", -0.35 <= slopes["roformer_v2"]["lamb"] <= 0.1),
     ]
+    far = [
+        f"{kind} under {optimizer} {slopes[kind][optimizer] - before:+.2f}"
+        for kind, anchor in ANCHORS.items()
+        for optimizer, before in zip(LEARNING_RATES, anchor, strict=True)
+        if abs(slopes[kind][optimizer] - before) > CLOSE
+    ]
+    checks.append(
+        (
+            f"every slope is within {CLOSE} of the one before" + (f": not {', '.join(far)}" if far else ""),
+            not far,
+        )
+    )
     picture = draw(
         "update_size",
         [float(d) for d in DEPTHS],
