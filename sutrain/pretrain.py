@@ -110,9 +110,8 @@ class Run:
         self.peak = device_peak(self.device, self.dtype)
         torch.manual_seed(config.seed)
         model = TrainingModel(config.model)
-        self.optimizer = build_optimizer(
-            config.optimizer.name, model.named_parameters(), **config.optimizer.arguments()
-        )
+        named = model.named_parameters()
+        self.optimizer = build_optimizer(config.optimizer.name, named, **config.optimizer.arguments())
         room = (config.memory.activation_mib, self.plan.micro_sequences, self.manifest.row_tokens)
         self.recomputation = apply_budget(model.encoder, *room, self.dtype, self.device)
         compile_layers(model.encoder, config.compile_layers, config.zero.stage)
@@ -216,15 +215,13 @@ class Run:
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
             )
         self.say(f"{describe(config.model)}\n{self.recomputation}\n{self.probe.interval.words()}")
-        self.say(
-            f"{'resumed at' if resumed else 'starting'} step {self.steps_done} of {config.steps} in {config.run_dir}"
-        )
+        begun = "resumed at" if resumed else "starting"
+        self.say(f"{begun} step {self.steps_done} of {config.steps} in {config.run_dir}")
         self.training = True
         if not resumed:
             self.evaluate()
-        remaining = config.steps - self.steps_done
-        ahead = (config.data.prefetch_updates, config.data.workers)
-        batches = prefetch(self.samples, self.plan, self.samples_consumed, remaining, *ahead)
+        ahead = (config.steps - self.steps_done, config.data.prefetch_updates, config.data.workers)
+        batches = prefetch(self.samples, self.plan, self.samples_consumed, *ahead)
         ended = started = time.perf_counter()
         self.clock.waiting(self.steps_done)
         for micro_batches in batches:
