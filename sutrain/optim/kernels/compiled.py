@@ -29,6 +29,7 @@ from ..fragments import Fragment
 from .layout import Factors, Layout, State
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADER = Path(__file__).with_name("lines.h")
 FLAGS = (
     *(
         "-O3",
@@ -252,7 +253,7 @@ def library() -> ctypes.CDLL:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = (SOURCE.read_text(), *FLAGS, flags, platform.machine(), version)
+    parts = (SOURCE.read_text(), HEADER.read_text(), *FLAGS, flags, platform.machine(), version)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
     built = folder / "sutrain_optimizers" / f"cpu-{key}.so"
