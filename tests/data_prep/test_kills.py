@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -43,7 +44,7 @@ class Job:
             deadline = time.monotonic() + 120
             while not self.driver() and not self.status().is_terminal():
                 assert time.monotonic() < deadline, self.status()
-                time.sleep(0.05)
+                time.sleep(0.2)
 
     def driver(self) -> list[psutil.Process]:
         """The process that runs `python -m data_prep`, and the shell around it."""
@@ -92,7 +93,7 @@ def test_ten_kills_of_each_seed_on_ray_change_no_byte(prepared, tmp_path, monkey
                     job.go_on()
                     wanted = draw.randint(0, 2 * _TASKS)
                     while len(watch.seen) < wanted and job.driver():
-                        time.sleep(0.01)
+                        wait_until(lambda: len(watch.seen) >= wanted, 0.3)  # noqa: B023
                     time.sleep(draw.uniform(0, 0.5))
                     what = draw.choice(_KINDS)
                     finished, met = len(watch.seen), strike(what, job, node, draw)
@@ -109,6 +110,12 @@ def test_ten_kills_of_each_seed_on_ray_change_no_byte(prepared, tmp_path, monkey
         submissions = job.submissions
     assert len({kill["what"] for kill in kills}) >= 3 and any(kill["tasks_finished"] for kill in kills), kills
     evidence(kills=kills, submissions=submissions, whole_runs=whole_runs, tasks_executed=executed)
+
+
+def wait_until(reached: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def strike(what: str, job: Job, node: str, draw: random.Random) -> int:
