@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 _SAFE, _WHITE, _LOOK = 0, 1, 2
-_CODE_POINTS = 0x1FB00
+_CODE_POINTS = 0x31350
 # Code points that cleaning never changes, whatever stands beside them: printable, their own NFC, of combining class 0,
 # and never the second of two that NFC makes one of.
 _LEFT_ALONE = (
@@ -42,6 +42,9 @@ _LEFT_ALONE = (
     (0x1F300, 0x1F64F),
     (0x1F680, 0x1F6D7),
     (0x1F910, 0x1F9FF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2EBE0),
+    (0x30000, 0x3134A),
 )
 _SPACE, _LINE_END = 32, 10
 _ASCII = bytes(range(128))
@@ -68,9 +71,9 @@ def tidy(texts: list[bytes]) -> tuple[list[bytes], np.ndarray]:
         spaced = np.frombuffer(joined.translate(_TO_SPACES), np.uint8)
         look.append(_owners(values, np.flatnonzero(controls & (spaced != _SPACE))))
     if not joined.isascii():
-        firsts, kinds = _beyond_ascii(joined, values)
-        look.append(_owners(values, firsts[kinds == _LOOK]))
-        if len(white := firsts[kinds == _WHITE]):
+        white, owners = _beyond_ascii(joined, values)
+        look.append(owners)
+        if len(white):
             spaced = spaced.copy()
             spaced[white] = spaced[white + 1] = _SPACE  # of two bytes, or of three
             spaced[white[values[white] >= 0xE0] + 2] = _SPACE
@@ -82,7 +85,7 @@ def tidy(texts: list[bytes]) -> tuple[list[bytes], np.ndarray]:
 
 
 def _beyond_ascii(joined: bytes, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where characters begin that are not left alone, and whether they are white space or ask for a closer look."""
+    """Where white space beyond ASCII begins, and the numbers of texts with characters that ask for a closer look."""
     beyond = np.count_nonzero(values & 0x80)
     dense = beyond * 4 > len(values)
     if dense:
@@ -90,12 +93,14 @@ def _beyond_ascii(joined: bytes, values: np.ndarray) -> tuple[np.ndarray, np.nda
     else:
         _check_utf8(joined, values)
         text = joined.translate(None, _ASCII).decode()
-    kinds = _table().take(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), mode="clip")
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    kinds = _table().take(points, mode="clip")
     asking = np.flatnonzero(kinds)
-    if not len(asking):
-        return asking, kinds[:0]
-    firsts = np.flatnonzero((values & 0xC0) != 0x80 if dense else values >= 0xC0)
-    return firsts[asking], kinds[asking]
+    white = kinds[asking] == _WHITE
+    if not len(asking) or (dense and not white.any()):  # the line ends are among the characters
+        return asking[:0], _owners(points, asking)
+    firsts = np.flatnonzero((values & 0xC0) != 0x80 if dense else values >= 0xC0)[asking]
+    return firsts[white], _owners(values, firsts[~white])
 
 
 def _check_utf8(joined: bytes, values: np.ndarray) -> None:
@@ -123,7 +128,9 @@ def _collapsed(values: np.ndarray) -> np.ndarray:
 
 
 def _owners(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The numbers of the texts that hold bytes `positions` of the joined ones (a line end is the end of its text)."""
+    """The numbers of the texts that hold bytes (or characters) `positions` of the joined ones; a line end is the end
+    of its text.
+    """
     if not len(positions):
         return np.empty(0, dtype=np.int64)
     return np.searchsorted(np.flatnonzero(values == _LINE_END), positions)
