@@ -17,14 +17,11 @@ import argparse
 import ctypes
 import json
 import os
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.data_prep_resume import count_repeats
+from benchmarks.data_prep_runs import count_repeats, measured
 from benchmarks.data_prep_text import make_file
 from benchmarks.results import describe_run, write_results
 from data_prep.config import TrainSection
@@ -69,6 +66,10 @@ LOWER = {
 GROUPS = ("terashuf", "short", "ray", "encode", "datatrove", "growth", "resume")
 
 
+def better_of(name: str) -> str:
+    return "lower" if name.removeprefix("cpu_") in LOWER else "higher"
+
+
 class Bench:
     """Files, configurations and measured runs below one folder."""
 
@@ -83,7 +84,8 @@ class Bench:
             len(options.only) < len(GROUPS) and options.output.exists()
         ):  # groups may be measured one at a time
             earlier = json.loads(options.output.read_text())
-            self.results, self.notes = earlier["results"], earlier["notes"]
+            self.results = [one for one in earlier["results"] if one["value"] is not None]
+            self.notes = earlier["notes"]
             self.groups = earlier.get("groups", {})
 
     def measure(self, group: str, step: Callable[[], None]) -> None:
@@ -181,34 +183,15 @@ class Bench:
     def record(
         self, name: str, value: float, goal: float | None, unit: str = "ratio", rounds: int = 1
     ) -> None:
-        better = "lower" if name.removeprefix("cpu_") in LOWER else "higher"
-        entry = {"name": name, "value": round(value, 3), "unit": unit, "goal": goal, "better": better}
+        entry = {
+            "name": name,
+            "value": round(value, 3),
+            "unit": unit,
+            "goal": goal,
+            "better": better_of(name),
+        }
         entry |= {"group": self.group, "rounds": rounds}
         self.results = [one for one in self.results if one["name"] != name] + [entry]
-
-
-def measured(
-    command: list[str], fresh: Path | None = None, standard: tuple[Path, Path] | None = None, **kwargs: Any
-):
-    """(seconds, core seconds) of a command; `standard` names the files for its input and output, which is synced."""
-    if fresh is not None:
-        shutil.rmtree(fresh, ignore_errors=True)
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    kwargs |= {"stderr": subprocess.PIPE, "cwd": ROOT}
-    if standard is None:
-        result = subprocess.run(command, stdout=subprocess.PIPE, **kwargs)
-    else:
-        with standard[0].open("rb") as source, standard[1].open("wb") as target:
-            result = subprocess.run(command, stdin=source, stdout=target, **kwargs)
-            os.fsync(target.fileno())
-    if result.returncode:
-        sys.exit(f"{' '.join(command)}\n{result.stderr.decode()[-2000:]}")
-    seconds = time.perf_counter() - started
-    with suppress(ChildProcessError):  # orphans of the command come to us, and their time with them
-        while os.waitpid(-1, 0):
-            pass
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def terashuf(bench: Bench, text: Path) -> Callable[[], tuple[float, float]]:
@@ -313,7 +296,7 @@ def resume(bench: Bench) -> None:
     text, model = bench.text("english", 700, max(bench.options.growth, 0.4)), bench.model("english")
     cleaning = {"max_record_bytes": 2**20}
     command, output = bench.config("resume", text, tokenizer={"load": str(model)}, cleaning=cleaning)
-    kills = [count_repeats(command, output, ROOT, finished) for finished in (1, 2, 3)]
+    kills = [count_repeats(command, output, finished) for finished in (1, 2, 3)]
     bench.notes["resume_kills"] = kills
     worst = max(kill["repeated"] for kill in kills)
     bench.record("resume_repeats", worst / 2, GOALS["resume_repeats"], "tasks per worker", len(kills))
@@ -379,8 +362,14 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(bench: Bench) -> None:
-    """Every group with its own provenance; at the top that of the last."""
-    content = {"groups": bench.groups, "notes": bench.notes, "results": bench.results}
+    """Every group with its own provenance; at the top that of the last. What has a goal and no value is told too."""
+    names = {one["name"] for one in bench.results}
+    missing = [
+        {"name": name, "value": None, "unit": "ratio", "goal": goal, "better": better_of(name)}
+        for name, goal in GOALS.items()
+        if goal is not None and name not in names
+    ]
+    content = {"groups": bench.groups, "notes": bench.notes, "results": bench.results + missing}
     last = bench.groups[bench.group]
     top = {"commit": last["commit"], "machine": last["machine"], "command": last["command"]}
     write_results(bench.options.output, top | content)

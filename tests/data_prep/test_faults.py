@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from benchmarks.data_prep_resume import Watch
+from benchmarks.data_prep_runs import Watch
 from tests.data_prep.made import ROOT, command_line, content_files, make_texts, settings
 
 _MEBIBYTE = 1024**2

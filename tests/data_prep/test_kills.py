@@ -16,7 +16,7 @@ import pytest
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from benchmarks.data_prep_resume import Watch
+from benchmarks.data_prep_runs import Watch
 from tests.data_prep.made import ROOT, content_files, make_texts, prepare, settings, write_jsonl
 from tests.data_prep.ray_here import RayHere, kill, processes, ray_here
 

@@ -1,24 +1,52 @@
-"""How much is done twice after a kill, for benchmarks/data_prep.py: a run is killed, started again and followed to its
-end, and every task that it executes is counted."""
+"""Runs for benchmarks/data_prep.py: measured from start to end, or killed, started again and followed to their end
+while every task that they execute is counted.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 _QUIET: dict[str, Any] = {
     "stderr": subprocess.DEVNULL,
     "stdout": subprocess.DEVNULL,
     "start_new_session": True,
 }
+
+
+def measured(
+    command: list[str], fresh: Path | None = None, standard: tuple[Path, Path] | None = None, **kwargs: Any
+):
+    """(seconds, core seconds) of a command; `standard` names the files for its input and output, which is synced."""
+    if fresh is not None:
+        shutil.rmtree(fresh, ignore_errors=True)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    kwargs |= {"stderr": subprocess.PIPE, "cwd": ROOT}
+    if standard is None:
+        result = subprocess.run(command, stdout=subprocess.PIPE, **kwargs)
+    else:
+        with standard[0].open("rb") as source, standard[1].open("wb") as target:
+            result = subprocess.run(command, stdin=source, stdout=target, **kwargs)
+            os.fsync(target.fileno())
+    if result.returncode:
+        sys.exit(f"{' '.join(command)}\n{result.stderr.decode()[-2000:]}")
+    seconds = time.perf_counter() - started
+    with suppress(ChildProcessError):  # orphans of the command come to us, and their time with them
+        while os.waitpid(-1, 0):
+            pass
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 class Watch:
@@ -57,12 +85,12 @@ def manifests(output: Path) -> set[tuple[str, int, int]]:
     return found
 
 
-def count_repeats(command: list[str], output: Path, root: Path, finished: int) -> dict[str, int]:
+def count_repeats(command: list[str], output: Path, finished: int) -> dict[str, int]:
     """Kill -9 a run (driver and workers) a little after its `finished`-th task of pass 1, run it again to its end, and
     count. `repeated`: tasks begun or finished before the kill and executed again.
     """
     shutil.rmtree(output, ignore_errors=True)
-    process = subprocess.Popen(command, cwd=root, **_QUIET)
+    process = subprocess.Popen(command, cwd=ROOT, **_QUIET)
     while process.poll() is None and len(list(output.glob(".work/*/scatter/task-*.json"))) < finished:
         time.sleep(0.01)
     time.sleep(0.3 * finished)
@@ -75,7 +103,7 @@ def count_repeats(command: list[str], output: Path, root: Path, finished: int) -
     temporary = {path.name.split(".")[0] for path in output.glob(".work/*/scatter/*.tmp-*")}
     begun = {f"scatter/{name}.json" for name in temporary} - complete
     with Watch(output) as watch:
-        subprocess.run(command, cwd=root, check=True, **_QUIET)
+        subprocess.run(command, cwd=ROOT, check=True, **_QUIET)
     executed = [name for name, _, _ in watch.seen - before]
     stages = json.loads((output / "run.json").read_bytes())["stages"]
     told = sum(stage["tasks"] - stage["taken_over"] for stage in stages.values())
