@@ -109,7 +109,7 @@ class Run:
         self.dtype = DTYPES[config.precision]
         self.peak = device_peak(self.device, self.dtype)
         torch.manual_seed(config.seed)
-        model = TrainingModel(config.model)
+        model = TrainingModel.on(self.device, config.model)
         named = model.named_parameters()
         self.optimizer = build_optimizer(config.optimizer.name, named, **config.optimizer.arguments())
         room = (config.memory.activation_mib, self.plan.micro_sequences, self.manifest.row_tokens)

@@ -10,14 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sutrain.models.configuration import EncoderConfig
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.objectives.masked_lm import masked_lm_loss
 
 
 class TrainingModel(MaskedLanguageModel):
     """The same parameters under the same names; without labels the same function too."""
+
+    @classmethod
+    def on(cls, device: torch.device, config: EncoderConfig) -> TrainingModel:
+        """The model made where it is to train, its initial weights drawn there: none pass through the host's memory."""
+        with device:
+            return cls(config)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from sutrain.masking import IGNORED
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.objectives import masked_lm
 from sutrain.objectives.masked_lm import masked_lm_loss
+from sutrain.objectives.training_model import TrainingModel
 from tests.models.tiny import CONFIGS
 
 
@@ -88,3 +89,15 @@ def test_nothing_to_predict_is_a_zero_with_gradients():
     assert loss.item() == 0.0
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["roformer_v2", "bert"])
+def test_a_model_is_made_where_it_is_to_train(kind):
+    """Nothing of it is elsewhere first, and on a CPU its weights are those of the constructor."""
+    made = TrainingModel.on(torch.device("meta"), CONFIGS[kind])
+    assert {tensor.device.type for tensor in made.state_dict().values()} == {"meta"}
+    torch.manual_seed(5)
+    here = TrainingModel.on(torch.device("cpu"), CONFIGS[kind]).state_dict()
+    torch.manual_seed(5)
+    for name, tensor in TrainingModel(CONFIGS[kind]).state_dict().items():
+        assert torch.equal(here[name], tensor)
