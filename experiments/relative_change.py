@@ -83,8 +83,9 @@ def run() -> Finding:
         ["residual", *(f"layer {n}" for n in SHOWN), "RMS at the end"],
         rows,
         checks,
-        "0.77 is √(2 - √2), what one branch as large as the stream does to it. A layer here has two: attention's is 0.30 "
-        "of the stream in the first layer, where it averages over tokens that differ, and about 1 from layer 12 on, where "
-        "the tokens of a row have become alike (cosine 1.00); the feed-forward one is 0.5 to 0.6 throughout (seed 0).",
+        "0.77 is √(2 - √2), what one branch as large as the stream does to it. A layer here has two: "
+        "attention's is 0.30 of the stream in the first layer, where it averages over tokens that differ, and "
+        "about 1 from layer 12 on, where the tokens of a row have become alike (cosine 1.00); the feed-forward one "
+        "is 0.5 to 0.6 throughout (seed 0).",
         picture,
     )
