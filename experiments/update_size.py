@@ -16,8 +16,9 @@ CLOSE = 0.15
 """How near a slope must come to the one measured before to count as the same."""
 
 REMARK = (
-    "The slopes that differ are those of SGD, whose step follows the size of the gradient and so the loss and its head, "
-    "which are not known of the earlier measurement; under Adam and LAMB, where only signs count, none is off by more."
+    "The slopes that differ are those of SGD, whose step follows the size of the gradient and so the loss and its "
+    "head, which are not known of the earlier measurement; under Adam and LAMB, where only signs "
+    "count, none is off by more."
 )
 
 ANCHORS = {  # slopes measured before with another implementation, by kind: SGD, Adam, LAMB
