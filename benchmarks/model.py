@@ -121,9 +121,7 @@ class Bench:
         print(f"bf16 matrix product: {self.rate / 1e12:.3g} TFLOP/s, {threads} threads", flush=True)
 
     def turns(self, steps: dict[str, Any]) -> dict[str, list[float]]:
-        return take_turns(
-            dict(steps), dict.fromkeys(steps, self.options.rounds), lambda: wait_for(self.device)
-        )
+        return take_turns(dict(steps), self.options.rounds, lambda: wait_for(self.device))
 
     def race(
         self, title: str, builds: dict[str, Build], config: EncoderConfig, batch: Batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -220,3 +222,17 @@ def test_without_a_gpu_its_shares_are_not_measured(bench):
 def test_a_quick_run_does_not_replace_results():
     with pytest.raises(SystemExit):
         parse(["--quick"])
+
+
+def test_a_run_keeps_what_an_earlier_one_found(tmp_path, monkeypatch):
+    """With the real clock: two groups one after the other into one file."""
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda device: 1e12)
+    output = tmp_path / "model.json"
+    for group in ("flash", "long"):
+        benchmark.main(["--quick", "--only", group, "--output", str(output)])
+    content = json.loads(output.read_text())
+    names = [entry["name"] for entry in content["results"]]
+    assert names[:2] == ["flash_length_growth", "flash_memory_growth"]
+    assert "gau_vs_roformer_v2_long" in names and len(names) == len(set(names))
+    assert len(content["commands"]) == 2 and len(content["table"]) == 8
+    assert all(row["step tokens/s"] > 0 for row in content["table"])
