@@ -20,6 +20,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
@@ -261,13 +262,13 @@ class ShardReader:
         entry = self.blocks[number]
         members = [name for name in ("tokens", "words", "documents") if name in entry]
         first, (last, last_bytes) = entry[members[0]][0], entry[members[-1]]
-        data = self.read_range(first, last + last_bytes - first)
+        data = memoryview(self.read_range(first, last + last_bytes - first))
         contents, checksum = {}, xxhash.xxh3_64()
         try:
             for name in members:
                 offset, length = entry[name]
                 part = data[offset - first : offset - first + length]
-                contents[name] = zstandard.ZstdDecompressor().decompress(part)
+                contents[name] = _decompressor().decompress(part)
                 checksum.update(contents[name])
             intact = checksum.hexdigest() == entry["xxh3"]
         except zstandard.ZstdError:
@@ -370,6 +371,17 @@ class SplitReader:
         tokens_NL = np.zeros((0, self.manifest.row_tokens), self.manifest.token_dtype)
         pieces = np.zeros((len(PIECE_COLUMNS), 0), np.uint32)
         return Block(tokens_NL, tokens_NL.astype(bool) if self.manifest.has_words else None, pieces)
+
+
+_of_this_thread = threading.local()
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """Kept, because a new one costs as much as a small member; one for each thread, because they must not share it."""
+    if not hasattr(_of_this_thread, "decompressor"):
+        _of_this_thread.decompressor = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _of_this_thread.decompressor
+    return found
 
 
 def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:

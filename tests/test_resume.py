@@ -172,14 +172,18 @@ def train_zero_steps(config, ranks, run_dir):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_one_element_of_the_state_changed_by_hand_is_seen(bf16, tmp_path):
+@pytest.mark.parametrize(
+    ("file_name", "prefix"), [("rank-00000.safetensors", "master|"), ("replicated.safetensors", "row_mean|")]
+)
+def test_one_element_of_the_state_changed_by_hand_is_seen(bf16, tmp_path, file_name, prefix):
+    """Of the master weights, and of what AdaFactor remembers."""
     config, straight = bf16
     perturbed = cut(straight, tmp_path / "perturbed", 50)
     folder = perturbed / "checkpoints/step-00000050"
-    file = folder / "rank-00000.safetensors"
+    file = folder / file_name
     tensors = {name: values.clone() for name, values in load_file(file).items()}  # not mapped to the file
-    key = max((key for key in tensors if key.startswith("master|")), key=lambda key: tensors[key].numel())
-    tensors[key][7] += 1e-3
+    key = max((key for key in tensors if key.startswith(prefix)), key=lambda key: tensors[key].numel())
+    tensors[key].view(-1)[7] = tensors[key].view(-1)[7] * 1.5 + 1e-3
     checkpoint_writer.write_tensors(file, tensors)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest.pop("xxh3_128")
