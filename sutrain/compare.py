@@ -154,8 +154,11 @@ def whole_state(folder: Path) -> dict[str, torch.Tensor]:
     state = {f"replicated {name}": values for name, values in checkpoint.replicated().items()}
     for (key, name), elements in checkpoint.contents().items():
         state[f"{key} of {name}"] = checkpoint.read(key, name, 0, elements)
+    counters = checkpoint.counters
     for name in ("steps", "samples_consumed", "tokens", "skipped"):
-        state[f"counter {name}"] = torch.tensor(checkpoint.counters[name])
+        state[f"counter {name}"] = torch.tensor(counters[name])
+    for name, number in counters.get("optimizer", {}).items():  # updates applied, the loss scaler's numbers
+        state[f"counter {name}"] = torch.tensor(number)
     return state
 
 

@@ -13,7 +13,7 @@ from sutrain.compare import Step, compare_checkpoints, compare_steps, golden_tex
 STEPS = {n: Step(f"{n:012x}", 12 * n, 5.0 / n, 1.0 + n) for n in range(1, 6)}
 
 
-def a_run(folder, steps=STEPS, weight=(1.0, 2.0, 3.0), moment=(0.1, 0.2, 0.3), skipped=0):
+def a_run(folder, steps=STEPS, weight=(1.0, 2.0, 3.0), moment=(0.1, 0.2, 0.3), skipped=0, updates=5):
     folder.mkdir()
     with (folder / "metrics.jsonl").open("w") as file:
         for number, step in steps.items():
@@ -25,6 +25,7 @@ def a_run(folder, steps=STEPS, weight=(1.0, 2.0, 3.0), moment=(0.1, 0.2, 0.3), s
         ("moment", "a", 0, torch.tensor(moment)),
     ]  # fmt: skip
     counters = {"steps": 5, "samples_consumed": 60, "tokens": 100, "skipped": skipped}
+    counters["optimizer"] = {"updates": updates}
     save_checkpoint(folder / "checkpoints", 5, slices, {"row|a": torch.ones(2)}, {"a": [3]}, counters)
     return folder
 
@@ -68,6 +69,7 @@ def test_a_step_that_one_run_lacks_in_the_middle_is_a_difference_and_a_shorter_r
         ({"weight": (1.0, 2.0, 3.0000002)}, "master of a differs"),
         ({"moment": (0.1, 0.2, 0.30000004)}, "moment of a differs"),
         ({"skipped": 1}, "counter skipped differs"),
+        ({"updates": 4}, "counter updates differs"),
         ({"weight": (1.0, 2.0, 3.0, 4.0)}, "master of a differs"),
         ({"weight": (1.0, 2.0, -0.0)}, "master of a differs"),
     ],
