@@ -43,7 +43,7 @@ def launch(config, ranks, *overrides, before=(), variables=None, program="sutrai
 
 def train(config, ranks, *overrides, variables=None):
     process = launch(config, ranks, *overrides, variables=variables)
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=580)[0]
     assert process.returncode == 0, output
     return output
 

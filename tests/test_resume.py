@@ -126,7 +126,7 @@ def test_sigterm_and_sigusr1_leave_checkpoints_from_which_the_bits_are_the_same(
             while not set((stopped / "checkpoints").glob("step-*")) - kept:
                 assert process.poll() is None, "it goes on after SIGUSR1"
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=200)
+        process.communicate(timeout=580)
     train(config, 2, f"--run_dir={stopped}")
     assert differences(straight, stopped) == []
 
