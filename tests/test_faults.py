@@ -17,7 +17,7 @@ from sutrain.compare import compare_checkpoints, compare_steps, read_steps
 from tests.conftest import ROOT, RUN, chinese_texts, environment
 from tests.test_pretrain import free_port, launch, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 KILLS = 6
 
 
