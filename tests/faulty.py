@@ -9,10 +9,12 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -78,7 +80,8 @@ def main() -> None:
         elif phase == "publish":  # before and behind the rename, as it comes
             checkpoint_writer._sync_directory = before(checkpoint_writer._sync_directory)
         elif phase == "prune":  # with the name gone and the files there
-            checkpoint_writer.shutil.rmtree = before(checkpoint_writer.shutil.rmtree)
+            # In that module alone: torch removes folders too, and swallows what goes wrong there.
+            checkpoint_writer.shutil = SimpleNamespace(rmtree=before(shutil.rmtree))
         else:
             beat = heartbeat.beat
 
