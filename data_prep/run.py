@@ -88,6 +88,7 @@ def run(
             raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
         finally:
             executor.close()
+        remove_leftovers(output)  # of workers that were killed while the run went on
         manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
         stages = {"scatter": scattered, "dedup": duplicates, "merge": merged, "gather": gathered}
         seconds = time.monotonic() - begun

@@ -10,6 +10,7 @@ import pytest
 
 from data_prep import owned, run, sample, scatter
 from data_prep.errors import AuditError, DataPrepError
+from data_prep.files import TEMPORARY_MARK
 from data_prep.shards import Manifest
 from tests.data_prep.made import command_line, content_files, make_texts, prepare, settings, write_jsonl
 
@@ -60,6 +61,20 @@ def test_files_of_others_in_the_output_stay(tree, tmp_path):
     prepare(tree | {"seed": 6}, fresh=True)
     assert all(path.read_text() == "mine" for path in mine)
     assert command_line(tree | {"seed": 6}, tmp_path, "verify").returncode == 0
+
+
+def test_what_a_killed_worker_left_is_gone_when_the_run_ends(tree, tmp_path, monkeypatch):
+    gather = run.run_gather
+
+    def and_a_worker_dies(*arguments):
+        results = gather(*arguments)
+        left = tmp_path / "out" / "train" / f"shard-000000.tar{TEMPORARY_MARK}0123456789ab"
+        left.write_bytes(b"half")
+        return results
+
+    monkeypatch.setattr(run, "run_gather", and_a_worker_dies)
+    prepare(tree)
+    assert not list((tmp_path / "out").rglob(f"*{TEMPORARY_MARK}*"))
 
 
 @pytest.mark.parametrize("name", ["train/corpus.txt", "tokenizer/my.model", "manifest.json", "run.json"])
