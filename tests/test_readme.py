@@ -1,10 +1,12 @@
 """The README: its commands are those that exist (tests/cluster/test_demo.py runs them), its links lead somewhere."""
 
+import json
 import re
 import subprocess
 
 import pytest
 
+from benchmarks.results import FOLDER, MISSED, SIGNS, verdict
 from tests.conftest import ROOT
 
 
@@ -42,3 +44,17 @@ def test_links_between_the_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_the_measured_figures_are_those_of_the_benchmarks():
+    files = [json.loads(path.read_text()) for path in FOLDER.glob("*.json")]
+    measured = {entry["name"]: entry for file in files for entry in file["results"]}
+    rows = re.findall(
+        r"^\|[^|]*\| `(\w+)` \| ([\d.]+) \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.M
+    )
+    assert len(rows) >= 9
+    for name, value, goal in rows:
+        entry, digits = measured[name], len(value.partition(".")[2])
+        missed = ", missed" if verdict(entry) == MISSED else ""
+        assert float(value) == round(entry["value"], digits), name
+        assert goal == f"{SIGNS[entry['better']]} {entry['goal']:g}{missed}", name
