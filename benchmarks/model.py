@@ -191,16 +191,17 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def compile_gain(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Every contender against itself with compiled layers, packed 512."""
-    config = SHAPES[bench.options.shape]
-    batch = make_batch("packed", rows_of(512, bench.options.tokens), 512, config.vocab_size, bench.device)
+    """Every contender against itself with compiled layers, packed rows of 512."""
+    options, config = bench.options, SHAPES[bench.options.shape]
+    length = min(512, config.max_row_tokens)
+    batch = make_batch("packed", rows_of(length, options.tokens), length, config.vocab_size, bench.device)
     for name, build in available().items():
         builds = {name: build, name + COMPILED: build}
-        _, seconds = bench.race(f"{bench.options.shape}, packed 512, compiled or not", builds, config, batch)
+        title = f"{options.shape}, packed {length}, compiled or not"
+        _, seconds = bench.race(title, builds, config, batch)
         eager, compiled = seconds.values()
-        yield paired(
-            f"compile_gain_{key(name)}", eager, compiled, "full step, packed 512: eager ÷ compiled layers"
-        )
+        note = f"full step, {options.shape}, packed {length}: eager ÷ compiled layers"
+        yield paired(f"compile_gain_{key(name)}", eager, compiled, note)
 
 
 def gpu_shares(bench: Bench, rate: float) -> Iterator[dict[str, Any]]:
