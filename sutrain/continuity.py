@@ -2,8 +2,7 @@
 
 A checkpoint carries the configuration and a summary of the data it was made with. `check` compares them with those of
 now: what is free is listed, so that it can be logged; what is fixed is refused with the difference shown, and some of
-it
-can be accepted by name (`accept_changes`).
+it can be accepted by name (`accept_changes`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from sutrain.optim import FragmentMap
 MAY_CHANGE = (
     "run_dir", "determinism", "steps", "precision", "gradient_precision", "data", "batch", "optimizer", "schedule",
     "zero", "evaluation", "checkpoint", "monitor", "model.hidden_dropout", "model.attention_dropout", "accept_changes",
-    "init_from", "start_timeout_seconds", "acting", "loss_scale", "memory",
+    "init_from", "start_timeout_seconds", "acting", "loss_scale", "memory", "compile_layers",
 )  # fmt: skip
 FIXED = ("model", "optimizer.name", "data.weight", "data.others.weight")
 """Never: the state would not fit, or no longer mean the same. `init_from` begins a new schedule from the weights."""
