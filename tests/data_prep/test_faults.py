@@ -156,13 +156,12 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
     assert size == "200k" or done, "with some room, some tasks were finished before the disk was full"
 
 
-def kill_at_random(command: list[str], draw: random.Random, longest: float) -> tuple[str, int]:
-    """Start a run and kill -9 the driver, a worker or all of it after a random time; (what, its exit code)."""
+def kill_at_random(command: list[str], draw: random.Random, longest: float, what: str) -> tuple[str, int]:
+    """Start a run and kill -9 the driver, a worker or all of it after a random time; (what it met, its exit code)."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     time.sleep(draw.uniform(0.3, longest))
-    what = draw.choice(["driver", "worker", "all"])
     try:
         workers = psutil.Process(process.pid).children(recursive=True)
         if what == "all":
@@ -170,6 +169,7 @@ def kill_at_random(command: list[str], draw: random.Random, longest: float) -> t
         elif what == "worker" and workers:
             draw.choice(workers).kill()
         else:
+            what = "driver"
             process.kill()
     except (psutil.NoSuchProcess, ProcessLookupError):
         pass
@@ -190,12 +190,13 @@ def test_twenty_kills_at_random_times_change_no_byte(corpus, prepared, tmp_path,
     whole = time.monotonic() - started
     subprocess.run(["rm", "-rf", str(output)], check=True)
     draw, kills, whole_runs, executed = random.Random(7), [], 0, 0
+    kinds = draw.sample(["driver", "worker", "worker", "all"] * 5, 20)  # a worker may not have begun yet
     while len(kills) < 20:
         with Watch(
             output
         ) as watch:  # of one output, from its first run until it is whole, however often killed
             while len(kills) < 20 and not (output / "manifest.json").exists():
-                kills.append(kill_at_random(command, draw, 1.1 * whole))
+                kills.append(kill_at_random(command, draw, 1.1 * whole, kinds[len(kills)]))
             if not (output / "manifest.json").exists():
                 subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         names = [name for name, _, _ in watch.seen]
@@ -204,4 +205,5 @@ def test_twenty_kills_at_random_times_change_no_byte(corpus, prepared, tmp_path,
         subprocess.run(["rm", "-rf", str(output)], check=True)
         whole_runs, executed = whole_runs + 1, executed + len(names)
     assert sum(code != 0 for _, code in kills) >= 10, "too few of the kills hit a run at work"
+    assert {what for what, _ in kills} == {"driver", "worker", "all"}, kills
     evidence(kills=kills, whole_runs=whole_runs, tasks_executed=executed, seconds_of_a_run=whole)
