@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,7 +43,7 @@ PEERS = str(ROOT / "benchmarks/data_prep_peers.py")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
 WORKER_BYTES = 250_000_000
 _MODEL_LINES = 30_000
-_BUSY = 1.5  # load average before a group, above which its times are not the machine's
+_BUSY = 0.1  # share of the processors that others take before a group, above which its times are not the machine's
 GOALS = {
     "shuffle_vs_terashuf": 2.0,
     "shuffle_zstd_vs_terashuf": 1.3,
@@ -92,14 +93,16 @@ class Bench:
         """Run a group; what it gives replaces what an earlier run of the group gave."""
         self.group = group
         self.results = [one for one in self.results if one.get("group") != group]
-        before, started = os.getloadavg(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        # Not the load average: a minute behind, it would be that of the group before.
+        before, started = psutil.cpu_percent(3) / 100, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         step()
-        self.groups[group] = provenance(self.options) | {"started": started, "load_average_before": before}
-        busy = ", the machine was busy" if before[0] > _BUSY else ""
+        self.groups[group] = provenance(self.options) | {"started": started, "busy_before": before}
+        busy = f", the machine was {before:.0%} busy before" if before > _BUSY else ""
         for one in self.results:
             if one.get("group") == group:
                 commit = self.groups[group]["commit"]
-                one["note"] = f"{one['rounds']} rounds of {commit[:8]}, load {before[0]:.1f} before{busy}"
+                spread = " .. ".join(f"{value:g}" for value in one.get("range", ()))
+                one["note"] = f"{one['rounds']} rounds{spread and f', {spread},'} of {commit[:8]}{busy}"
         write(self)
 
     def text(self, language: str, line_bytes: int, size_gb: float) -> Path:

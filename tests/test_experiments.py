@@ -111,3 +111,20 @@ def test_depth_without_warm_up(depth, evidence):
     }
     evidence(losses=found)
     assert found["post"] > 2.9 and found["deepnorm"] < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    "number, depth, low, high",
+    [
+        *((number, 48, 0.0, 1.0) for number in (0, 1, 2)),
+        (2, 120, 0.0, 0.6),  # softmax with GAU-alpha's initialisation of the third order
+        (1, 120, 2.5, math.inf),  # the same without it
+    ],
+)
+def test_depth_of_gated_units_without_warm_up(number, depth, low, high, evidence):
+    kind = trainability.GATED[number]
+    found = trainability.mean_tail(trainability.train(kind.config(depth), 200, kind.tokens))
+    evidence(kind=kind.label, loss=found)
+    assert low < found < high

@@ -30,7 +30,8 @@ cluster = Cluster(initialize_head=True, head_node_args={**common, "include_dashb
 nodes = [cluster.add_node(**common)]
 third = None
 if what == "hidden":
-    start = f"mount -t tmpfs none {hidden} && exec ray start --address={cluster.address} --num-cpus=1 --block"
+    ray_here = Path(sys.executable).with_name("ray")
+    start = f"mount -t tmpfs none {hidden} && exec {ray_here} start --address={cluster.address} --num-cpus=1 --block"
     third = subprocess.Popen(["unshare", "--mount", "bash", "-c", start + " --object-store-memory=80000000"],
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 else:
