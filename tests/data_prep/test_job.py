@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
+import pytest
 import yaml
 
 from tests.data_prep.made import ROOT, content_files, settings
@@ -51,5 +53,46 @@ def test_a_job_brings_code_and_token_and_gives_the_bytes_of_local_processes(corp
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
     subprocess.run(local, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True)
     assert content_files(tmp_path / "out") == content_files(tmp_path / "local")
+    records = json.loads((tmp_path / "out/manifest.json").read_bytes())["records"]
+    assert records["dropped"] == 300
+
+
+def wheel_of(folder, name, code):
+    """A package of one module, as pip installs it."""
+    information = f"{name}-1.0.dist-info"
+    files = {
+        f"{name}.py": code,
+        f"{information}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{information}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for place, content in files.items():
+            archive.writestr(place, content)
+        archive.writestr(f"{information}/RECORD", "".join(f"{place},,\n" for place in files))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_brings_packages_by_pip(corpus, prepared, tmp_path):
+    (tmp_path / "code").mkdir()
+    shutil.copytree(ROOT / "data_prep", tmp_path / "code/data_prep")
+    wheel = wheel_of(tmp_path, "rules_by_pip", _RULES)
+    tree = settings(
+        tmp_path / "out",
+        [corpus],
+        tokenizer={"load": str(prepared / "tokenizer/tokenizer.model")},
+        cleaning={"functions": ["rules_by_pip:shout"]},
+        resources={"task_bytes": 1, "workers": 2},
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    # `python`, not this one: the environment that Ray makes for the job has one of its own.
+    run = ["python", "-m", "data_prep", "run", "--config", str(tmp_path / "config.yaml"), "--executor=ray"]
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    with ray_here(tmp_path / "ray.log", RAY_AUTH_MODE="disabled", PATH=path) as ray:
+        brings = ["--runtime-env-json", json.dumps({"pip": [str(wheel)]})]
+        done = ray.submit(tmp_path / "code", run, *brings)
+        assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads((tmp_path / "out/manifest.json").read_bytes())["records"]
     assert records["dropped"] == 300
