@@ -233,7 +233,7 @@ DEEPEST_REMARK = (
     "DeepNorm's constants do not bound Adam's updates (first section), and gains, shifts and biases of 2,000 "
     "branches in a row add up their steps at one learning rate. With Su's row and small steps for those, a "
     "thousand layers learn within a hundred updates on real text: docs/models.md, "
-    "configs/pretrain/deepnet_1000_tiny.yaml."
+    "configs/pretrain/deepnet_1000_tiny.yaml. Neither has been tried on this task."
 )
 
 

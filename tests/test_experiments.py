@@ -118,7 +118,10 @@ def test_depth_without_warm_up(depth, evidence):
 @pytest.mark.parametrize(
     "number, depth, low, high",
     [
-        (1, 48, 0.0, 1.0),  # softmax; with 1/(ns) it is 2.81 here, against 0.73 before (LOG.md)
+        pytest.param(
+            *(0, 48, 0.0, 1.0), marks=pytest.mark.xfail(reason="2.81 here, 0.73 before: LOG.md", strict=True)
+        ),
+        (1, 48, 0.0, 1.0),  # softmax
         (2, 48, 0.0, 1.0),
         (2, 120, 0.0, 0.6),  # softmax with GAU-alpha's initialisation of the third order
         (1, 120, 2.5, math.inf),  # the same without it
