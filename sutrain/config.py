@@ -18,6 +18,7 @@ from sutrain.data import BatchPlan
 from sutrain.models.configuration import EncoderConfig, EncoderConfigError
 from sutrain.models.depth import resolve_auto
 from sutrain.optim import Schedule, ScheduleError, build_optimizer, build_schedule
+from sutrain.precision import resolve as resolve_precision
 
 
 class OtherData(Section):
@@ -250,8 +251,10 @@ class PretrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of initialisation, order, masks and dropout")
     determinism: bool = Field(False, description="on an accelerator: kernels of fixed order only, slower")
     steps: int = Field(ge=1, description="optimizer updates of the whole run")
-    precision: Literal["bf16", "fp16", "fp32"] = Field(
-        "bf16", description="of weights and activations; masters are fp32"
+    precision: Literal["bf16", "fp16", "fp32", "auto"] = Field(
+        "bf16",
+        description="of weights and activations; masters are fp32; auto: bf16 where the device has instructions for "
+        "it, else fp32",
     )
     gradient_precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="in which gradients accumulate and are reduced over ranks"
@@ -284,6 +287,7 @@ class PretrainConfig(Section):
     def _fits_together(self) -> PretrainConfig:
         problems = []
         # "auto" is written down as what it stands for, also in the run's config.yaml.
+        object.__setattr__(self, "precision", resolve_precision(self.precision))
         if self.model.initialisation == "auto":
             relative = self.optimizer.name in ("adafactor", "lamb") and self.optimizer.settings.get(
                 "parameter_scale", True

@@ -82,6 +82,7 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
     table.add_column(style="bold")
     table.add_column()
     table.add_row("parameters", f"{parameters:,}")
+    table.add_row("precision", f"{config.precision}, gradients {config.gradient_precision}")
     for stage in (0, 1, 2, 3):
         need = state_bytes(config, parameters, stage, ranks)
         chosen = "  <- this run" if stage == config.zero.stage else ""

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from sutrain import checkpoint as checkpoints
-from sutrain import continuity, heartbeat, preflight
+from sutrain import continuity, heartbeat, precision, preflight
 from sutrain.build_extension import ExtensionError, build_extension, prepare_environment, start_communication
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
 from sutrain.compiled import compile_layers
@@ -215,7 +215,7 @@ class Run:
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
             )
         self.say(f"{describe(config.model)}\n{self.recomputation}\n{self.probe.interval.words()}")
-        begun = "resumed at" if resumed else "starting"
+        begun = f"{precision.remark(config.precision)}\n{'resumed at' if resumed else 'starting'}".lstrip()
         self.say(f"{begun} step {self.steps_done} of {config.steps} in {config.run_dir}")
         self.training = True
         if not resumed:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -151,7 +152,11 @@ def run_demo(workspace: Path, *arguments: str, **variables: str) -> subprocess.P
 def short_demo(workspace) -> tuple[Path, str]:
     """(workspace, output) of a demo of 20 steps."""
     process = run_demo(workspace, *FEW_STEPS, "--monitor.port=0")
-    output = process.communicate(timeout=400)[0]
+    try:
+        output = process.communicate(timeout=400)[0]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it ends what it started
+        pytest.fail(f"the demo took over 400 s; its output:\n{process.communicate()[0]}")
     assert process.returncode == 0, output
     return workspace, output
 
