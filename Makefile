@@ -22,7 +22,7 @@ demo: setup  ## raw text to a pretrained model on this machine, in about ten min
 	@$(BIN)/python -m cluster.demo
 
 test: $(VENV)/.tests setup  ## the test suite, under 15 minutes on two cores
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.tests setup  ## the long tests (fault injection, scale); evidence in build/evidence/*.json
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -178,6 +178,14 @@ def evidence(request):
     return keep
 
 
+# Files that one worker is at for minutes: taken up first, so that no worker ends long after the other.
+LONGEST_FILES = ("test_pretrain.py", "test_demo.py", "test_zero.py", "test_zero_stages.py", "test_run.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
+
 # A test may only be skipped for a reason of the list: a skip nobody looks at is a test nobody has.
 ALLOWED_SKIPS = set((ROOT / "tests/allowed_skips.txt").read_text().splitlines())
 _unexpected_skips: list[str] = []
