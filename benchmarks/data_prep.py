@@ -8,7 +8,6 @@ the same machine. `cpu_` results are the same ratios in core seconds, which othe
 Peers: `--terashuf=PATH` is its binary, built from github.com/alexandres/terashuf; `--peers=PATH` the Python of an
 environment with datatrove[io,processing], ray[data] and sentencepiece; what is not given, or not asked for with
 `--only`, is not measured. Groups may be measured one at a time: each keeps its own commit, command, time and load.
-The sides that take minutes run fewer rounds (a quarter, and one); the table says how many.
 """
 
 from __future__ import annotations
@@ -230,7 +229,7 @@ def against_ray(bench: Bench, text: Path) -> None:
         "none": bench.shuffle("ray-none", text, "none"),
         "ray data": lambda: measured(command, env=environment),
     }
-    times = bench.compare(sides, 1 + bench.options.rounds // 4)
+    times = bench.compare(sides, bench.options.rounds)
     bench.ratio("shuffle_vs_ray_data", times["ray data"], times["none"])
 
 
@@ -276,7 +275,7 @@ def against_datatrove(bench: Bench) -> None:
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     ours = bench.pipeline("jsonl", source, model, cleaning={"max_record_bytes": 2**20})
     sides = {"pipeline": ours, "datatrove": lambda: measured(command, env=environment)}
-    times = bench.compare(sides, 1 + bench.options.rounds // 4)
+    times = bench.compare(sides, bench.options.rounds)
     bench.ratio("pipeline_vs_datatrove", times["datatrove"], times["pipeline"])
 
 
@@ -285,7 +284,7 @@ def growth(bench: Bench) -> None:
     small, large = bench.options.growth, bench.options.growth * 16
     texts = [bench.text("english", 700, size) for size in (small, large)]
     sides = {f"{n}": bench.shuffle(f"growth-{n}", text, "none") for n, text in enumerate(texts)}
-    times = bench.compare(sides, 1 + bench.options.rounds // 4)
+    times = bench.compare(sides, bench.options.rounds)
     sizes = [text.stat().st_size for text in texts]
     per_byte = [[(a / size, b / size) for a, b in times[f"{n}"]] for n, size in enumerate(sizes)]
     bench.ratio("growth", per_byte[1], per_byte[0])
