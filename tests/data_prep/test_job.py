@@ -18,20 +18,28 @@ from tests.data_prep.ray_here import ray_here
 _RULES = "def shout(text):\n    return None if text.endswith('7') else text.upper()\n"
 
 
-def test_a_job_brings_code_and_token_and_gives_the_bytes_of_local_processes(corpus, prepared, tmp_path):
-    for name in ("code", "mine"):
-        (tmp_path / name).mkdir()
+def job_with(function, corpus, prepared, tmp_path):
+    """The arguments of a run that cleans with `function`; tmp_path/code is what the job brings, /out its data set."""
     shutil.copytree(ROOT / "data_prep", tmp_path / "code/data_prep")
-    (tmp_path / "mine/rules.py").write_text(_RULES)
     tree = settings(
         tmp_path / "out",
         [corpus],
         tokenizer={"load": str(prepared / "tokenizer/tokenizer.model")},
-        cleaning={"functions": ["mine.rules:shout"]},  # which the workers only have because the job brings it
+        cleaning={"functions": [function]},  # which the workers only have because the job brings it
         resources={"task_bytes": 1, "workers": 2},
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    run = [sys.executable, "-m", "data_prep", "run", "--config", str(tmp_path / "config.yaml")]
+    return ["-m", "data_prep", "run", "--config", str(tmp_path / "config.yaml")]
+
+
+def dropped(tmp_path):
+    return json.loads((tmp_path / "out/manifest.json").read_bytes())["records"]["dropped"]
+
+
+def test_a_job_brings_code_and_token_and_gives_the_bytes_of_local_processes(corpus, prepared, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/rules.py").write_text(_RULES)
+    run = [sys.executable, *job_with("mine.rules:shout", corpus, prepared, tmp_path)]
     (tmp_path / "token").write_text("0123456789abcdef" * 4)
     (tmp_path / "other").write_text("f" * 64)
     brings = ["--runtime-env-json", json.dumps({"py_modules": [str(tmp_path / "mine")]})]
@@ -53,8 +61,7 @@ def test_a_job_brings_code_and_token_and_gives_the_bytes_of_local_processes(corp
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
     subprocess.run(local, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True)
     assert content_files(tmp_path / "out") == content_files(tmp_path / "local")
-    records = json.loads((tmp_path / "out/manifest.json").read_bytes())["records"]
-    assert records["dropped"] == 300
+    assert dropped(tmp_path) == 300
 
 
 def wheel_of(folder, name, code):
@@ -76,23 +83,12 @@ def wheel_of(folder, name, code):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_brings_packages_by_pip(corpus, prepared, tmp_path):
-    (tmp_path / "code").mkdir()
-    shutil.copytree(ROOT / "data_prep", tmp_path / "code/data_prep")
     wheel = wheel_of(tmp_path, "rules_by_pip", _RULES)
-    tree = settings(
-        tmp_path / "out",
-        [corpus],
-        tokenizer={"load": str(prepared / "tokenizer/tokenizer.model")},
-        cleaning={"functions": ["rules_by_pip:shout"]},
-        resources={"task_bytes": 1, "workers": 2},
-    )
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     # `python`, not this one: the environment that Ray makes for the job has one of its own.
-    run = ["python", "-m", "data_prep", "run", "--config", str(tmp_path / "config.yaml"), "--executor=ray"]
+    run = ["python", *job_with("rules_by_pip:shout", corpus, prepared, tmp_path), "--executor=ray"]
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     with ray_here(tmp_path / "ray.log", RAY_AUTH_MODE="disabled", PATH=path) as ray:
         brings = ["--runtime-env-json", json.dumps({"pip": [str(wheel)]})]
         done = ray.submit(tmp_path / "code", run, *brings)
         assert done.returncode == 0, done.stdout + done.stderr
-    records = json.loads((tmp_path / "out/manifest.json").read_bytes())["records"]
-    assert records["dropped"] == 300
+    assert dropped(tmp_path) == 300
