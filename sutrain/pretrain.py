@@ -215,7 +215,8 @@ class Run:
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
             )
         self.say(f"{describe(config.model)}\n{self.recomputation}\n{self.probe.interval.words()}")
-        begun = f"{precision.remark(config.precision)}\n{'resumed at' if resumed else 'starting'}".lstrip()
+        self.say(precision.remark(config.precision))
+        begun = "resumed at" if resumed else "starting"
         self.say(f"{begun} step {self.steps_done} of {config.steps} in {config.run_dir}")
         self.training = True
         if not resumed:

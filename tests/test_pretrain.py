@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 import yaml
 
-from sutrain import heartbeat, pretrain
+from sutrain import heartbeat, precision, pretrain
 from sutrain.compare import compare_steps, read_steps
 from tests.conftest import ROOT, RUN, environment
 
@@ -84,6 +84,7 @@ def test_the_loss_falls_and_the_run_folder_is_complete(straight):
     steps = records(run_dir)
     assert sorted(steps) == list(range(1, 13))
     assert steps[12]["loss"] < steps[1]["loss"] - 0.5, output
+    assert ("no instructions for bf16" in output) == bool(precision.remark("bf16")), output
     evaluations = records(run_dir, "evaluation")
     assert sorted(evaluations) == [0, 6, 12]
     assert evaluations[12]["validation_loss"] < evaluations[0]["validation_loss"]
