@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,6 +67,27 @@ def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+@contextlib.contextmanager
+def lean_start() -> Iterator[None]:
+    """For deepspeed.initialize: it prints nothing and leaves its Muon alone.
+
+    What it prints has no switch. To see whether an optimizer is its Muon it imports that, which imports all of
+    torch's compiler: a second and 100 MB in every rank. Its own answer to a failed import is that it is not.
+    """
+    absent = _MUON not in sys.modules
+    if absent:
+        sys.modules[_MUON] = None  # type: ignore[assignment]  # an import of it raises ImportError
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        if absent:
+            del sys.modules[_MUON]
+
+
+_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 def step_engine(engine: Any) -> None:

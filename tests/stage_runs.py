@@ -60,7 +60,8 @@ def train(folder: Path, name: str, origin: str | None, port: str) -> None:
         shutil.rmtree(folder / name / "checkpoints/step-00000012")
         (folder / name / "checkpoints/best.json").unlink()
     Run(load_config(PretrainConfig, folder / f"{name}.yaml", [])).train()
-    print(f"{name}: {counters['stats']['unique_graphs']} programs", flush=True)
+    compiler = "with" if "torch._inductor.compile_fx" in sys.modules else "without"
+    print(f"{name}: {counters['stats']['unique_graphs']} programs, {compiler} compiler", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,5 +1,7 @@
 """What the configuration becomes for DeepSpeed, at every stage and precision."""
 
+import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ from deepspeed.runtime.fp16 import loss_scaler
 
 from data_prep.config_file import ConfigError, load_config
 from sutrain.config import PretrainConfig, batch_plan
-from sutrain.engine import deepspeed_config, step_engine
+from sutrain.engine import deepspeed_config, lean_start, step_engine
 
 
 def engine_settings(path, *overrides):
@@ -83,3 +85,19 @@ def test_other_errors_of_the_engine_are_not_touched():
 
     with pytest.raises(RuntimeError, match="something else"):
         step_engine(SimpleNamespace(step=step))
+
+
+def test_a_lean_start_leaves_the_module_as_it_was(monkeypatch, capsys):
+    muon = "deepspeed.runtime.zero.muon.muon_optimizer"
+    monkeypatch.delitem(sys.modules, muon, raising=False)
+    with lean_start():
+        print("what the engine says")
+        with pytest.raises(ImportError):
+            importlib.import_module(muon)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ZeroDivisionError), lean_start():
+        _ = 1 / 0
+    assert muon not in sys.modules
+    there = importlib.import_module(muon)
+    with lean_start():
+        assert importlib.import_module(muon) is there

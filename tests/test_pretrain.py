@@ -23,26 +23,22 @@ TOLERANCE_OTHER_WORLD = 1e-5
 """Relative difference of fp32 losses over a few steps when sums are only re-ordered."""
 
 
-def launch(config, ranks, *overrides, before=(), variables=None, program="sutrain/pretrain.py", **popen):
-    arguments = [program, "--config", str(config), *overrides]
-    if ranks == 0:  # no launcher at all
-        command = [sys.executable, *arguments]
-    else:
-        command = [
-            f"{sys.prefix}/bin/deepspeed",
-            "--num_gpus",
-            str(ranks),
-            "--master_port",
-            str(free_port()),
-            *arguments,
-        ]
+def launch(
+    config, ranks, *overrides, before=(), launcher=False, variables=None, program="sutrain/pretrain.py", **popen
+):
+    """A run of that many ranks (0: no launcher at all), by start_ranks.py or by the slower launcher of a user."""
+    start = [sys.executable]
+    if launcher:
+        start = [f"{sys.prefix}/bin/deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    elif ranks:
+        start += ["tests/start_ranks.py", str(ranks), str(free_port())]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [*before, *command]
+    command = [*before, *start, program, "--config", str(config), *overrides]
     return subprocess.Popen(command, cwd=ROOT, env=environment(**variables or {}), **streams, **popen)
 
 
-def train(config, ranks, *overrides, variables=None):
-    process = launch(config, ranks, *overrides, variables=variables)
+def train(config, ranks, *overrides, launcher=False, variables=None):
+    process = launch(config, ranks, *overrides, launcher=launcher, variables=variables)
     output = process.communicate(timeout=580)[0]
     assert process.returncode == 0, output
     return output
@@ -75,7 +71,7 @@ def straight(dataset, tmp_path_factory):
     """One uninterrupted run of 12 steps on two ranks, with dropout; (config path, run folder, output)."""
     folder = tmp_path_factory.mktemp("straight")
     config = write_run(folder, dataset)
-    output = train(config, 2)
+    output = train(config, 2, launcher=True)
     return config, folder / "run", output
 
 
@@ -185,7 +181,7 @@ def test_metrics_are_served_while_training_and_signals_to_the_supervisor_leave_c
         checkpoint=rarely, evaluation=rarely,
     )  # fmt: skip
     supervisor = [sys.executable, "-m", "sutrain.supervise", "--"]
-    process = launch(config, 2, before=supervisor, start_new_session=True)
+    process = launch(config, 2, before=supervisor, launcher=True, start_new_session=True)
     checkpoint_folder = config.with_suffix("") / "checkpoints"
     try:
         wait_for(
@@ -291,7 +287,7 @@ def test_what_only_one_rank_meets_is_said_and_ends_the_run(dataset, tmp_path):
     content = bytearray(shard.read_bytes())
     content[block["tokens"][0] + block["tokens"][1] // 2] ^= 1
     shard.write_bytes(content)
-    process = launch(write_run(tmp_path, damaged), 2)
+    process = launch(write_run(tmp_path, damaged), 2, launcher=True)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert "error (rank 1):" in output and "block 2 is damaged" in output, output

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from sutrain.monitor.mfu import PEAK_TFLOPS, device_peak, measured_peak, mfu_ratio, vendor_peak
+from sutrain.monitor import mfu
+from sutrain.monitor.mfu import PEAK_TFLOPS, Peak, device_peak, measured_peak, mfu_ratio, vendor_peak
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,22 @@ def test_measured_rate_is_that_of_a_matrix_product(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     peak = measured_peak("cpu", torch.float32, size=256, seconds=0.05)
     assert peak.flops_per_second == pytest.approx(2 * 256**3 / 0.002)
+
+
+def test_a_slow_precision_is_measured_by_small_products_alone(monkeypatch):
+    """At 6 GFLOP/s a product of 1024 takes 0.36 s, which every start would pay for."""
+    measured = []
+
+    def rate(device, dtype, size, seconds):
+        measured.append((size, seconds))
+        return Peak(rates[size], str(size))
+
+    monkeypatch.setattr(mfu, "measured_peak", rate)
+    rates = {512: 6e9, 1024: 7e9}
+    assert device_peak("cpu", torch.bfloat16).source == "512"
+    assert measured == [(512, 0.15)]
+    rates = {512: 60e9, 1024: 70e9}
+    assert device_peak("cpu", torch.bfloat16).source == "1024"
 
 
 def test_mfu_by_hand():

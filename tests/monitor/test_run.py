@@ -171,7 +171,7 @@ def test_the_rank_that_is_slow_is_named_at_once(dataset, tmp_path):
 def test_the_rank_that_hangs_is_named(dataset, tmp_path):
     """Rank 1 is stopped from outside; rank 0 waits for it in a collective, and /metrics says so."""
     port = free_port()
-    process = launch(endless(tmp_path, dataset, port), 2, start_new_session=True)
+    process = launch(endless(tmp_path, dataset, port), 2, launcher=True, start_new_session=True)
     try:
         wait_for(
             process,
