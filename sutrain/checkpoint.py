@@ -16,7 +16,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,8 @@ import torch.distributed as dist
 import xxhash
 from safetensors import safe_open
 
+from sutrain import heartbeat
+
 FORMAT = "sutrain-checkpoint-1"
 MASTER = "master"
 """Key of the fp32 master weights; other keys are the optimizer's."""
@@ -38,6 +42,10 @@ Slice = tuple[str, str, int, torch.Tensor]
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or damaged; the message names the file and what was expected."""
+
+
+class AllDamagedError(CheckpointError):
+    """There are checkpoints and none is intact; raised on every rank alike."""
 
 
 def step_name(step: int) -> str:
@@ -93,7 +101,7 @@ def agree_on_latest(
     """(newest intact checkpoint, best held-out loss up to it on this basis, damaged ones) as rank 0 finds them.
 
     Rank 0 looks and tells, so that ranks cannot disagree about what the disk holds; the list is empty elsewhere. Raises
-    CheckpointError on all ranks when there are checkpoints but all are damaged, FileNotFoundError on a rank
+    AllDamagedError on all ranks when there are checkpoints but all are damaged, FileNotFoundError on a rank
     whose host does not see the one chosen.
     """
     decision = torch.tensor([_NOTHING, float("inf")], dtype=torch.float64, device=device)
@@ -108,7 +116,7 @@ def agree_on_latest(
     step, best_loss = int(decision[0]), float(decision[1])
     if step == _ALL_DAMAGED:
         found_there = f" ({'; '.join(damaged)})" if damaged else ""
-        raise CheckpointError(
+        raise AllDamagedError(
             f"{directory}: no intact checkpoint left{found_there}; move the damaged ones away to start over"
         )
     if step == _NOTHING:
@@ -158,7 +166,7 @@ class Checkpoint:
         return self.manifest["shapes"]
 
     def verify(self) -> None:
-        """Raises CheckpointError naming the first file that is missing, cut short or altered."""
+        """Raises CheckpointError naming the first file that is missing, cut short, altered or cannot be read."""
         for name, expected in self.manifest["files"].items():
             file = self.folder / name
             size = file.stat().st_size if file.is_file() else None
@@ -188,10 +196,8 @@ class Checkpoint:
         for start, size, file_name, tensor_name in self._pieces.get((key, name), []):
             low, high = max(start, offset), min(start + size, offset + length)
             if low < high:
-                with safe_open(self.folder / file_name, framework="pt") as file:
-                    values[low - offset : high - offset] = file.get_slice(tensor_name)[
-                        low - start : high - start
-                    ]
+                piece = self._file(file_name).get_slice(tensor_name)
+                values[low - offset : high - offset] = piece[low - start : high - start]
                 filled += high - low
         if filled != length:
             raise CheckpointError(
@@ -214,12 +220,22 @@ class Checkpoint:
         for file_name in self.manifest["files"]:
             if not file_name.startswith("rank-"):
                 continue
-            with safe_open(self.folder / file_name, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118
-                    key, name, offset = stored.split("|")
-                    size = file.get_slice(stored).get_shape()[0]
-                    pieces.setdefault((key, name), []).append((int(offset), size, file_name, stored))
+            file = self._file(file_name)
+            for stored in file.keys():  # noqa: SIM118
+                key, name, offset = stored.split("|")
+                size = file.get_slice(stored).get_shape()[0]
+                pieces.setdefault((key, name), []).append((int(offset), size, file_name, stored))
         return pieces
+
+    def _file(self, name: str) -> Any:
+        """An open file, kept: opening one parses its whole header, 60 ms where a thousand layers are in it."""
+        if name not in self._open_files:
+            self._open_files[name] = safe_open(self.folder / name, framework="pt")
+        return self._open_files[name]
+
+    @cached_property
+    def _open_files(self) -> dict[str, Any]:
+        return {}
 
 
 def load_full_weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -230,19 +246,36 @@ def load_full_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def by_age(directory: Path) -> list[Path]:
-    """Complete checkpoint folders, newest first."""
-    return sorted(directory.glob("step-*"), reverse=True) if directory.is_dir() else []
+    """Complete checkpoint folders, newest first; what a user keeps beside them under another name is left alone."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if _STEP.fullmatch(path.name)), reverse=True)
+
+
+_STEP = re.compile(r"step-\d+")
 
 
 def json_checksum(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
+_READ_ATTEMPTS = 3
+
+
 def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    for chunk in _chunks(file):
-        digest.update(chunk)
-    return digest.hexdigest()
+    """Raises CheckpointError when the file cannot be read, also not a moment later."""
+    for attempt in range(1, _READ_ATTEMPTS + 1):
+        digest = xxhash.xxh3_128()
+        try:
+            for chunk in _chunks(file):
+                digest.update(chunk)
+                heartbeat.beat("checking a checkpoint", 0)
+            return digest.hexdigest()
+        except OSError as error:
+            if attempt == _READ_ATTEMPTS:
+                raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
+            time.sleep(0.5 * attempt)
+    raise AssertionError("unreachable")
 
 
 def _chunks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:

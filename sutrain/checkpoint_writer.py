@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ import xxhash
 
 from sutrain import checkpoint as checkpoints
 from sutrain.checkpoint import Slice, step_name
+
+WAIT_SECONDS = 1800.0
+"""For the next rank's file of a checkpoint: longer than any disk that works takes for it."""
 
 _CHUNK_BYTES = 1 << 23
 _TYPES = {
@@ -47,6 +50,7 @@ class CheckpointWriter:
     Attributes:
         copy_seconds: how long the last `save` held up training; write_seconds: how long its thread then took.
         buffer_bytes: host memory kept for the copy, as much as this rank's part of a checkpoint.
+        on_complete: told the step, from the thread that writes, when a checkpoint is on disk (rank 0 alone).
     """
 
     def __init__(self, directory: Path, keep: Keep, rank: int = 0, world_size: int = 1):
@@ -54,6 +58,7 @@ class CheckpointWriter:
         self.rank, self.world_size = rank, world_size
         self.copy_seconds = self.write_seconds = 0.0
         self.last_step: int | None = None
+        self.on_complete: Callable[[int], None] = lambda step: None
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -140,6 +145,7 @@ class CheckpointWriter:
                 publish(self.directory, step, manifest, names)
                 if best is not None:  # marked before pruning, which keeps it
                     checkpoints.mark_best(self.directory, step, *best)
+                self.on_complete(step)
                 prune(self.directory, self.keep.last, self.keep.hours)
         except BaseException as error:  # raised again by the training loop
             self._failure = error
@@ -149,12 +155,20 @@ class CheckpointWriter:
             self.write_seconds = time.perf_counter() - started
 
     def _wait_for_ranks(self, temporary: Path, names: list[str]) -> None:
-        """Until the files of all ranks are there. A rank that dies takes the run, and this thread, with it."""
-        while not all((temporary / f"{name}.json").is_file() for name in names):
-            failed = sorted(temporary.glob("*.failed"))
-            if failed:
+        """Until the files of all ranks are there. A rank that dies takes the run, and this thread, with it.
+
+        Raises OSError when a rank could not write its file, or when no further one appeared for WAIT_SECONDS.
+        """
+        missing, since = names, time.monotonic()
+        while left := [name for name in missing if not (temporary / f"{name}.json").is_file()]:
+            if failed := sorted(temporary.glob("*.failed")):
                 number, _, text = failed[0].read_text().partition(" ")
                 raise OSError(int(number), f"{failed[0].stem}: {text}", str(temporary))
+            if len(left) < len(missing):
+                missing, since = left, time.monotonic()
+            elif time.monotonic() - since > WAIT_SECONDS:
+                whose = f"nothing from {', '.join(left[:8])} for {WAIT_SECONDS:.0f} s: does its host see this folder?"
+                raise OSError(errno.ETIMEDOUT, whose, str(temporary))
             time.sleep(0.02)
 
 

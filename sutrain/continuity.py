@@ -7,17 +7,20 @@ it can be accepted by name (`accept_changes`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 
 from data_prep.config_file import ConfigError, Section
 from data_prep.shards import Manifest
 from sutrain import checkpoint as checkpoints
+from sutrain import heartbeat
 from sutrain.config import Masking
 from sutrain.models.configuration import EncoderConfig
 from sutrain.optim import FragmentMap
@@ -122,50 +125,100 @@ def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def begin_from(source: Path, fragments: FragmentMap) -> None:
-    """Give a new run the weights of an older one. Collective; raises ConfigError as initial_weights does."""
-    for name, values in initial_weights(source, fragments.shapes).items():
-        fragments.load_master(name, 0, values)
+@dataclass(frozen=True)
+class Weights:
+    """fp32 weights of some model on disk: their shapes, and any range of one of them."""
+
+    shapes: Mapping[str, Sequence[int]]
+    read: Callable[[str, int, int], torch.Tensor]
+    """(name, offset, length) -> flat values."""
+    step: int = 0
+    """Of the checkpoint; 0 for an exported model."""
+
+
+def begin_from(source: Path, fragments: FragmentMap, device: torch.device) -> None:
+    """Give a new run the weights of an older one. Collective: rank 0 chooses and checks what is read, and every rank
+    reads the part that it owns. Raises ConfigError as open_weights and check_shapes do."""
+    chosen, weights = torch.tensor(_REFUSED, device=device), None
+    try:
+        if dist.get_rank() == 0:
+            weights = open_weights(source)
+            check_shapes(source, weights.shapes, fragments.shapes)
+            chosen.fill_(weights.step)
+    finally:
+        dist.broadcast(chosen, 0)
+    if weights is None:
+        if int(chosen) == _REFUSED:
+            raise ConfigError(f"init_from {source}: refused on rank 0, which says why")
+        weights = open_weights(source, step=int(chosen))
+    for piece in fragments.fragments:
+        heartbeat.beat("reading weights", 0)
+        piece.values().copy_(weights.read(piece.name, piece.offset, piece.length))
     fragments.refresh_model_weights()
 
 
-def initial_weights(source: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """fp32 weights by name to begin a new run with.
+_REFUSED = -1
 
-    source: a checkpoint folder, a run folder (its best checkpoint, else the newest intact one), or an exported folder.
-    Raises ConfigError when it is none of these or its tensors are not those of the model (every difference named).
-    """
-    weights = _weights_in(source)
-    problems = [f"{name}: missing there" for name in shapes.keys() - weights.keys()]
-    problems += [f"{name}: not part of this model" for name in weights.keys() - shapes.keys()]
+
+def check_shapes(
+    source: Path, found: Mapping[str, Sequence[int]], expected: Mapping[str, torch.Size]
+) -> None:
+    """Raises ConfigError, with every difference named, unless both have the same tensors."""
+    problems = [f"{name}: missing there" for name in expected.keys() - found.keys()]
+    problems += [f"{name}: not part of this model" for name in found.keys() - expected.keys()]
     problems += [
-        f"{name}: {list(weights[name].shape)} there, {list(shape)} in this model"
-        for name, shape in shapes.items()
-        if name in weights and weights[name].shape != shape
+        f"{name}: {list(found[name])} there, {list(shape)} in this model"
+        for name, shape in expected.items()
+        if name in found and list(found[name]) != list(shape)
     ]
     if problems:
         raise ConfigError("\n".join(f"init_from {source}: {problem}" for problem in sorted(problems)))
-    return weights
 
 
-def _weights_in(source: Path) -> dict[str, torch.Tensor]:
-    exported, directory = source / "model.safetensors", source / "checkpoints"
+def open_weights(source: Path, step: int | None = None) -> Weights:
+    """Weights to begin a new run with.
+
+    source: a checkpoint folder, a run folder (its best checkpoint, else the newest intact one), or an exported folder.
+    step: the checkpoint of a run folder that was chosen and checked before; nothing is checked again then.
+    Raises ConfigError when it is none of these, or damaged.
+    """
+    directory = source / "checkpoints"
     try:
-        if exported.is_file():
-            tensors = load_file(exported)
-            return {name.removeprefix("model."): values.float() for name, values in tensors.items()}
+        if (source / "model.safetensors").is_file():
+            return _exported(source / "model.safetensors")
         if directory.is_dir():
-            marked = checkpoints.best(directory)
-            if marked is not None:
-                return checkpoints.load_full_weights(directory / checkpoints.step_name(marked["step"]))
-            newest, damaged = checkpoints.find_latest(directory)
-            if newest is None:
-                raise ConfigError(
-                    f"init_from {source}: no intact checkpoint there {'; '.join(damaged)}".rstrip()
-                )
-            return newest.full_weights()
-        if (source / "manifest.json").is_file():
-            return checkpoints.load_full_weights(source)
+            folder = _chosen(source, directory) if step is None else directory / checkpoints.step_name(step)
+        elif (source / "manifest.json").is_file():
+            folder = source
+        else:
+            raise ConfigError(
+                f"init_from {source}: neither a checkpoint, nor a run folder, nor an exported model"
+            )
+        checkpoint = checkpoints.Checkpoint(folder)
+        if step is None:
+            checkpoint.verify()
+        read = functools.partial(checkpoint.read, checkpoints.MASTER)
+        return Weights(checkpoint.shapes, read, checkpoint.step)
     except (checkpoints.CheckpointError, SafetensorError) as error:
         raise ConfigError(f"init_from {source}: {error}") from None
-    raise ConfigError(f"init_from {source}: neither a checkpoint, nor a run folder, nor an exported model")
+
+
+def _chosen(source: Path, directory: Path) -> Path:
+    marked = checkpoints.best(directory)
+    if marked is not None:
+        return directory / checkpoints.step_name(marked["step"])
+    newest, damaged = checkpoints.find_latest(directory)
+    if newest is None:
+        raise ConfigError(f"init_from {source}: no intact checkpoint there {'; '.join(damaged)}".rstrip())
+    return newest.folder
+
+
+def _exported(file: Path) -> Weights:
+    opened = safe_open(file, framework="pt")
+    stored = {name.removeprefix("model."): name for name in opened.keys()}  # noqa: SIM118
+    shapes = {name: opened.get_slice(there).get_shape() for name, there in stored.items()}
+
+    def read(name: str, offset: int, length: int) -> torch.Tensor:
+        return opened.get_tensor(stored[name]).flatten()[offset : offset + length].float()
+
+    return Weights(shapes, read)

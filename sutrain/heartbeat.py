@@ -2,7 +2,8 @@
 
     heartbeats/rank-00003.json   {"rank", "host", "pid", "phase", "step", "beats", "time"}: what this rank does, since
     when
-    heartbeats/request           "NUMBER TERM|USR1|KILL": the supervisor asks all ranks, on whatever host they are
+    heartbeats/request           "NUMBER TERM|USR1|KILL MARK": the supervisor asks the ranks that it started (without a
+    mark: all), on whatever host they are
 
 A launcher hands no signals down, least of all to other hosts; the run folder is what all ranks share. A thread of each
 rank writes and reads once a second, so the training loop only sets two fields. The thread also runs while the main
@@ -19,6 +20,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ FOLDER = "heartbeats"
 INTERVAL_SECONDS = 1.0
 REQUESTS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1}
 EXIT_KILLED = 137
+MARK = "SUTRAIN_SUPERVISED"
+"""Name of the environment variable with which a supervisor marks what it started."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Beat:
 class Heart:
     """The heart of one rank; `beat` costs two assignments, the files are written by a thread."""
 
-    def __init__(self, folder: Path, rank: int):
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, rank: int, marks: Collection[str] = ()):
+        self.folder, self.rank, self.marks = folder, rank, marks
         self._said = ("starting", 0, 0, time.time())
         self._written = -1
         self._seen = _request_number(folder)  # one made before this rank began is not meant for it
@@ -84,10 +88,12 @@ class Heart:
         self._written = beats
 
     def _obey(self) -> None:
-        number, what = _request(self.folder)
+        number, what, mark = _request(self.folder)
         if number == self._seen:
             return
         self._seen = number
+        if mark and mark not in self.marks:  # meant for the ranks of another supervisor
+            return
         if what == "KILL":
             os._exit(EXIT_KILLED)
         if what in REQUESTS:
@@ -97,11 +103,11 @@ class Heart:
 _heart: Heart | None = None
 
 
-def start(run_dir: Path, rank: int) -> None:
-    """Begin this process's heartbeat in `run_dir`."""
+def start(run_dir: Path, rank: int, marks: Collection[str] = ()) -> None:
+    """Begin this process's heartbeat in `run_dir`; `marks` are those of the supervisors that it obeys."""
     global _heart
     stop()
-    _heart = Heart(run_dir / FOLDER, rank)
+    _heart = Heart(run_dir / FOLDER, rank, marks)
     _heart.start()
 
 
@@ -125,21 +131,22 @@ def read_beats(run_dir: Path) -> list[Beat]:
     return beats
 
 
-def request(run_dir: Path, what: str) -> None:
-    """Ask all ranks that live now: TERM (checkpoint and stop), USR1 (checkpoint and go on), KILL (end at once)."""
+def request(run_dir: Path, what: str, mark: str = "") -> None:
+    """Ask the ranks with this mark, or all: TERM (checkpoint and stop), USR1 (checkpoint and go on), KILL (end at
+    once)."""
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "request.part"
-    temporary.write_text(f"{time.time_ns()} {what}\n")
+    temporary.write_text(f"{time.time_ns()} {what} {mark}\n")
     temporary.rename(folder / "request")
 
 
-def _request(folder: Path) -> tuple[int, str]:
+def _request(folder: Path) -> tuple[int, str, str]:
     try:
-        number, what = (folder / "request").read_text().split()
-        return int(number), what
+        number, what, *mark = (folder / "request").read_text().split()
+        return int(number), what, mark[0] if mark else ""
     except (OSError, ValueError):
-        return 0, ""
+        return 0, "", ""
 
 
 def _request_number(folder: Path) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
+import torch.distributed as dist
 
 from data_prep.config_file import ConfigError, field_help, load_config, split_arguments
 from data_prep.shards import Manifest
@@ -169,11 +170,13 @@ def explain(error: BaseException) -> str | None:
 def stop(
     message: str, on_every_rank: bool = False, status: int = EXIT_USER_ERROR, at_once: bool = False
 ) -> NoReturn:
-    """Print one error and exit; what every rank finds alike only rank 0 says. `at_once`: without waiting for a
-    collective that does not end, which an ordinary exit does."""
+    """Print one error and exit. What every rank finds alike rank 0 says, and before the ranks have met the first rank
+    of every host, whose files may differ. `at_once`: without waiting for a collective that does not end, which an
+    ordinary exit does."""
     rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or on_every_rank:
-        where = f" (rank {rank})" if on_every_rank and rank else ""
+    first_of_host = os.environ.get("LOCAL_RANK", "0") == "0" and not dist.is_initialized()
+    if rank == 0 or on_every_rank or first_of_host:
+        where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
         print(f"error{where}: {message}", file=sys.stderr, flush=True)
     if at_once:
         os._exit(status)

@@ -14,6 +14,7 @@ import torch
 
 from data_prep.config_file import to_yaml
 from data_prep.shards import Manifest
+from sutrain.checkpoint import by_age
 from sutrain.config import PretrainConfig
 from sutrain.launch import environment
 from sutrain.models.configuration import flops_per_token
@@ -154,11 +155,9 @@ class RunOutputs:
         """Write what is needed to look into a run that is being stopped; returns where."""
         self.worker.wait()
         layers = self.last_table.as_columns() if self.last_table is not None else {}
-        folders = sorted((self.run_dir / "checkpoints").glob("step-*[0-9]"))
-        checkpoints = [path for path in folders if int(path.name.removeprefix("step-")) <= last_good_step]
-        return str(
-            write_dump(self.run_dir, record["step"], record, layers, checkpoints[-1] if checkpoints else None)
-        )
+        folders = by_age(self.run_dir / "checkpoints")
+        good = [path for path in folders if int(path.name.removeprefix("step-")) <= last_good_step]
+        return str(write_dump(self.run_dir, record["step"], record, layers, good[0] if good else None))
 
     def close(self) -> None:
         """Write what is still waiting; leave terminal, log and port in order."""

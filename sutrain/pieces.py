@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards import PIECE_COLUMNS, Block, Manifest, ShardError, ShardReader
+from data_prep.shards import PIECE_COLUMNS, Block, Manifest, ShardError, ShardReader, SplitReader
+from sutrain.remote import Remote, RemoteSplitReader
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,17 @@ class Piece:
 class PieceReader:
     """Random access to the pieces of the rows of one split, by row number in disk order. Raises ShardError."""
 
-    def __init__(self, directory: str | Path, split: str, cached_blocks: int = 16) -> None:
+    def __init__(
+        self, directory: str | Path, split: str, cached_blocks: int = 16, remote: Remote | None = None
+    ) -> None:
+        """remote: where the shards come from when they are not in `directory`."""
         self.manifest = Manifest.load(directory)
         if split not in self.manifest.splits:
             raise ShardError(f"{directory}: no split {split!r}; there are {', '.join(self.manifest.splits)}")
-        self._split = split
+        rows = (
+            SplitReader(directory, split) if remote is None else RemoteSplitReader(remote, directory, split)
+        )
+        self._open = rows.open_shard
         self._entries = self.manifest.splits[split].shards
         self._stops = np.cumsum([entry.rows for entry in self._entries], dtype=np.int64)
         self._shards: dict[int, ShardReader] = {}
@@ -46,7 +53,7 @@ class PieceReader:
         shard = int(np.searchsorted(self._stops, number, side="right"))
         inside = number - int(self._stops[shard]) + self._entries[shard].rows
         if shard not in self._shards:
-            self._shards[shard] = ShardReader(self.manifest, self._split, self._entries[shard])
+            self._shards[shard] = self._open(self._entries[shard])
         reader = self._shards[shard]
         block_number = int(np.searchsorted(reader.first_rows, inside, side="right")) - 1
         block = self._block(shard, block_number)

@@ -7,6 +7,7 @@ differs by rank, host and value. Only then the process group is made, and a smal
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,8 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +27,9 @@ import torch
 import torch.distributed as dist
 
 from data_prep.config_file import ConfigError
-from data_prep.shards import Manifest, index_name
+from data_prep.shards import Manifest, ShardError, index_name
 from sutrain import heartbeat
+from sutrain.checkpoint import by_age
 from sutrain.config import PretrainConfig
 from sutrain.data import remote_of
 from sutrain.launch import hold_run_folder
@@ -46,71 +49,135 @@ class PreflightTimeoutError(TimeoutError):
 
 
 def join(
-    config: PretrainConfig, manifest: Manifest, device: torch.device, rank: int, world_size: int
+    config: PretrainConfig, manifests: Sequence[Manifest], device: torch.device, rank: int, world_size: int
 ) -> TextIO | None:
     """All checks; afterwards there is a process group, and this rank's heart beats. Returns rank 0's hold on run_dir.
 
-    Raises PreflightError or PreflightTimeoutError.
+    manifests: of data.dir and of each of data.others. Raises PreflightError or PreflightTimeoutError.
     """
     tensors = 1 + whole_state_tensors(config.optimizer.name, config.optimizer.settings)  # and the masters
-    needed = 2 * 4 * parameter_count(config.model) * tensors
-    findings = local_findings(config.run_dir, needed, manifest, rank, world_size, remote_of(config.data))
+    findings = folder_findings(config.run_dir, 4 * parameter_count(config.model) * tensors, rank)
+    for number, manifest in enumerate(manifests):
+        remote = remote_of(config.data) if number == 0 else None
+        findings += shard_findings(manifest, rank, world_size, remote)
     lock = None
     if rank == 0:
         try:
             lock = hold_run_folder(config.run_dir)
         except (ConfigError, OSError) as error:
             findings.append(str(error))
-    facts = facts_of_this_rank({"configuration": config.model_dump_json(), "data": manifest.content_hash})
-    store = meet(config.start_timeout_seconds)
-    compare_notes(store, rank, world_size, findings, facts, config.start_timeout_seconds)
-    heartbeat.start(config.run_dir, rank)
-    dist.init_process_group(
-        "gloo" if device.type == "cpu" else "nccl", store=store, rank=rank, world_size=world_size
-    )
-    check_collectives(store, rank, world_size, device, config.start_timeout_seconds)
+    hashes = [manifest.content_hash for manifest in manifests]
+    facts = facts_of_this_rank({"configuration": config.model_dump_json(), "data": ", ".join(hashes)})
+    limit = config.start_timeout_seconds
+    store = meet(limit)
+    findings += sharing_findings(store, config.run_dir, rank, limit)
+    compare_notes(store, rank, world_size, findings, facts, limit)
+    heartbeat.start(config.run_dir, rank, supervisors(store, rank))
+    make_group(store, rank, world_size, device, limit)
+    check_collectives(store, rank, world_size, device, limit)
     return lock
 
 
-def local_findings(
-    run_dir: Path,
-    needed_bytes: int,
-    manifest: Manifest,
-    rank: int,
-    world_size: int,
-    remote: Remote | None = None,
-) -> list[str]:
-    """What is wrong on this host: room for two checkpoints, a run folder to write to, shards as the manifest says.
-
-    Each rank looks at its share of the shards, at most 200 of them, so that a large data set costs nothing.
-    """
-    findings = []
+def folder_findings(run_dir: Path, checkpoint_bytes: int, rank: int) -> list[str]:
+    """What is wrong with the run folder on this host: not to be written, or no room for a checkpoint and the one
+    before it, of which some may be there already."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".preflight-{rank}"
         probe.write_bytes(b"x")
         probe.unlink()
-        free = shutil.disk_usage(run_dir).free
-        if free < needed_bytes:
-            findings.append(
-                f"run_dir {run_dir}: {_mb(free)} free, a checkpoint and the one before it take {_mb(needed_bytes)}"
-            )
+        more = 2 - min(1, len(by_age(run_dir / "checkpoints")))
+        free, needed = shutil.disk_usage(run_dir).free, more * checkpoint_bytes
+        if free < needed:
+            what = "a checkpoint and the one before it take" if more == 2 else "another checkpoint takes"
+            return [f"run_dir {run_dir}: {_mb(free)} free, {what} {_mb(needed)}"]
     except OSError as error:
-        findings.append(f"run_dir {run_dir}: cannot be written ({error.strerror})")
+        return [f"run_dir {run_dir}: cannot be written ({error.strerror})"]
+    return []
+
+
+def shard_findings(manifest: Manifest, rank: int, world_size: int, remote: Remote | None = None) -> list[str]:
+    """Which shards are not as the manifest says.
+
+    Each rank looks at its share of them, at most 200, so that a large data set costs nothing.
+    """
+    findings = []
     for split, entry in manifest.splits.items():
         folder = Path(manifest.directory) / split
         for shard in entry.shards[rank::world_size][:200]:
             file = folder / shard.name
-            if remote is not None and split == "train":
-                size = remote.size(split, shard.name)
-            else:
-                size = file.stat().st_size if file.is_file() else None
-                if not (folder / index_name(shard.name)).is_file():
-                    findings.append(f"{folder / index_name(shard.name)}: missing")
+            try:
+                if remote is not None and split == "train":
+                    size = remote.size(split, shard.name)
+                else:
+                    size = file.stat().st_size if file.is_file() else None
+                    if not (folder / index_name(shard.name)).is_file():
+                        findings.append(f"{folder / index_name(shard.name)}: missing")
+            except (ShardError, OSError) as error:
+                findings.append(f"{file}: cannot be looked at ({error})")
+                continue
             if size != shard.file_bytes:
                 found = "missing" if size is None else f"{size} bytes"
                 findings.append(f"{file}: {found}, expected {shard.file_bytes} bytes")
     return findings
+
+
+def sharing_findings(store: dist.Store, run_dir: Path, rank: int, seconds: float) -> list[str]:
+    """Does this host see what rank 0 writes into the run folder? Checkpoints are put together there from the files
+    of all ranks; on disks of their own the first one would never be complete."""
+    file = run_dir / ".shared"
+    if rank == 0:
+        word = uuid.uuid4().hex
+        with contextlib.suppress(OSError):  # a folder that cannot be written is a finding already
+            file.write_text(word)
+        store.set("preflight/shared", word)
+        return []
+    if _wait_for(store, ["preflight/shared"], seconds):
+        return []  # rank 0 did not come: compare_notes says so
+    word = store.get("preflight/shared").decode()
+    deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if file.read_text() == word:
+                return []
+        if time.monotonic() > deadline:
+            return [
+                f"run_dir {run_dir}: what rank 0 writes there is not seen here; put it on a disk that all hosts share"
+            ]
+        time.sleep(0.1)
+
+
+_SEEN_WITHIN_SECONDS = 10.0
+"""Network file systems remember for a few seconds that a file was not there."""
+
+
+def supervisors(store: dist.Store, rank: int) -> set[str]:
+    """The marks of the supervisors that may ask this rank to end: that of rank 0's host, and of this one."""
+    own = os.environ.get(heartbeat.MARK, "")
+    if rank == 0:
+        store.set("preflight/supervisor", own)
+    return {own, store.get("preflight/supervisor").decode()} - {""}
+
+
+def make_group(store: dist.Store, rank: int, world_size: int, device: torch.device, seconds: float) -> None:
+    """Make the process group, within `seconds` where making it connects the ranks (gloo); later collectives have
+    torch's usual limit. Raises PreflightTimeoutError."""
+    store.set(f"group/begun/{rank}", "1")
+    gloo = device.type == "cpu"
+    limit = timedelta(seconds=seconds) if gloo else None
+    try:
+        dist.init_process_group(
+            "gloo" if gloo else "nccl", store=store, rank=rank, world_size=world_size, timeout=limit
+        )
+    except RuntimeError as error:
+        absent = _wait_for(store, [f"group/begun/{other}" for other in range(world_size)], 1)
+        whom = f"rank {', '.join(key.rpartition('/')[2] for key in absent)} did not come; " if absent else ""
+        raise PreflightTimeoutError(
+            f"{_this_rank(rank)}: could not connect to the other ranks: {whom}{' '.join(str(error).split())[:300]}. "
+            f"{_INTERFACE_ADVICE}"
+        ) from None
+    if gloo:
+        dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout)
 
 
 def facts_of_this_rank(must_agree: Mapping[str, Any]) -> dict[str, str]:
@@ -206,12 +273,12 @@ def check_collectives(
     Raises PreflightTimeoutError naming the ranks for which it did not, with host and interface.
     """
     values = torch.full((1024,), float(rank + 1), device=device)
-    ours = f"rank {rank} on {socket.gethostname()} ({interface_to(os.environ['MASTER_ADDR'])})"
+    ours = _this_rank(rank)
     store.set(f"collective/begun/{rank}", ours)
-    work = dist.all_reduce(values, async_op=True)
     deadline = time.monotonic() + seconds
-    assert work is not None
     try:
+        work = dist.all_reduce(values, async_op=True)  # where NCCL connects
+        assert work is not None
         while not work.is_completed() and time.monotonic() < deadline:
             time.sleep(0.01)
         done = work.is_completed()
@@ -219,7 +286,7 @@ def check_collectives(
             work.wait()
     except RuntimeError as error:
         raise PreflightTimeoutError(
-            f"{ours}: the first all-reduce failed: {' '.join(str(error).split())[:300]}"
+            f"{ours}: the first all-reduce failed: {' '.join(str(error).split())[:300]}. {_INTERFACE_ADVICE}"
         ) from None
     if done:
         store.set(f"collective/ended/{rank}", "1")
@@ -237,9 +304,15 @@ def check_collectives(
         names = [store.get(key.replace("ended", "begun")).decode() for key in stuck]
         whom = f"it did not end for {', '.join(names)}"
     raise PreflightTimeoutError(
-        f"{ours}: the first all-reduce did not end within {seconds:.0f} s; {whom}. Set GLOO_SOCKET_IFNAME or "
-        "NCCL_SOCKET_IFNAME to the interface that connects the hosts"
+        f"{ours}: the first all-reduce did not end within {seconds:.0f} s; {whom}. {_INTERFACE_ADVICE}"
     )
+
+
+_INTERFACE_ADVICE = "Set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface that connects the hosts"
+
+
+def _this_rank(rank: int) -> str:
+    return f"rank {rank} on {socket.gethostname()} ({interface_to(os.environ['MASTER_ADDR'])})"
 
 
 def interface_to(address: str) -> str:

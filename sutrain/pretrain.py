@@ -24,6 +24,7 @@ if not __package__:
 import torch
 import torch.distributed as dist
 
+from data_prep.shards import ShardError
 from sutrain import checkpoint as checkpoints
 from sutrain import continuity, heartbeat, precision, preflight
 from sutrain.build_extension import ExtensionError, build_extension, prepare_environment, start_communication
@@ -50,9 +51,13 @@ from sutrain.monitor.probes import Probe
 from sutrain.monitor.ranks import RankClock
 from sutrain.objectives.training_model import TrainingModel
 from sutrain.optim import FragmentMap, build_optimizer
+from sutrain.optim.state import StateError
 from sutrain.outputs import RunOutputs
 from sutrain.prefetch import prefetch
 from sutrain.recompute import apply_budget
+
+_OF_ONE_RANK = (ShardError, checkpoints.CheckpointError, StateError, ExtensionError)
+"""Errors of reading this rank's part of data and state, and of building on this host."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,9 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
         run = Run(config)
         run.train()
     except (ValueError, ExtensionError) as error:
-        # Before training every rank finds the same mistake and one line says it; later it may be one rank's alone.
+        # Before training ranks find the same mistakes and one line says them, except what only one may meet.
         training = run is not None and run.training
-        stop(str(error), on_every_rank=training, status=EXIT_FAILURE if training else EXIT_USER_ERROR)
+        alone = training or (
+            isinstance(error, _OF_ONE_RANK) and not isinstance(error, checkpoints.AllDamagedError)
+        )
+        stop(str(error), on_every_rank=alone, status=EXIT_FAILURE if training else EXIT_USER_ERROR)
     except (MemoryError, OSError, RuntimeError) as error:
         advice = explain(error)
         if advice is None:
@@ -95,7 +103,7 @@ class Run:
         self.stop_requested = self.save_requested = self.training = False
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save_requested", True))
-        self.lock = preflight.join(config, self.manifest, self.device, self.rank, self.world_size)
+        self.lock = preflight.join(config, self.samples.manifests, self.device, self.rank, self.world_size)
         heartbeat.beat("building the extension", 0)
         build_extension()
         heartbeat.beat("building the engine", 0)
@@ -151,7 +159,7 @@ class Run:
             self.say(f"warning: damaged checkpoint passed over: {line}")
         if checkpoint is None:
             if self.config.init_from is not None:
-                continuity.begin_from(self.config.init_from, self.fragments)
+                continuity.begin_from(self.config.init_from, self.fragments, self.device)
                 self.say(f"a new run with the weights of {self.config.init_from}")
             return False
         self.changes = continuity.check(checkpoint.counters, self.identity(), self.config.accept_changes)
@@ -159,11 +167,16 @@ class Run:
             self.say(f"changed since the checkpoint: {line}")
         if self.rank == 0:
             checkpoints.set_aside(self.checkpoint_dir, checkpoint.step)
+
+        def read(key: str, name: str, offset: int, length: int) -> torch.Tensor:
+            heartbeat.beat("resuming", checkpoint.step)  # a thousand layers are 50,000 reads
+            return checkpoint.read(key, name, offset, length)
+
         for piece in self.fragments.fragments:
-            piece.values().copy_(checkpoint.read(checkpoints.MASTER, piece.name, piece.offset, piece.length))
+            piece.values().copy_(read(checkpoints.MASTER, piece.name, piece.offset, piece.length))
         self.fragments.refresh_model_weights()
         counters = checkpoint.counters
-        self.optimizer.load_state_by_name(checkpoint.replicated(), counters["optimizer"], checkpoint.read)
+        self.optimizer.load_state_by_name(checkpoint.replicated(), counters["optimizer"], read)
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
@@ -190,8 +203,6 @@ class Run:
             self.steps_done, slices + state.sliced, state.replicated, shapes, counters,
             best=(self.best_loss, self.evaluator.basis) if best else None,
         )  # fmt: skip
-        if self.rank == 0:
-            self.outputs.checkpoint(self.steps_done)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of the run, to be compared when it goes on (continuity.py)."""
@@ -214,6 +225,7 @@ class Run:
             self.outputs = RunOutputs(
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
             )
+            self.writer.on_complete = self.outputs.checkpoint
         self.say(f"{describe(config.model)}\n{self.recomputation}\n{self.probe.interval.words()}")
         self.say(precision.remark(config.precision))
         begun = "resumed at" if resumed else "starting"

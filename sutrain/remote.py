@@ -9,10 +9,13 @@ FOLDER/.blocks until the cache is full; then those go that were used longest ago
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,10 @@ from data_prep.shards import Block, ShardEntry, ShardError, ShardReader, SplitRe
 
 ATTEMPTS = 4
 _PAUSE_SECONDS = 0.5
+
+
+class NoSuchFileError(ShardError):
+    """The storage answers, and has no file of this name."""
 
 
 class Remote:
@@ -39,10 +46,17 @@ class Remote:
         Raises ShardError when the data set cannot be reached.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / ".mirror.lock").open("w") as lock:  # one rank of a host at a time
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._mirror()
+
+    def _mirror(self) -> None:
         manifest = self._get("manifest.json")
         here = self.directory / "manifest.json"
-        if here.is_file() and here.read_bytes() == manifest:
-            return
+        if here.is_file():
+            if here.read_bytes() == manifest:
+                return
+            self._clear()
         for name in (
             "token_counts.bin",
             "tokenizer/tokenizer.model",
@@ -56,11 +70,18 @@ class Remote:
             _write(self.directory / "validation" / shard["name"], self._get(f"validation/{shard['name']}"))
         _write(here, manifest)
 
+    def _clear(self) -> None:
+        """Another data set lies there now: what was kept of the one before has the same names and other content."""
+        shutil.rmtree(self._cache, ignore_errors=True)
+        for index in self.directory.glob("*/*.index.json"):
+            index.unlink(missing_ok=True)
+
     def size(self, split: str, shard: str) -> int | None:
-        """Bytes of a shard there, None where it cannot be seen."""
+        """Bytes of a shard there, None where there is no such file. Raises ShardError when it cannot be asked."""
+        name = f"{split}/{shard}"
         try:
-            return int(self._files.size(f"{self._root}/{split}/{shard}"))
-        except Exception:  # every storage has exceptions of its own
+            return int(self._try(name, lambda: self._files.size(f"{self._root}/{name}")))
+        except NoSuchFileError:
             return None
 
     def index(self, split: str, shard: str) -> None:
@@ -93,12 +114,18 @@ class Remote:
         return self._cache / f"{split}-{shard}-{offset}"
 
     def _get(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Bytes of a file or a range of it, tried again when the network fails. Raises ShardError."""
+        """Bytes of a file or a range of it. Raises ShardError."""
+        return bytes(
+            self._try(name, lambda: self._files.cat_file(f"{self._root}/{name}", start=start, end=end))
+        )
+
+    def _try(self, name: str, ask: Callable[[], Any]) -> Any:
+        """What the storage answers, asked again when the network fails. Raises ShardError, NoSuchFileError."""
         for attempt in range(ATTEMPTS):
             try:
-                return bytes(self._files.cat_file(f"{self._root}/{name}", start=start, end=end))
+                return ask()
             except FileNotFoundError:
-                raise ShardError(f"{self._root}/{name}: no such file") from None
+                raise NoSuchFileError(f"{self._root}/{name}: no such file") from None
             except Exception as error:  # every storage has exceptions of its own
                 if attempt == ATTEMPTS - 1:
                     raise ShardError(

@@ -20,7 +20,15 @@ import sentencepiece
 from data_prep.config_file import ConfigError, load_config
 from data_prep.shards import Manifest, ShardError
 from sutrain.config import PretrainConfig, batch_plan
-from sutrain.data import DataError, MixedSamples, Samples, open_manifest, open_samples, word_masking
+from sutrain.data import (
+    DataError,
+    MixedSamples,
+    Samples,
+    open_manifest,
+    open_samples,
+    remote_of,
+    word_masking,
+)
 from sutrain.monitor.log import FILE_NAME, find_steps
 from sutrain.pieces import PieceReader
 
@@ -43,7 +51,11 @@ def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
     corpus_N, number_N = np.zeros(sequences, np.int64), np.arange(first, first + sequences)
     if isinstance(samples, MixedSamples):
         corpus_N, number_N = samples.mixture.assign(first, sequences)
-    readers = [PieceReader(corpus.manifest.directory, "train") for corpus in corpora]
+    remotes = [remote_of(config.data), *(None for _ in config.data.others)]
+    readers = [
+        PieceReader(corpus.manifest.directory, "train", remote=remote)
+        for corpus, remote in zip(corpora, remotes, strict=True)
+    ]
     decode = _decoder(samples.manifest)
     for sample, corpus, number in zip(range(first, first + sequences), corpus_N, number_N, strict=True):
         row = int(corpora[corpus].row_numbers(int(number), 1)[0])

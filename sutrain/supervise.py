@@ -1,10 +1,10 @@
 """Keep a run going: python -m sutrain.supervise [options] -- deepspeed … sutrain/pretrain.py --config X [overrides]
 
 Starts the command, and starts it again from its newest intact checkpoint after a crash or a hang, with growing pauses,
-until it ends by itself. A mistake that starting again cannot mend (exit status 2: configuration, data) ends it at once,
-and so do too many restarts without a new checkpoint between them. SIGTERM and SIGINT make the run save and stop,
-SIGUSR1 makes it save and go on; DeepSpeed's launcher passes no signal on, so they travel through the run folder (see
-heartbeat.py). Every event is a line of RUN/supervise.jsonl.
+until it ends by itself. A mistake that starting again cannot mend (exit status 2: configuration, data) ends it at once
+unless it has trained before, and so do too many restarts without a new checkpoint between them. SIGTERM and SIGINT make
+the run save and stop, SIGUSR1 makes it save and go on; DeepSpeed's launcher passes no signal on, so they travel through
+the run folder (see heartbeat.py). Every event is a line of RUN/supervise.jsonl.
 
 Everything the command started on this host is ended with it: it carries a mark in its environment that children
 inherit. Ranks on other hosts are asked to end through the run folder.
@@ -13,6 +13,8 @@ inherit. Ranks on other hosts are asked to end through the run folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -21,14 +23,14 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import yaml
 
 from sutrain import heartbeat
+from sutrain.heartbeat import MARK
 
-MARK = "SUTRAIN_SUPERVISED"
 EXIT_USER_ERROR = 2  # as in launch.py, which would import torch here
 LONGEST_PAUSE_SECONDS = 300.0
 
@@ -64,13 +66,44 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         run_dir = run_folder(options.command)
+        hold = hold_alone(run_dir)
     except (OSError, ValueError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return Supervisor(
-        options.command, run_dir, options.restarts, options.pause_seconds, options.hang_seconds, options.start_seconds,
-        options.grace_seconds
-    ).run()  # fmt: skip
+    with hold:
+        return Supervisor(
+            options.command, run_dir, options.restarts, options.pause_seconds, options.hang_seconds,
+            options.start_seconds, options.grace_seconds
+        ).run()  # fmt: skip
+
+
+def hold_alone(run_dir: Path) -> TextIO:
+    """The supervisor's hold on the run folder, until the returned file is closed or the process ends.
+
+    Raises ValueError when another supervisor, or a run that was started without one, is at work there.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    hold = _lock(run_dir / ".supervise.lock")
+    if hold is None:
+        raise ValueError(
+            f"{run_dir}: another supervisor keeps a run going there; stop it, or choose another run_dir"
+        )
+    run = _lock(run_dir / ".lock")  # that of a run (launch.py)
+    if run is None:
+        hold.close()
+        raise ValueError(f"{run_dir}: a run is writing there; stop it, or choose another run_dir")
+    run.close()
+    return hold
+
+
+def _lock(file: Path) -> TextIO | None:
+    lock = file.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def run_folder(command: list[str]) -> Path:
@@ -106,14 +139,13 @@ class Supervisor:
         self.hang_seconds, self.start_seconds, self.grace_seconds = hang_seconds, start_seconds, grace_seconds
         self.mark = uuid.uuid4().hex
         self.stop_asked_at: float | None = None
-        self.save_asked = False
+        self.save_asked = self.trained = False
 
     def run(self) -> int:
         """Start, watch, start again. Returns the exit status of the run, 1 where it was given up."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_save)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         fruitless, start = 0, 0
         while True:
             start += 1
@@ -121,10 +153,12 @@ class Supervisor:
             self._log("start", number=start, from_checkpoint=before, command=self.command)
             status, reason = self._watch_one_start()
             self._end_all()
+            self.trained |= self._newest_checkpoint() > before
             if self.stop_asked_at is not None or status == 0:
                 self._log("end", status=status, stopped=self.stop_asked_at is not None)
                 return max(status, 0) if self.stop_asked_at is None else 0
-            if status == EXIT_USER_ERROR:
+            if status == EXIT_USER_ERROR and not self.trained:
+                # Later it is a storage that does not answer, a port or a lock of processes that are still dying, …
                 self._log("given_up", reason="exit status 2: a mistake that starting again cannot mend")
                 return EXIT_USER_ERROR
             fruitless = 0 if self._newest_checkpoint() > before else fruitless + 1
@@ -155,16 +189,17 @@ class Supervisor:
             next_look = time.monotonic() + heartbeat.INTERVAL_SECONDS  # beats are not written more often
             said = heartbeat.read_beats(self.run_dir)
             beats = [beat for beat in said if (beat.rank, beat.pid, beat.beats) not in earlier]
+            self.trained |= any(beat.phase == "training step" for beat in beats)
             now = {(beat.rank, beat.pid, beat.beats) for beat in beats}
             if now != known:
                 known, changed_at = now, time.monotonic()
             if self.stop_asked_at is not None:
                 if not beats or time.monotonic() - self.stop_asked_at > self.grace_seconds:
                     return -1, "stopped before it could save"
-                heartbeat.request(self.run_dir, "TERM")
+                self._request("TERM")
             elif self.save_asked and beats:
                 self.save_asked = False
-                heartbeat.request(self.run_dir, "USR1")
+                self._request("USR1")
                 self._log("save", reason="SIGUSR1")
             elif time.monotonic() - changed_at > (
                 limit := self.hang_seconds if beats else self.start_seconds
@@ -174,6 +209,9 @@ class Supervisor:
                 self._show_stacks()
                 return -1, f"no sign of life for {limit:.0f} s: {where}"
         status = process.returncode
+        if status == 0 and (left := self._ranks_alive()):
+            # The launcher reports success when its own helper process was killed.
+            return -1, f"the launcher ended, but not {left} of its ranks"
         return status, f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
 
     def _show_stacks(self) -> None:
@@ -184,9 +222,24 @@ class Supervisor:
                 process.send_signal(signal.SIGUSR2)
         time.sleep(1)
 
+    def _ranks_alive(self) -> int:
+        """Ranks of this host that live on a moment after the launcher ended."""
+        deadline = time.monotonic() + 5
+        while True:
+            pids = {beat.pid for beat in heartbeat.read_beats(self.run_dir)}
+            alive = sum(process.pid in pids for process in self._marked())
+            if not alive or time.monotonic() > deadline:
+                return alive
+            time.sleep(0.2)
+
+    def _request(self, what: str) -> None:
+        """Ask the ranks that this supervisor started; a disk that takes nothing must not end it."""
+        with contextlib.suppress(OSError):
+            heartbeat.request(self.run_dir, what, self.mark)
+
     def _end_all(self) -> None:
         """End everything the command started: here by the mark, on other hosts by request."""
-        heartbeat.request(self.run_dir, "KILL")
+        self._request("KILL")
         deadline = time.monotonic() + 30
         while (left := self._marked()) and time.monotonic() < deadline:
             for process in left:
@@ -208,8 +261,10 @@ class Supervisor:
 
     def _newest_checkpoint(self) -> int:
         """Step of the newest complete checkpoint, -1 without one; whether it is intact the run itself finds out."""
-        names = [folder.name for folder in (self.run_dir / "checkpoints").glob("step-*")]
-        return max((int(name.removeprefix("step-")) for name in names), default=-1)
+        names = [
+            folder.name.removeprefix("step-") for folder in (self.run_dir / "checkpoints").glob("step-*")
+        ]
+        return max((int(name) for name in names if name.isdigit()), default=-1)
 
     def _on_stop(self, *_: Any) -> None:
         if self.stop_asked_at is None:
@@ -225,7 +280,10 @@ class Supervisor:
 
     def _log(self, event: str, **facts: Any) -> None:
         line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
-        with (self.run_dir / "supervise.jsonl").open("a", encoding="utf-8") as file:
+        with (
+            contextlib.suppress(OSError),
+            (self.run_dir / "supervise.jsonl").open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         shown = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("command", "ranks"))
         print(f"supervise: {event} {shown}", flush=True)

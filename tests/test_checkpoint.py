@@ -1,5 +1,6 @@
 """Checkpoints: atomic, checked, pruned, readable at any other cut of the tensors."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -260,3 +261,58 @@ def test_files_are_those_the_library_writes_and_reads(tmp_path):
     )
     said = json.loads(file.with_suffix(".json").read_text())
     assert said == {"bytes": file.stat().st_size, "xxh3_128": checkpoints._checksum(file)}
+
+
+def test_every_file_is_opened_once_however_many_tensors_are_read(tmp_path, monkeypatch):
+    """Opening parses the header, which for a thousand layers takes longer than all that is read."""
+    slices = [(MASTER, f"layers.{n}", 0, torch.full((3,), float(n))) for n in range(50)]
+    folder = save_checkpoint(tmp_path, 4, slices, {}, {f"layers.{n}": [3] for n in range(50)}, {})
+    opened, real = [], checkpoints.safe_open
+    monkeypatch.setattr(checkpoints, "safe_open", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    found = Checkpoint(folder)
+    assert [found.read(MASTER, f"layers.{n}", 1, 1).item() for n in range(50)] == list(range(50))
+    assert opened == [folder / "rank-00000.safetensors"]
+
+
+def test_a_file_that_cannot_be_read_is_a_damaged_one(tmp_path, monkeypatch):
+    save(tmp_path, 4)
+    save(tmp_path, 8)
+    real, asked = checkpoints._chunks, []
+
+    def broken_disk(file):
+        asked.append(file)
+        if "step-00000008" in str(file):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(file)
+
+    monkeypatch.setattr(checkpoints, "_chunks", broken_disk)
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: None)
+    found, damaged = checkpoints.find_latest(tmp_path)
+    assert found.step == 4 and "cannot be read (Input/output error)" in damaged[0]
+    assert len([file for file in asked if "step-00000008" in str(file)]) == 3, "it is tried again"
+
+
+def test_a_folder_that_a_user_keeps_is_neither_counted_nor_pruned(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000001-keep")
+    prune(tmp_path, keep_last=1)
+    checkpoints.set_aside(tmp_path, 2)
+    assert (tmp_path / "step-00000001-keep").is_dir()
+    assert [path.name for path in checkpoints.by_age(tmp_path)] == []
+
+
+def test_a_checkpoint_is_told_of_when_it_is_on_disk_and_an_absent_rank_is_named(tmp_path, monkeypatch):
+    told = []
+    writer = CheckpointWriter(tmp_path, Keep(), rank=0, world_size=2)
+    writer.on_complete = lambda step: told.append((step, (tmp_path / checkpoints.step_name(step)).is_dir()))
+    other = CheckpointWriter(tmp_path, Keep(), rank=1, world_size=2)
+    writer.save(3, [], {}, {}, {})
+    assert not writer.wait(0.3) and told == []
+    other.save(3, [], {}, {}, {})
+    assert writer.wait(20) and told == [(3, True)]
+    monkeypatch.setattr(checkpoint_writer, "WAIT_SECONDS", 0.2)
+    writer.save(5, [], {}, {}, {})
+    with pytest.raises(OSError, match="nothing from rank-00001 for"):
+        writer.wait(20)
+    assert told == [(3, True)]

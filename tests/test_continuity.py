@@ -132,7 +132,12 @@ def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_refused(saved):
 
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
-SHAPES = {"a": torch.Size([2, 3])}
+
+
+def whole(source, step=None):
+    weights = continuity.open_weights(source, step)
+    assert list(weights.shapes["a"]) == [2, 3]
+    return weights.read("a", 0, 6).reshape(2, 3)
 
 
 def a_checkpoint(directory, step=4, values=WEIGHT):
@@ -149,20 +154,22 @@ def test_a_new_run_begins_from_a_checkpoint_a_run_or_an_exported_folder(tmp_path
     exported.mkdir()
     save_file({"model.a": WEIGHT + 2}, exported / "model.safetensors")
     for source, expected in ((folder, WEIGHT), (run, WEIGHT + 1), (exported, WEIGHT + 2)):
-        assert torch.equal(continuity.initial_weights(source, SHAPES)["a"], expected), source
+        assert torch.equal(whole(source), expected), source
     checkpoints.mark_best(run / "checkpoints", 4, 1.0, "rows")
-    assert torch.equal(continuity.initial_weights(run, SHAPES)["a"], WEIGHT), (
-        "the best one of a run comes first"
-    )
+    assert torch.equal(whole(run), WEIGHT), "the best one of a run comes first"
+    assert torch.equal(whole(run, step=8), WEIGHT + 1), "what rank 0 chose"
+    weights = continuity.open_weights(exported)
+    assert torch.equal(weights.read("a", 2, 3), (WEIGHT + 2).flatten()[2:5])
 
 
 def test_weights_that_do_not_fit_are_all_named(tmp_path):
     folder = a_checkpoint(tmp_path)
     with pytest.raises(ConfigError) as raised:
-        continuity.initial_weights(folder, {"a": torch.Size([3, 2]), "b": torch.Size([1])})
+        found = continuity.open_weights(folder).shapes
+        continuity.check_shapes(folder, found, {"a": torch.Size([3, 2]), "b": torch.Size([1])})
     assert "a: [2, 3] there, [3, 2] in this model" in str(raised.value) and "b: missing" in str(raised.value)
     with pytest.raises(ConfigError, match="neither a checkpoint"):
-        continuity.initial_weights(tmp_path / "nothing", SHAPES)
+        continuity.open_weights(tmp_path / "nothing")
     (folder / "replicated.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="0 bytes"):
-        continuity.initial_weights(folder, SHAPES)
+        continuity.open_weights(folder)

@@ -1,6 +1,7 @@
 """Around training: devices and threads of a rank, what may go on, and failures in one line."""
 
 import errno
+import socket
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from sutrain.launch import (
     explain,
     hold_run_folder,
     local_device,
+    stop,
 )
 from sutrain.models.configuration import EncoderConfig
 from tests.conftest import ROOT, ROW_TOKENS, VOCAB_SIZE
@@ -119,3 +121,23 @@ def test_a_defect_of_ours_keeps_its_traceback():
 def test_the_environment_names_versions_and_machine():
     facts = environment(2)
     assert facts["packages"]["torch"].startswith("2.") and facts["world_size"] == 2 and facts["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "everywhere", "expected"),
+    [
+        (0, 0, False, "error: no data"),
+        (8, 0, False, "error (rank 8 on HOST): no data"),  # the first of another host, whose files may differ
+        (1, 1, False, ""),
+        (1, 1, True, "error (rank 1 on HOST): no data"),
+    ],
+)
+def test_an_error_is_said_once_a_host_or_by_whom_alone_it_meets(
+    rank, local_rank, everywhere, expected, monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(SystemExit) as ended:
+        stop("no data", on_every_rank=everywhere)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip() == expected.replace("HOST", socket.gethostname())

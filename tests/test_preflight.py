@@ -11,12 +11,12 @@ import time
 import pytest
 
 from sutrain.data import load_manifest
-from sutrain.preflight import interface_to, local_findings
+from sutrain.preflight import folder_findings, interface_to, shard_findings
 from tests.conftest import ROOT, environment
 
 # A rank that does what pretrain.py does first. Faults are put in here, from outside.
 RANK = """
-import json, os, sys, time
+import json, os, pathlib, sys, time
 import torch, torch.distributed as dist
 from sutrain import launch, preflight
 
@@ -25,8 +25,17 @@ rank, world_size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 try:
     store = preflight.meet(limit)
     facts = preflight.facts_of_this_rank({}) | options.get("facts", {})
-    preflight.compare_notes(store, rank, world_size, options.get("findings", []), facts, limit)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    findings = options.get("findings", [])
+    if "run_dir" in options:
+        preflight._SEEN_WITHIN_SECONDS = 1.0
+        findings += preflight.sharing_findings(store, pathlib.Path(options["run_dir"]), rank, limit)
+    preflight.compare_notes(store, rank, world_size, findings, facts, limit)
+    if "marks" in options:
+        os.environ["SUTRAIN_SUPERVISED"] = options["marks"]
+        print("obeys", *sorted(preflight.supervisors(store, rank)), flush=True)
+    if options.get("absent"):
+        time.sleep(60)
+    preflight.make_group(store, rank, world_size, torch.device("cpu"), limit)
     if options.get("asleep"):
         time.sleep(60)
     preflight.check_collectives(store, rank, world_size, torch.device("cpu"), limit)
@@ -101,9 +110,29 @@ def test_a_collective_that_does_not_end_names_who_did_not_begin_it():
     assert "the first all-reduce did not end within 3 s; rank 1 did not begin it" in output, output
 
 
+def test_a_rank_that_does_not_join_the_group_is_named_in_time():
+    started = time.monotonic()
+    (output,) = outputs(start([{"limit": 3}, {"absent": True}]), of=1)
+    assert "could not connect to the other ranks: rank 1 did not come" in output, output
+    assert "GLOO_SOCKET_IFNAME" in output and time.monotonic() - started < 60
+
+
+def test_a_run_folder_that_hosts_do_not_share_is_found_before_training(tmp_path):
+    (tmp_path / "other").mkdir()
+    one, other = str(tmp_path), str(tmp_path / "other")
+    assert "ready" in outputs(start([{"run_dir": one}, {"run_dir": one}]))[1]
+    for output in outputs(start([{"run_dir": one}, {"run_dir": other}])):
+        assert f"run_dir {other}: what rank 0 writes there is not seen here" in output, output
+
+
+def test_ranks_obey_the_supervisors_of_rank_0_and_of_their_own_host():
+    found = outputs(start([{"marks": "a"}, {"marks": "b"}]))
+    assert [output.splitlines()[0] for output in found] == ["obeys a", "obeys a b"]
+
+
 def test_what_is_wrong_on_this_host_is_all_found_at_once(dataset, tmp_path):
     manifest = load_manifest(dataset)
-    assert local_findings(tmp_path / "run", 1000, manifest, 0, 1) == []
+    assert folder_findings(tmp_path / "run", 1000, 0) == shard_findings(manifest, 0, 1) == []
     copied = tmp_path / "data"
     shutil.copytree(dataset, copied)
     moved = dataclasses.replace(manifest, directory=str(copied))
@@ -111,18 +140,20 @@ def test_what_is_wrong_on_this_host_is_all_found_at_once(dataset, tmp_path):
     (copied / "train/shard-000000.index.json").unlink()
     (copied / "validation/shard-000000.tar").unlink()
     (tmp_path / "file").write_text("")
-    found = "\n".join(local_findings(tmp_path / "run", 10**18, moved, 0, 1))
-    assert "free, a checkpoint and the one before it take 1,000,000,000,000 MB" in found
+    found = "\n".join(folder_findings(tmp_path / "run", 10**18, 0) + shard_findings(moved, 0, 1))
+    assert "free, a checkpoint and the one before it take 2,000,000,000,000 MB" in found
     assert "shard-000000.tar: 5 bytes, expected" in found and "shard-000000.index.json: missing" in found
     assert "validation/shard-000000.tar: missing" in found
-    assert "cannot be written" in local_findings(tmp_path / "file/run", 1, manifest, 0, 1)[0]
+    assert "cannot be written" in folder_findings(tmp_path / "file/run", 1, 0)[0]
+    (tmp_path / "run/checkpoints/step-00000004").mkdir(parents=True)  # one of the two is there
+    assert "another checkpoint takes 1,000,000,000,000 MB" in folder_findings(tmp_path / "run", 10**18, 0)[0]
 
 
 def test_each_rank_looks_at_its_share_of_the_shards(dataset, tmp_path):
     manifest = load_manifest(dataset)
     nowhere = dataclasses.replace(manifest, directory=str(tmp_path))
-    whole = local_findings(tmp_path, 1, nowhere, 0, 1)
-    shares = [line for rank in (0, 1) for line in local_findings(tmp_path, 1, nowhere, rank, 2)]
+    whole = shard_findings(nowhere, 0, 1)
+    shares = [line for rank in (0, 1) for line in shard_findings(nowhere, rank, 2)]
     assert sorted(whole) == sorted(shares) and len(whole) > 2
 
 

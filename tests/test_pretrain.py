@@ -24,7 +24,14 @@ TOLERANCE_OTHER_WORLD = 1e-5
 
 
 def launch(
-    config, ranks, *overrides, before=(), launcher=False, variables=None, program="sutrain/pretrain.py", **popen
+    config,
+    ranks,
+    *overrides,
+    before=(),
+    launcher=False,
+    variables=None,
+    program="sutrain/pretrain.py",
+    **popen,
 ):
     """A run of that many ranks (0: no launcher at all), by start_ranks.py or by the slower launcher of a user."""
     start = [sys.executable]
@@ -290,7 +297,7 @@ def test_what_only_one_rank_meets_is_said_and_ends_the_run(dataset, tmp_path):
     process = launch(write_run(tmp_path, damaged), 2, launcher=True)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert "error (rank 1):" in output and "block 2 is damaged" in output, output
+    assert f"error (rank 1 on {socket.gethostname()}):" in output and "block 2 is damaged" in output, output
     assert "Traceback" not in output, output
     assert max(records(tmp_path / "run")) == 10
 

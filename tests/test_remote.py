@@ -9,6 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from data_prep.shards import ShardError, SplitReader
 from sutrain import remote as remotes
+from sutrain.pieces import PieceReader
 from sutrain.remote import Remote, RemoteSplitReader
 
 
@@ -102,3 +103,39 @@ def test_damage_in_the_cache_is_mended_and_damage_over_there_is_named(url, tmp_p
     with pytest.raises(ShardError, match="damaged"):
         RemoteSplitReader(remote, tmp_path, "train").rows(0, 5)
     files.pipe_file(path, intact)
+
+
+def test_another_data_set_at_the_same_place_replaces_what_was_kept(url, dataset, tmp_path):
+    """Its shards have the same names; an old index would make every block look damaged."""
+    remote = open_remote(url, tmp_path)
+    expected = RemoteSplitReader(remote, tmp_path, "train").rows(0, 5).tokens_NL
+    index = tmp_path / "train/shard-000000.index.json"
+    index.write_text(index.read_text().replace('"first_row": 0', '"first_row": 1'))
+    (tmp_path / "manifest.json").write_text("{}")  # as of an earlier preparation
+    again = RemoteSplitReader(open_remote(url, tmp_path), tmp_path, "train")
+    assert np.array_equal(again.rows(0, 5).tokens_NL, expected)
+
+
+def test_a_size_is_asked_for_again_and_only_what_is_not_there_is_missing(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(remotes, "_PAUSE_SECONDS", 0.001)
+    remote, real, failures = open_remote(url, tmp_path), Counting.size, [3]
+
+    def size(self, path):
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise ConnectionError("reset")
+        return real(self, path)
+
+    monkeypatch.setattr(Counting, "size", size)
+    assert remote.size("train", "shard-000000.tar") > 0
+    assert remote.size("train", "nowhere.tar") is None
+    failures[0] = 100
+    with pytest.raises(ShardError, match="cannot be read after 4 attempts"):
+        remote.size("train", "shard-000000.tar")
+
+
+def test_pieces_are_read_from_afar_too(url, dataset, tmp_path):
+    remote = open_remote(url, tmp_path)
+    here, there = PieceReader(dataset, "train"), PieceReader(tmp_path, "train", remote=remote)
+    for row in (0, 77, 300):
+        assert here.row(row)[1] == there.row(row)[1] and (here.row(row)[0] == there.row(row)[0]).all()

@@ -1,5 +1,6 @@
 """The supervisor with real processes: restarts, gives up, notices hangs, passes signals on, leaves nothing behind."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ import psutil
 import pytest
 
 from sutrain import heartbeat
-from sutrain.supervise import run_folder
+from sutrain.launch import hold_run_folder
+from sutrain.supervise import Supervisor, run_folder
 from tests.conftest import ROOT, environment
 
 # A launcher that, as DeepSpeed's, starts a rank in a group of its own and hands no signal down.
@@ -36,12 +38,16 @@ signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), (run / "sa
 signal.signal(signal.SIGUSR1, lambda *_: (run / "usr1").write_text(""))
 mark = f"0.{zlib.crc32(str(run).encode())}"  # by which the test knows its own
 subprocess.Popen(["sleep", "600", mark], start_new_session=True)  # what a crash leaves behind
-heartbeat.start(run, 0)
+heartbeat.start(run, 0, {os.environ.get(heartbeat.MARK, "")})
 def checkpoint():
     (run / f"checkpoints/step-{number + 1:08d}").mkdir(parents=True)
 if todo == "crash": os.kill(os.getpid(), signal.SIGKILL)
 if todo == "progress": checkpoint(); sys.exit(1)
 if todo == "mistake": sys.exit(2)
+if todo == "late mistake":
+    heartbeat.beat("training step", 7)
+    time.sleep(3)
+    sys.exit(2)
 if todo == "hang":
     heartbeat.beat("training step", 7)
     time.sleep(600)
@@ -52,9 +58,17 @@ print("done")
 """
 
 
-def supervise(run_dir, *plan, restarts=3, hang_seconds=60):
+# What DeepSpeed's does when a signal ends its helper process.
+LAUNCHER_THAT_LEAVES = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], start_new_session=True)
+time.sleep(3)
+"""
+
+
+def supervise(run_dir, *plan, restarts=3, hang_seconds=60, launcher=LAUNCHER):
     command = [sys.executable, "-m", "sutrain.supervise", f"--restarts={restarts}", "--pause_seconds=0.1"]
-    command += [f"--hang_seconds={hang_seconds}", "--", sys.executable, "-c", LAUNCHER, RANK]
+    command += [f"--hang_seconds={hang_seconds}", "--", sys.executable, "-c", launcher, RANK]
     return subprocess.Popen(
         [*command, f"--run_dir={run_dir}", *plan], cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -106,6 +120,48 @@ def test_a_new_checkpoint_starts_the_count_again(tmp_path, sleepers):
 def test_a_mistake_is_not_tried_again(tmp_path, sleepers):
     status, _ = finish(supervise(tmp_path, "mistake"))
     assert status == 2 and (tmp_path / "starts").read_text() == "1"
+
+
+def test_what_looks_like_a_mistake_after_training_is_tried_again(tmp_path, sleepers):
+    """A storage that does not answer for a moment, the port of a process that is still dying."""
+    status, output = finish(supervise(tmp_path, "late mistake", "mistake", "end"))
+    assert status == 0 and (tmp_path / "starts").read_text() == "3", output
+
+
+def test_a_launcher_that_leaves_its_ranks_behind_has_not_succeeded(tmp_path, sleepers):
+    status, output = finish(supervise(tmp_path, "work", restarts=0, launcher=LAUNCHER_THAT_LEAVES))
+    assert status == 1 and "the launcher ended, but not 1 of its ranks" in output, output
+
+
+def test_a_second_supervisor_is_refused_and_the_first_goes_on(tmp_path, sleepers):
+    process = supervise(tmp_path, "work")
+    wait_until(lambda: any(beat.phase == "training step" for beat in heartbeat.read_beats(tmp_path)))
+    status, output = finish(supervise(tmp_path, "work"))
+    assert status == 2 and "another supervisor keeps a run going there" in output
+    heartbeat.request(tmp_path, "KILL", mark="of-another-supervisor")
+    time.sleep(2.5)
+    assert process.poll() is None and (tmp_path / "starts").read_text() == "1"
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 0
+
+
+def test_a_run_without_a_supervisor_is_left_alone(tmp_path):
+    with hold_run_folder(tmp_path):
+        status, output = finish(supervise(tmp_path, "work"))
+    assert status == 2 and "a run is writing there" in output and not (tmp_path / "starts").exists()
+
+
+def test_a_disk_that_takes_nothing_does_not_end_the_supervisor(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = [sys.executable, "-c", f"import pathlib; open({str(tmp_path / 'starts')!r}, 'a').write('x')"]
+    monkeypatch.setattr(heartbeat, "request", full)
+    (tmp_path / "supervise.jsonl").mkdir()  # no line can be written there
+    assert Supervisor(command, tmp_path, 1, 0.1, 60, 60, 60).run() == 0
+    failing = [*command[:2], command[2] + "; raise SystemExit(1)"]
+    assert Supervisor(failing, tmp_path, 1, 0.1, 60, 60, 60).run() == 1
+    assert (tmp_path / "starts").read_text() == "xxx"
 
 
 def test_a_hang_is_noticed_shown_and_restarted(tmp_path, sleepers):
