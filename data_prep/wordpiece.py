@@ -46,7 +46,7 @@ class WordPieceTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cores belong to the other workers
         from tokenizers import BertWordPieceTokenizer
 
-        self._tokenizer = BertWordPieceTokenizer(ids, lowercase=lowercase, strip_accents=lowercase)
+        self.backend = BertWordPieceTokenizer(ids, lowercase=lowercase, strip_accents=lowercase)._tokenizer
         self._unknown_id = self.special_ids["[UNK]"]
         self._forbidden = np.array(
             [self.special_ids[piece] for piece in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
@@ -63,7 +63,7 @@ class WordPieceTokenizer:
         What lies between two pieces (spaces, and characters the model leaves out) counts to the one behind it, at the
         end of a text to the last. A text without any piece is one [UNK]. `exact` changes nothing here.
         """
-        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        encoded = self.backend.encode_batch(texts, add_special_tokens=False)
         counts = np.fromiter((max(1, len(item.ids)) for item in encoded), dtype=np.int64, count=len(encoded))
         ids = np.fromiter(
             chain.from_iterable(item.ids or [self._unknown_id] for item in encoded),

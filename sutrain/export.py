@@ -18,11 +18,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import normalizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.config_file import load_config
 from data_prep.shards import Manifest
+from data_prep.wordpiece import WordPieceTokenizer
 from sutrain import checkpoint as checkpoints
 from sutrain.config import PretrainConfig
 from sutrain.huggingface import (
@@ -32,9 +35,12 @@ from sutrain.huggingface import (
     SutrainForMaskedLM,
     SutrainTokenizer,
 )
-from sutrain.models.configuration import EncoderConfig, parameter_count
+from sutrain.model_card import automatic_class, model_card
+from sutrain.models.configuration import EncoderConfig
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.monitor.log import DamagedLogError, read_run
+
+AnyTokenizer = SutrainTokenizer | PreTrainedTokenizerFast
 
 TOLERANCE = 1e-4
 """Largest difference of a logit between trained model and loaded folder, relative to the largest logit."""
@@ -82,7 +88,7 @@ def export_weights(
 
     Args:
         weights: fp32 tensors under the names of `MaskedLanguageModel`.
-        tokenizer_dir: folder with tokenizer.model.
+        tokenizer_dir: folder with tokenizer.model or a BERT vocab.txt.
         card: facts for the model card, in order: label -> value; "name" becomes its title.
         cleaning: how the training text was cleaned: unicode, strip_control, collapse_whitespace.
 
@@ -93,7 +99,7 @@ def export_weights(
     output_dir = Path(output_dir)
     _check_replaceable(output_dir)
     model = _trained_model(weights, model_config)
-    tokenizer = _tokenizer(Path(tokenizer_dir) / "tokenizer.model", model_config, cleaning or {})
+    tokenizer = _tokenizer(Path(tokenizer_dir), model_config, cleaning or {})
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as scratch:
@@ -139,25 +145,53 @@ def _trained_model(weights: dict[str, Tensor], model_config: EncoderConfig) -> M
     return model.eval()
 
 
-def _tokenizer(file: Path, model_config: EncoderConfig, cleaning: dict[str, Any]) -> SutrainTokenizer:
-    if not file.is_file():
-        raise ExportError(f"{file}: no such file; expected the tokenizer that the data was prepared with")
+def _tokenizer(folder: Path, model_config: EncoderConfig, cleaning: dict[str, Any]) -> AnyTokenizer:
+    """The tokenizer in `folder` as transformers has it: our class around a sentencepiece model, or the library's own
+    for a BERT vocab.txt."""
     known = ("unicode", "strip_control", "collapse_whitespace")
     settings = {key: cleaning[key] for key in known if key in cleaning}
-    tokenizer = SutrainTokenizer(str(file), model_max_length=model_config.max_row_tokens, **settings)
+    length = model_config.max_row_tokens
+    file, vocabulary = folder / "tokenizer.model", folder / "vocab.txt"
+    if file.is_file():
+        tokenizer: AnyTokenizer = SutrainTokenizer(str(file), model_max_length=length, **settings)
+    elif vocabulary.is_file():
+        tokenizer = _wordpiece(vocabulary, length, settings.get("unicode", "nfc"))
+    else:
+        raise ExportError(
+            f"{folder}: no tokenizer.model or vocab.txt; expected the tokenizer that the data was prepared with"
+        )
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ExportError(
-            f"{file}: found {tokenizer.vocab_size} pieces for a model of {model_config.vocab_size} tokens; "
+            f"{folder}: found {tokenizer.vocab_size} pieces for a model of {model_config.vocab_size} tokens; "
             "expected the tokenizer that the data was prepared with"
         )
     return tokenizer
+
+
+def _wordpiece(vocabulary: Path, length: int, unicode: str) -> PreTrainedTokenizerFast:
+    """WordPiece as preparation had it; token types are left to the model, which saw zeros only."""
+    backend = WordPieceTokenizer(vocabulary.read_bytes(), str(vocabulary)).backend
+    if unicode != "none":
+        form = normalizers.NFKC() if unicode == "nfkc" else normalizers.NFC()
+        backend.normalizer = normalizers.Sequence([form, backend.normalizer])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
 
 
 def _write_folder(
     folder: Path,
     weights: dict[str, Tensor],
     model_config: EncoderConfig,
-    tokenizer: SutrainTokenizer,
+    tokenizer: AnyTokenizer,
     card: dict[str, Any],
 ) -> None:
     with torch.device("meta"):
@@ -172,7 +206,7 @@ def _write_folder(
     (folder / "README.md").write_text(model_card(model_config, card), encoding="utf-8")
 
 
-def _verify(folder: Path, model: MaskedLanguageModel, tokenizer: SutrainTokenizer) -> None:
+def _verify(folder: Path, model: MaskedLanguageModel, tokenizer: AnyTokenizer) -> None:
     """Load the folder in a fresh process and compare its logits with the trained model's, text by text."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "logits.safetensors"
@@ -207,75 +241,6 @@ def _verify(folder: Path, model: MaskedLanguageModel, tokenizer: SutrainTokenize
                 f"the exported model computes other logits for {text!r}: "
                 f"difference {difference:.2e}, limit {limit:.1e}"
             )
-
-
-def automatic_class(model_config: EncoderConfig) -> str:
-    """The transformers class that loads a model with its head."""
-    return "AutoModelForMaskedLM" if model_config.context == "bidirectional" else "AutoModelForCausalLM"
-
-
-def model_card(model_config: EncoderConfig, card: dict[str, Any]) -> str:
-    """README.md of an exported folder: what it is, how to load it, its numbers."""
-    mixer = {"gau": "gated attention units", "flash": "gated attention in chunks (FLASH)"}.get(
-        model_config.mixer, "multi-head attention"
-    )
-    masked = model_config.context == "bidirectional"
-    title = "Masked language model" if masked else "Language model"
-    purpose = (
-        "An encoder for masked language modelling" if masked else f"A {model_config.context} language model"
-    )
-    use = (
-        """from transformers import pipeline
-
-fill = pipeline("fill-mask", model="path/to/this/folder", trust_remote_code=True)
-print(fill("The weather is [MASK] today."))"""
-        if masked
-        else """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-logits = model(**tokenizer("The weather is", return_tensors="pt")).logits"""
-    )
-    numbers = {"parameters": f"{parameter_count(model_config):,}", **card}
-    rows = "\n".join(f"| {label} | {value} |" for label, value in numbers.items() if label != "name")
-    settings = "\n".join(f"| {key} | {value} |" for key, value in vars(model_config).items())
-    return f"""---
-library_name: transformers
-pipeline_tag: {"fill-mask" if masked else "text-generation"}
-tags: [sutrain]
----
-
-# {card.get("name", title)}
-
-{purpose}: {model_config.num_layers} layers of {mixer}, hidden size
-{model_config.hidden_size}, pretrained with sutrain on rows of up to {model_config.max_row_tokens} tokens.
-The weights are fp32.
-
-## Use
-
-```python
-{use}
-```
-
-`AutoTokenizer`, `AutoModel` and `{automatic_class(model_config)}` load the folder in the same way. Where sutrain is
-installed, `import sutrain.huggingface` makes `trust_remote_code=True` unnecessary. The model files in this
-folder are the ones it was trained with; they need torch, transformers and sentencepiece.
-
-Several documents may share a row: give them the numbers 1, 2, ... in `attention_mask` (0 is padding) and
-they do not see each other. Token types are 0 throughout, also for pairs.
-
-## Numbers
-
-| | |
-|---|---|
-{rows}
-
-## Settings
-
-| | |
-|---|---|
-{settings}
-"""
 
 
 def choose_checkpoint(run_dir: Path, choice: str) -> Path:
