@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,11 +75,13 @@ def lean_start() -> Iterator[None]:
     """For deepspeed.initialize: it prints nothing and leaves its Muon alone.
 
     What it prints has no switch. To see whether an optimizer is its Muon it imports that, which imports all of
-    torch's compiler: a second and 100 MB in every rank. Its own answer to a failed import is that it is not.
+    torch's compiler: a second and 100 MB in every rank. It is shown a class that no optimizer is of instead.
     """
     absent = _MUON not in sys.modules
     if absent:
-        sys.modules[_MUON] = None  # type: ignore[assignment]  # an import of it raises ImportError
+        stand_in = types.ModuleType(_MUON)
+        stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
+        sys.modules[_MUON] = stand_in
     try:
         with contextlib.redirect_stdout(None):
             yield
