@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,27 +68,14 @@ def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def lean_start() -> Iterator[None]:
-    """For deepspeed.initialize: it prints nothing and leaves its Muon alone.
-
-    What it prints has no switch. To see whether an optimizer is its Muon it imports that, which imports all of
-    torch's compiler: a second and 100 MB in every rank. It is shown a class that no optimizer is of instead.
-    """
-    absent = _MUON not in sys.modules
-    if absent:
-        stand_in = types.ModuleType(_MUON)
-        stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
-        sys.modules[_MUON] = stand_in
-    try:
-        with contextlib.redirect_stdout(None):
-            yield
-    finally:
-        if absent:
-            del sys.modules[_MUON]
-
-
-_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
+def leave_out_muon() -> None:
+    """Call it before deepspeed.initialize. DeepSpeed imports its Muon to see that an optimizer is something else, and
+    with it all of torch's compiler: a second and 100 MB in every rank. It finds a class that no optimizer is of."""
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    if name not in sys.modules:
+        stand_in = types.ModuleType(name)
+        stand_in.__dict__["MuonWithAuxAdam"] = type("MuonWithAuxAdam", (), {})
+        sys.modules[name] = stand_in
 
 
 def step_engine(engine: Any) -> None:
