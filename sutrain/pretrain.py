@@ -32,7 +32,7 @@ from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
 from sutrain.compiled import compile_layers
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, word_masking
-from sutrain.engine import DTYPES, deepspeed_config, leave_out_muon, step_engine
+from sutrain.engine import DTYPES, deepspeed_config, quicken_start, step_engine
 from sutrain.evaluation import Evaluator
 from sutrain.launch import (
     EXIT_FAILURE,
@@ -124,7 +124,7 @@ class Run:
         self.recomputation = apply_budget(model.encoder, *room, self.dtype, self.device)
         compile_layers(model.encoder, config.compile_layers, config.zero.stage)
         engine_config = deepspeed_config(config, self.plan)
-        leave_out_muon()
+        quicken_start()
         with contextlib.redirect_stdout(None):
             self.engine, *_ = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=engine_config, dist_init_required=False

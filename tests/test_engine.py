@@ -2,15 +2,17 @@
 
 import importlib
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16 import loss_scaler
 
 from data_prep.config_file import ConfigError, load_config
 from sutrain.config import PretrainConfig, batch_plan
-from sutrain.engine import deepspeed_config, leave_out_muon, step_engine
+from sutrain.engine import deepspeed_config, quicken_start, step_engine
 
 
 def engine_settings(path, *overrides):
@@ -91,10 +93,24 @@ def test_other_errors_of_the_engine_are_not_touched():
 def test_deepspeed_finds_no_muon_unless_it_was_there_before(monkeypatch):
     muon = "deepspeed.runtime.zero.muon.muon_optimizer"
     monkeypatch.delitem(sys.modules, muon, raising=False)
-    leave_out_muon()
+    quicken_start()
     assert not issubclass(torch.optim.Adam, importlib.import_module(muon).MuonWithAuxAdam)
     monkeypatch.delitem(sys.modules, muon)
     there = importlib.import_module(muon)
     assert issubclass(there.MuonWithAuxAdam, torch.optim.Optimizer)
-    leave_out_muon()
+    quicken_start()
     assert importlib.import_module(muon) is there
+
+
+def test_parameters_that_an_optimizer_has_twice_are_named_in_linear_time():
+    quicken_start()
+    module = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(20_000)))
+    engine = SimpleNamespace(module=module)
+    # torch refuses duplicates itself, so the list is changed behind its back.
+    optimizer = torch.optim.SGD(module.parameters())
+    started = time.process_time()
+    DeepSpeedEngine._check_for_duplicates(engine, optimizer)
+    assert time.process_time() - started < 5, "the engine's own takes minutes"
+    optimizer.param_groups[0]["params"].append(module[7].weight)
+    with pytest.raises(ValueError, match="has 7.weight more than once"):
+        DeepSpeedEngine._check_for_duplicates(engine, optimizer)
