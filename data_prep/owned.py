@@ -59,7 +59,7 @@ def adopt_plan(plan: Plan, fresh: bool) -> Plan:
         if saved["identity"].get("files") == identity["files"]:
             plan = plan.with_tasks(saved["tasks"])
         changed = differences(saved["identity"], identity)
-        if changed and (output / "tokenizer" / "tokenizer.json").exists():
+        if changed and _is_worth_keeping(output, saved):
             raise DataPrepError(
                 f"{output} was begun with other settings or input:\n" + "\n".join(changed) + "\n"
                 "put them back to go on, give another output_dir, or start over with --fresh"
@@ -139,10 +139,25 @@ def _saved_plan(path: Path) -> dict[str, Any] | None:
     return saved
 
 
+def _is_worth_keeping(output: Path, saved: dict[str, Any]) -> bool:
+    """Is there anything that only `--fresh` may remove: a tokenizer, a data set, a finished task of pass 1 (of text
+    that is moved as text it is the first thing to be finished)?
+    """
+    if any((output / name).exists() for name in ("tokenizer/tokenizer.json", "manifest.json")):
+        return True
+    work = _work_folder(saved)
+    return work is not None and any(work.glob("scatter/task-*.json"))
+
+
+def _work_folder(saved: dict[str, Any]) -> Path | None:
+    """The folder for intermediate files that a saved plan names, where it is there and ours."""
+    folder = Path(saved.get("work") or "")
+    return folder if _WORK.fullmatch(folder.name) and folder.is_dir() else None
+
+
 def _remove_work(saved: dict[str, Any]) -> None:
     check_fence()
-    folder = Path(saved.get("work") or "")
-    if _WORK.fullmatch(folder.name) and folder.is_dir():
+    if (folder := _work_folder(saved)) is not None:
         shutil.rmtree(folder)
 
 

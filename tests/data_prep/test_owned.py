@@ -211,3 +211,33 @@ def test_input_that_is_gone_does_not_cost_the_finished_output(tree, tmp_path):
     with pytest.raises(DataPrepError, match="no such file"):
         prepare(tree, fresh=True)
     assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def data_in(output: Path) -> dict[Path, bytes]:
+    """Every file but those in which a run tells how it is."""
+    files = [path for path in output.rglob("*") if path.is_file() and ".owner" not in path.parts]
+    return {path: path.read_bytes() for path in files if path.name not in ("progress.json", "metrics.prom")}
+
+
+def test_text_that_is_finished_or_half_done_is_not_given_up_for_changed_input(tree, tmp_path, monkeypatch):
+    """Text has no tokenizer that would show how far a run had come."""
+    tree["shards"]["content"] = "text"
+    with monkeypatch.context() as patch:
+        kill_at(patch, run, "run_gather")
+        with pytest.raises(KilledError):
+            prepare(tree)
+    refused = r"was begun with other settings or input:\n(.*\n)+.* start over with --fresh$"
+
+    def refused_without_a_loss() -> None:
+        before = data_in(tmp_path / "out")
+        with pytest.raises(DataPrepError, match=refused):
+            prepare(tree | {"seed": 6})
+        assert before and data_in(tmp_path / "out") == before
+
+    refused_without_a_loss()
+    first = prepare(tree)
+    refused_without_a_loss()
+    write_jsonl(tmp_path / "raw" / "b.jsonl", make_texts(5, seed=2))
+    tree["corpora"][0]["paths"] = [str(tmp_path / "raw")]
+    refused_without_a_loss()
+    assert prepare(tree, fresh=True).content_hash != first.content_hash
