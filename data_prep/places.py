@@ -6,8 +6,10 @@ Options of a storage (end point, credentials) come from where its client looks f
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -52,12 +54,18 @@ def open_to_read(path: str) -> BinaryIO:
     if not is_remote(path):
         return open(path, "rb")
     system, name = file_system(path)
+    ahead = {"block_size": _READ_AHEAD_BYTES, "cache_type": "readahead"}
+    return cast(BinaryIO, _client_errors(path, system.open, name, "rb", **ahead))
+
+
+def _client_errors(path: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a function of a storage's client returns; its own exceptions, which are many, become OSError."""
     try:
-        return cast(BinaryIO, system.open(name, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead"))
+        return function(*arguments, **options)
     except OSError:
         raise
-    except Exception as error:  # a client's own exceptions are many
-        raise OSError(5, f"{type(error).__name__}: {error}", path) from None
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", path) from None
 
 
 def stamp_of(path: str, handle: BinaryIO | None = None) -> tuple[int, str]:
@@ -69,7 +77,7 @@ def stamp_of(path: str, handle: BinaryIO | None = None) -> tuple[int, str]:
         return status.st_size, str(status.st_mtime_ns)
     system, name = file_system(path)
     system.invalidate_cache()
-    return stamp_of_info(system.info(name))
+    return stamp_of_info(_client_errors(path, system.info, name))
 
 
 def stamp_of_info(info: dict[str, Any]) -> tuple[int, str]:
