@@ -229,7 +229,7 @@ class ResourcesSection(Section):
     """What the machine may give. Nothing here changes a byte of the output."""
 
     workers: int | None = Field(
-        default=None, ge=1, description="tasks at a time; none: every core (of the Ray cluster)"
+        default=None, ge=1, description="tasks at a time; none: every core (on Ray: with memory for one)"
     )
     worker_memory_bytes: int = Field(
         default=1024 * MEBIBYTE,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .clean import function_identity
-from .config import DEFAULT_WORK, PrepareConfig
+from .config import DEFAULT_WORK, PrepareConfig, records_bytes
 from .errors import DataPrepError
 from .executor import usable_cores
 from .inputs import list_corpus, search_root
@@ -38,7 +38,8 @@ _TASKS_PER_RUN = 64
 _SPILL_SHARE, _OUTPUT_SHARE = 0.35, 0.3
 _MIN_FRAME_BYTES, _MAX_FRAME_BYTES = 16 * 1024, 512 * 1024
 _TEXT_RATIO, _ZSTD_SECONDS_PER_BYTE = 0.45, 1 / 330e6 + 1 / 1000e6  # zstd-1, measured
-_PROGRAM_BYTES = 350 * 1024**2
+PROGRAM_BYTES = 256 * 1024**2  # of a worker before it has read anything
+_RECORD_BYTES_PER_TEXT_BYTE = 8  # at most: ids, words, places and what sorting them takes
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,12 @@ class Plan:
         return int(self.text_bytes * _OUTPUT_SHARE)
 
     def worker_bytes(self) -> int:
-        """Peak memory of one worker."""
-        return self.config.resources.worker_memory_bytes + _PROGRAM_BYTES
+        """Peak memory of one worker: the program, and what the configuration allows, or less where so little text
+        cannot fill it.
+        """
+        allowed = self.config.resources.worker_memory_bytes
+        records = records_bytes(allowed, self.config.cleaning.max_record_bytes)
+        return PROGRAM_BYTES + allowed - max(0, records - _RECORD_BYTES_PER_TEXT_BYTE * self.text_bytes)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .lease import owned
 from .merge import SpillSet
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
 from .places import is_remote
-from .plan import Plan, frame_bytes, make_plan
+from .plan import PROGRAM_BYTES, Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
 from .quarantine import check_losses
@@ -68,7 +68,9 @@ def run(
             plan.work_path.mkdir(parents=True, exist_ok=True)
         warn_of_a_small_disk(plan, progress)
         started, begun = time.time(), time.monotonic()
-        executor = make_executor(executor_name, config.resources.workers, fence)
+        executor = make_executor(
+            executor_name, config.resources.workers, fence, plan.worker_bytes(), progress.say
+        )
         try:
             if isinstance(executor, RayExecutor):
                 firsts = {file.corpus: file.path for file in reversed(plan.files)}
@@ -167,7 +169,7 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
     )
     with progress.stage("train tokenizer", 0, 1):
         task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))
-        for result in executor.run(train_tokenizer, [task]):
+        for result in executor.run(train_tokenizer, [task], memory_bytes=PROGRAM_BYTES + needed):
             progress.advance(result["input_bytes"])
             if skipped := result["trained_on"]["skipped_sentences"]:
                 progress.say(f"{skipped:,} sentence(s) with a reserved character were left out of training")
