@@ -54,7 +54,7 @@ $(VENV)/.torch: $(VENV)/.created
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "installing sutrain and its dependencies (about a minute and a half)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[s3]'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed
@@ -64,7 +64,7 @@ $(VENV)/.built: $(VENV)/.installed
 
 $(VENV)/.tests: $(VENV)/.installed
 	@echo "installing what the tests need"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[s3,dev]'
 	@# Without what it asks for (fairscale, timm, an old torchvision): the comparison of DeepNorm uses none of it.
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps torchscale
 	@touch $@
