@@ -19,7 +19,7 @@ from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_mer
 from .books import close_books, describe_run, merge_books, write_quarantine
 from .config import PrepareConfig, records_bytes
 from .errors import DataPrepError, DiskFullError
-from .estimate import estimate, refuse_too_little_memory
+from .estimate import NOTHING_LEFT, estimate, refuse_too_little_memory
 from .executor import Executor, RayExecutor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
@@ -31,6 +31,7 @@ from .plan import PROGRAM_BYTES, Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
 from .quarantine import check_losses
+from .readable import refuse_unreadable
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import Manifest, token_dtype
@@ -63,6 +64,7 @@ def run(
             remove_work(plan)
             progress.say(f"{output} is complete and neither the configuration nor the input has changed")
             return manifest
+        refuse_unreadable(plan)
         remove_leftovers(output)
         with disk_errors(plan.work_path):
             plan.work_path.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,8 @@ def run(
             tokenizer = prepare_tokenizer(plan, executor, progress)
             planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
             refuse_too_little_memory(plan, planned)
+            if not planned.kept_share:
+                progress.say(NOTHING_LEFT)
             scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
             duplicates = run_dedup(plan, scattered, executor, progress)
             shard_counts = count_shards(plan, scattered + duplicates, tokenizer["vocab_size"])
