@@ -95,8 +95,11 @@ def clear(output: Path, saved: dict[str, Any]) -> None:
         _remove_if_empty(output / folder)
 
 
-def remove_leftovers(output: Path) -> None:
-    """Remove the temporary files that a killed run left in OUTPUT."""
+def remove_leftovers(output: Path, work: Path | None = None) -> None:
+    """Remove the temporary files that a killed run left in OUTPUT, and in the folders of its work folder: a spill file
+    that was being written may be as large as the memory of many workers, and nothing else would take it away before
+    the end.
+    """
     for folder in (output, output / "tokenizer", *(output / split for split in SPLITS)):
         inside = "" if folder == output else f"{folder.name}/"
         for path in _entries(folder):
@@ -104,6 +107,9 @@ def remove_leftovers(output: Path) -> None:
             ours = f"{inside}{name}" in (*_FILES, "plan.json") or (inside and _SHARD.fullmatch(name))
             if name != path.name and ours:
                 path.unlink(missing_ok=True)
+    for path in (path for folder in _entries(work) for path in _entries(folder)) if work else ():
+        if _TEMPORARY.search(path.name):
+            path.unlink(missing_ok=True)
 
 
 def remove_work(plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Before a run: does every corpus give text? A wrong text_field would otherwise be told when all of it has been read."""
+"""Before a run: does every corpus give text? A wrong text_field would else be told when all of it has been read."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def run(
             progress.say(f"{output} is complete and neither the configuration nor the input has changed")
             return manifest
         refuse_unreadable(plan)
-        remove_leftovers(output)
+        remove_leftovers(output, plan.work_path)
         with disk_errors(plan.work_path):
             plan.work_path.mkdir(parents=True, exist_ok=True)
         warn_of_a_small_disk(plan, progress)

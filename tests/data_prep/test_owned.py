@@ -77,6 +77,24 @@ def test_what_a_killed_worker_left_is_gone_when_the_run_ends(tree, tmp_path, mon
     assert not list((tmp_path / "out").rglob(f"*{TEMPORARY_MARK}*"))
 
 
+def test_what_killed_tasks_left_in_the_work_folder_is_gone_before_the_run_goes_on(tree, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, run, "run_gather")
+        with pytest.raises(KilledError):
+            prepare(tree)
+    (work,) = (Path(tree["output_dir"]) / ".work").iterdir()
+    left = [
+        work / folder / f"task-000001.spill{TEMPORARY_MARK}0123456789ab" for folder in ("scatter", "merge-1")
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    kill_at(monkeypatch, run, "run_scatter")
+    with pytest.raises(KilledError):
+        prepare(tree)
+    assert not any(path.exists() for path in left) and (work / "scatter" / "task-000000.json").exists()
+
+
 @pytest.mark.parametrize("name", ["train/corpus.txt", "tokenizer/my.model", "manifest.json", "run.json"])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_folder_of_others_is_refused_and_not_cleared(tree, tmp_path, name, fresh):
