@@ -172,6 +172,7 @@ def _walk(handle: BinaryIO, size_bytes: int) -> list[tuple[int, int]]:
         return []
     frames, at, text = [], 0, 0
     with mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+        data.madvise(mmap.MADV_RANDOM)  # or the system reads ahead at every header, and so the whole file
         try:
             while at < size_bytes:
                 with view[at:] as rest:
