@@ -35,7 +35,18 @@ def place(path: str | os.PathLike[str]) -> Path:
             return cast(Path, UPath(text))
         except (ImportError, ValueError) as error:
             raise DataPrepError(f"{text}: this storage cannot be used ({error})") from None
-    return Path(re.sub(r"^(file|local)://", "", text)).expanduser().resolve()
+    return Path(local_path(text)).expanduser().resolve()
+
+
+def local_path(path: str) -> str:
+    """A path of this machine without the file:// that it may be written with."""
+    return re.sub(r"^(file|local)://", "", path)
+
+
+def full_url(url: str) -> str:
+    """A URL as its storage spells it, without a slash at the end, so that two of them can be compared."""
+    system, name = file_system(url)
+    return str(system.unstrip_protocol(name)).rstrip("/")
 
 
 def file_system(url: str) -> tuple[Any, str]:

@@ -49,11 +49,11 @@ def run(
     Raises DataPrepError for input, settings and disks that a user can mend, AuditError when the books do
     not balance.
     """
-    plan = make_plan(config)
     output = config.output_path
+    progress = progress or RunProgress(output, config.resources.log_seconds)
+    plan = make_plan(config, progress.say)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    progress = progress or RunProgress(output, config.resources.log_seconds)
     if plan.ignored:
         progress.say(f"{len(plan.ignored)} file(s) in the input folders are not taken; `plan` lists them")
     with owned(output, config.resources.lease_seconds, progress.say) as fence, progress.telling_failure():
