@@ -56,7 +56,7 @@ def list_corpus(
         unknown = [file for file in found.files if not _takes(corpus, file, found.is_folder)]
         kinds = ".txt, .jsonl or .parquet" if corpus.format == "auto" else f".{corpus.format}"
         if found.is_folder:
-            ignored += unknown
+            ignored += [file if _is_utf8(file) else repr(file) for file in unknown]
         elif unknown:
             problems.append(
                 f"{where}: {unknown[0]}: txt, jsonl or parquet? Its suffix does not tell; set "
@@ -73,7 +73,11 @@ def list_corpus(
             chosen.setdefault(name, (file, _relative(file, corpus.root or found.root)))
     named: dict[str, str] = {}
     for path, relative in chosen.values():
-        if relative is None:
+        if not _is_utf8(path):
+            problems.append(
+                f"{where}: {path!r}: the name is not UTF-8, and could not be told in the data set; rename the file"
+            )
+        elif relative is None:
             problems.append(f"{where}: {path} is not below the root {corpus.root}")
         elif relative in named:
             problems.append(
@@ -242,6 +246,15 @@ def _walk(folder: Path, problems: list[str], depth: int | None = None) -> Iterat
             folders.clear()
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
         above |= {os.path.join(name, entry): parents | {here} for entry in folders}
+
+
+def _is_utf8(name: str) -> bool:
+    """Names in another encoding come from the system with surrogates, which nothing can write."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _absolute(path: Path) -> Path:

@@ -42,6 +42,7 @@ COMPRESSION_RATIO = 4
 FILE_REASONS = (
     "truncated_compression",
     "damaged_compression",
+    "window_too_large",
     "decompression_bomb",
     "damaged_parquet",
     "file_changed",

@@ -136,6 +136,22 @@ def test_run_says_how_many_files_are_not_taken(tmp_path):
     assert result.returncode == 0 and "2 file(s) in the input folders are not taken" in result.stderr
 
 
+def test_a_name_that_is_not_utf8_is_told(tmp_path):
+    raw = tmp_path / "raw"
+    write_jsonl(raw / "a.jsonl", make_texts(300))
+    for name in ("法律.jsonl", "说明.md"):
+        with open(os.path.join(os.fsencode(raw), name.encode("gbk")), "w") as file:
+            file.write('{"text": "one"}\n')
+    for command in ("plan", "run"):
+        result = command_line(settings(tmp_path / "out", [raw]), tmp_path, command)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert f"corpora.0 (made): '{raw}/\\udcb7" in line and ".jsonl': the name is not UTF-8" in line
+    os.unlink(os.path.join(os.fsencode(raw), "法律.jsonl".encode("gbk")))
+    result = command_line(settings(tmp_path / "out", [raw]), tmp_path, "plan")
+    assert result.returncode == 0 and ".md' (not a text file of the format)" in result.stdout
+
+
 def test_a_long_listing_says_how_far_it_is(tmp_path, monkeypatch):
     for number in range(30):
         (tmp_path / f"{number:02d}.txt").write_text("one\n")
