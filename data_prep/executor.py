@@ -180,7 +180,8 @@ class RayExecutor:
         """Raises what a task raises. A task that is repeated because its worker died is asked for with `finished`."""
         ray, memory = self._ray, memory_bytes or self._memory_bytes
         remote = ray.remote(num_cpus=1, memory=memory, max_retries=3)(call)
-        waiting, running, looked = iter(descriptions), [], -math.inf
+        waiting, looked = iter(descriptions), -math.inf
+        running: list[Any] = []
         if descriptions:
             self._await_room(memory)
         while True:
