@@ -111,9 +111,7 @@ def run(
 
 def warn_of_a_small_disk(plan: Plan, progress: RunProgress) -> None:
     """Say so when the estimate does not fit; it is rough, and a full disk loses no finished task."""
-    near_output = not is_remote(
-        plan.config.output_dir
-    )  # else only the small files of the run lie in output_path
+    near_output = not is_remote(plan.config.output_dir)  # of another, only small files lie here
     needs = {plan.config.output_path: near_output * plan.output_bytes, plan.work_path: plan.spill_bytes}
     devices: Counter[int] = Counter()
     for path, size_bytes in needs.items():

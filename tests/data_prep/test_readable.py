@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data_prep.made import command_line, make_texts, settings, write_jsonl
@@ -43,6 +45,12 @@ def test_a_file_that_begins_badly_is_not_the_corpus(tmp_path):
     (tmp_path / "raw" / "a.jsonl").write_text('{"title": "no text"}\n' * 2000)
     result = command_line(settings(tmp_path / "out", [tmp_path / "raw"]), tmp_path, "plan")
     assert result.returncode == 0, result.stderr
+
+
+def test_a_column_of_parquet_may_begin_with_nulls(tmp_path):
+    pq.write_table(pa.table({"text": [None] * 2000 + make_texts(50)}), tmp_path / "a.parquet")
+    tree = settings(tmp_path / "out", [tmp_path / "a.parquet"])
+    assert command_line(tree, tmp_path, "plan").returncode == 0
 
 
 def test_cleaning_that_leaves_nothing_is_a_warning(tmp_path):
