@@ -3,15 +3,21 @@
 SHELL := /bin/bash
 
 PYTHON ?= python3
-# Another torch build: make demo TORCH='torch==2.13.0 --index-url URL-OF-THE-WHEELS-FOR-YOUR-ACCELERATOR'
-TORCH ?= torch==2.13.0
 VENV := .venv
+# Another torch build: make demo TORCH='torch==2.13.0 --index-url URL-OF-THE-WHEELS-FOR-YOUR-ACCELERATOR'
+# It stays as long as nobody asks for a different one: without TORCH the environment is left as it is.
+ifneq ($(origin TORCH),undefined)
+ifneq ($(strip $(TORCH)),$(strip $(shell cat $(VENV)/.torch 2>/dev/null)))
+$(VENV)/.torch: another-torch
+endif
+endif
+TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # DeepSpeed builds its communication extension with ninja from the environment into a folder of the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help demo test test-slow experiments lint format clean setup
+.PHONY: help demo test test-slow experiments lint format clean setup another-torch
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
@@ -49,12 +55,14 @@ $(VENV)/.created:
 
 $(VENV)/.torch: $(VENV)/.created
 	@echo "installing $(TORCH)"
+	@# What is there goes first, or pip would take it for the other build of its version; what was compiled for it too.
+	@if [ -e $@ ]; then rm -rf $@ $(TORCH_EXTENSIONS_DIR); $(BIN)/python -m pip uninstall -q -y torch; fi
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q $(TORCH)
-	@touch $@
+	@echo '$(TORCH)' > $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "installing sutrain and its dependencies (about a minute and a half)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[s3]'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed
@@ -64,7 +72,7 @@ $(VENV)/.built: $(VENV)/.installed
 
 $(VENV)/.tests: $(VENV)/.installed
 	@echo "installing what the tests need"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[s3,dev]'
 	@# Without what it asks for (fairscale, timm, an old torchvision): the comparison of DeepNorm uses none of it.
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps torchscale
 	@touch $@

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ from .dedup import dedup_tasks, find_duplicates, finished_dedup
 from .errors import DataPrepError
 from .estimate import needed_groups
 from .executor import Executor
-from .files import free_bytes
+from .files import free_bytes, size_or_none
 from .merge import MergeTask, SpillSet, finished_merge, merge
+from .places import is_remote
 from .plan import Plan, frame_bytes
 from .progress import RunProgress
 from .shards import SPLITS, token_dtype
@@ -128,16 +131,20 @@ def run_merges(
 
 def missing_bytes(plan: Plan) -> str:
     """How much more room the rest of the run takes, as far as can be told."""
-    used = sum(
-        path.stat().st_size
-        for folder in (plan.work_path, plan.config.output_path)
-        for path in folder.rglob("*")
-        if path.is_file()
-    )
-    needed = plan.spill_bytes + plan.output_bytes
+    near_output = not is_remote(plan.config.output_dir)
+    # The work folder may lie in the output, whose other files are small where the shards go to a URL.
+    folders = [plan.work_path, plan.config.output_path] if near_output else [plan.work_path]
+    sizes = {path: size_or_none(path) or 0 for folder in folders for path in _files_below(folder)}
+    used, needed = sum(sizes.values()), plan.spill_bytes + near_output * plan.output_bytes
     task = needed // max(1, len(plan.tasks))
     missing = max(needed - used, task) - free_bytes(plan.work_path)
     return f"about {max(missing, task):,} bytes more are needed"
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files, while tasks that are still at work remove and rename some."""
+    for name, _, files in os.walk(folder):
+        yield from (Path(name, file) for file in files)
 
 
 def run_missing(

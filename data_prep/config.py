@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config_file import ConfigError, Section, load_config
-from .places import is_remote, place
+from .places import is_remote, local_path, place
 
 MEBIBYTE = 1024**2
 DEFAULT_WORK = ".work"
@@ -229,7 +229,7 @@ class ResourcesSection(Section):
     """What the machine may give. Nothing here changes a byte of the output."""
 
     workers: int | None = Field(
-        default=None, ge=1, description="tasks at a time; none: every core (of the Ray cluster)"
+        default=None, ge=1, description="tasks at a time; none: every core (on Ray: with memory for one)"
     )
     worker_memory_bytes: int = Field(
         default=1024 * MEBIBYTE,
@@ -342,7 +342,7 @@ class PrepareConfig(Section):
     def work_base(self) -> Path:
         """The folder in which a run makes a folder of its own for intermediate files."""
         if self.work_dir:
-            return Path(self.work_dir).expanduser().resolve()
+            return place(self.work_dir)
         return self.output_path / DEFAULT_WORK
 
     def content(self) -> dict[str, Any]:
@@ -395,5 +395,5 @@ def _paths_lost_with_a_ray_package(config: PrepareConfig, cwd: str | None = None
         f"{key}: {path!r} is relative, but a Ray job runs in a temporary copy of its working directory; "
         "give an absolute path that every node sees"
         for key, path in paths.items()
-        if path and not is_remote(path) and not os.path.isabs(os.path.expanduser(path))
+        if path and not is_remote(path) and not os.path.isabs(os.path.expanduser(local_path(path)))
     ]

@@ -113,8 +113,8 @@ def _until_damage(handle: BinaryIO, compression: str) -> Generator[bytes, None, 
                 decoder, member = make_decoder(), stop - len(data)
             try:
                 part = decoder.decompress(data, CHUNK_BYTES)
-            except _DECODER_ERRORS:
-                return "damaged_compression", member
+            except _DECODER_ERRORS as error:
+                return _reason(error), member
             made += len(part)
             if is_bomb(fed, made):
                 return "decompression_bomb", member
@@ -124,6 +124,13 @@ def _until_damage(handle: BinaryIO, compression: str) -> Generator[bytes, None, 
             if decoder.eof:
                 data, decoder = decoder.unused_data, None
     return "" if decoder is None else "truncated_compression", member
+
+
+def _reason(error: Exception) -> str:
+    """Nothing is wrong with a file that only asks for more memory than a reader may take."""
+    told = str(error).lower()
+    too_large = "too much memory" in told or "memory usage limit" in told  # of libzstd, of liblzma
+    return "window_too_large" if too_large else "damaged_compression"
 
 
 def is_bomb(packed_bytes: int, text_bytes: int) -> bool:
@@ -172,6 +179,7 @@ def _walk(handle: BinaryIO, size_bytes: int) -> list[tuple[int, int]]:
         return []
     frames, at, text = [], 0, 0
     with mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+        data.madvise(mmap.MADV_RANDOM)  # or the system reads ahead at every header, and so the whole file
         try:
             while at < size_bytes:
                 with view[at:] as rest:

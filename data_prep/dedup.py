@@ -48,8 +48,8 @@ _FRAME = np.dtype(
 )
 _DROP_ROWS = ("split", "key", "length")
 _FRAME_ENTRIES = 8192
-# A text seen takes a bytes object and its place in a set; an entry is there as collected, sorted and as a frame.
-_SEEN_BYTES = 110 + 2 * _ENTRY.itemsize
+# A text seen takes a bytes object and its place in a set; an entry, of each copy, is there as collected and sorted.
+_SEEN_BYTES, _HELD_BYTES = 110, 2 * _ENTRY.itemsize
 _LOADED_COPIES = 5
 _HASHES = 1 << 64
 
@@ -76,17 +76,16 @@ class HashWriter:
     """Collects the entries of a task of pass 1 and writes them in runs sorted by hash."""
 
     def __init__(self, file: BinaryIO, memory_bytes: int) -> None:
-        self._file, self._limit = file, max(1, memory_bytes // _SEEN_BYTES)
+        self._file, self._memory_bytes = file, memory_bytes
         self._seen: set[bytes] = set()
         self._parts: list[np.ndarray] = []
-        self._offset = self.entries = 0
+        self._offset = self._held = self.entries = 0
         self._frames: list[tuple[int, ...]] = []
         self._compressor = zstandard.ZstdCompressor(level=1)
 
     def new(self, texts: list[bytes]) -> tuple[list[int], np.ndarray]:
         """Positions of the texts (UTF-8) that this run has not seen, and their hashes, uint64 [n, 2]."""
-        if len(self._seen) >= self._limit:
-            self._flush()
+        self._keep_within_memory()
         seen, kept, digests = self._seen, [], []
         for position, digest in enumerate(map(xxhash.xxh3_128_digest, texts)):
             if digest not in seen:
@@ -112,12 +111,19 @@ class HashWriter:
         for name, values in (*columns, ("length", lengths), ("split", split)):
             entries[name] = values
         self._parts.append(entries)
+        self._held += len(entries)
         self.entries += len(entries)
+        self._keep_within_memory()
 
     def finish(self) -> np.ndarray:
         """Write what is left; returns the index of the frames."""
         self._flush()
         return np.array(self._frames, dtype=_FRAME)
+
+    def _keep_within_memory(self) -> None:
+        """End the run where it is full; also within a batch, whose copies may be many times its texts."""
+        if _SEEN_BYTES * len(self._seen) + _HELD_BYTES * self._held >= self._memory_bytes:
+            self._flush()
 
     def _flush(self) -> None:
         if self._parts:
@@ -131,7 +137,7 @@ class HashWriter:
                 ends = int(frame["high"][0]), int(frame["high"][-1])
                 self._frames.append((*ends, self._offset, len(data), len(frame)))
                 self._offset += len(data)
-        self._parts, self._seen = [], set()
+        self._parts, self._seen, self._held = [], set(), 0
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ _FEW_READS = 2048
 _ORIGIN_BYTES, _PIECE_BYTES = 18, 14  # of a record in a spill file and of a piece in a shard, compressed
 # What writing frames, putting in order, packing and hashing cost beside the probe, in seconds a byte of text.
 _MOVING_SECONDS_PER_BYTE = 4e-9
+NOTHING_LEFT = "warning: cleaning leaves nothing of the records that were probed; see cleaning and text_field"
 _LEAST_WORKER_BYTES = 120 * 1024**2
 
 

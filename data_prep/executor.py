@@ -7,10 +7,12 @@ without harm.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +24,9 @@ from .errors import DataPrepError
 from .files import set_fence
 
 _NODE_SECONDS = 120  # for a node to start a worker and look at its storage
+_JOIN_SECONDS = 60  # for a node to join on which a task fits
+_LOOK_SECONDS = 5.0  # between two looks at which nodes there are
+_TASK_BYTES = 512 * 1024**2  # memory of a task for which nobody says more
 Task = Callable[[Any], dict[str, Any]]
 Finished = Callable[[Any], dict[str, Any] | None]  # the result of a task that somebody has finished already
 
@@ -33,7 +38,11 @@ class Executor(Protocol):
     workers: int
 
     def run(
-        self, function: Task, descriptions: Sequence[Any], finished: Finished | None = None
+        self,
+        function: Task,
+        descriptions: Sequence[Any],
+        finished: Finished | None = None,
+        memory_bytes: int | None = None,
     ) -> Iterator[dict[str, Any]]: ...
 
     def close(self) -> None: ...
@@ -50,11 +59,19 @@ def usable_cores() -> int:
         return cores
 
 
-def make_executor(name: str, workers: int | None, fence: Any = None) -> Executor:
-    """`local` or `ray`, whose tasks write by the right of `fence` (lease.Fence). Raises DataPrepError when no Ray
-    cluster can be reached.
+def make_executor(
+    name: str,
+    workers: int | None,
+    fence: Any = None,
+    memory_bytes: int = _TASK_BYTES,
+    say: Callable[[str], None] = print,
+) -> Executor:
+    """`local` or `ray`, whose tasks write by the right of `fence` (lease.Fence) and take `memory_bytes` each, so that
+    Ray places only what fits. Raises DataPrepError when no Ray cluster can be reached, or no task fits its nodes.
     """
-    return RayExecutor(workers, fence) if name == "ray" else LocalExecutor(workers or usable_cores(), fence)
+    if name == "ray":
+        return RayExecutor(workers, fence, memory_bytes, say)
+    return LocalExecutor(workers or usable_cores(), fence)
 
 
 def call(fence: Any, function: Task, description: Any, finished: Finished | None = None) -> dict[str, Any]:
@@ -81,9 +98,15 @@ class LocalExecutor:
             forkserver.ensure_running()
 
     def run(
-        self, function: Task, descriptions: Sequence[Any], finished: Finished | None = None
+        self,
+        function: Task,
+        descriptions: Sequence[Any],
+        finished: Finished | None = None,
+        memory_bytes: int | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Raises what a task raises, DataPrepError when a worker process dies. Asks nobody what is `finished`."""
+        """Raises what a task raises, DataPrepError when a worker process dies. Asks nobody what is `finished`, and
+        leaves memory to whoever chose the workers.
+        """
         if self.workers == 1 or len(descriptions) == 1:
             yield from map(function, descriptions)
             return
@@ -115,17 +138,24 @@ class LocalExecutor:
 
 
 class RayExecutor:
-    """Plain Ray tasks with one CPU each on the cluster that this process belongs to (RAY_ADDRESS, or the
-    one here).
+    """Plain Ray tasks with one CPU and their memory each on the cluster that this process belongs to (RAY_ADDRESS, or
+    the one here). Nodes may come and go: `workers` is how many tasks run at a time now.
     """
 
     name = "ray"
 
-    def __init__(self, workers: int | None, fence: Any = None) -> None:
+    def __init__(
+        self,
+        workers: int | None,
+        fence: Any = None,
+        memory_bytes: int = _TASK_BYTES,
+        say: Callable[[str], None] = print,
+    ) -> None:
         _choose_authentication()
         import ray
 
         self._ray, self._fence = ray, fence
+        self._wanted, self._memory_bytes, self._say = workers, memory_bytes, say
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS", "auto")
             try:
@@ -136,45 +166,98 @@ class RayExecutor:
                     f"no Ray cluster can be reached at {address} ({' '.join(str(error).split())}): start one "
                     "with `ray start --head`, set RAY_ADDRESS, or use --executor=local"
                 ) from None
-        cluster = int(ray.cluster_resources().get("CPU", 1))
-        self.workers = min(workers or cluster, cluster)
+        self._told = ""
+        self._await_room(memory_bytes)
+        self.workers = self._room(memory_bytes)
 
     def run(
-        self, function: Task, descriptions: Sequence[Any], finished: Finished | None = None
+        self,
+        function: Task,
+        descriptions: Sequence[Any],
+        finished: Finished | None = None,
+        memory_bytes: int | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Raises what a task raises. A task that is repeated because its worker died is asked for with `finished`."""
+        ray, memory = self._ray, memory_bytes or self._memory_bytes
+        remote = ray.remote(num_cpus=1, memory=memory, max_retries=3)(call)
+        waiting, looked = iter(descriptions), -math.inf
+        running: list[Any] = []
+        if descriptions:
+            self._await_room(memory)
+        while True:
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                window, looked = self._room(memory) + 2, time.monotonic()
+            free = max(0, window - len(running))
+            running += [
+                remote.remote(self._fence, function, task, finished) for task in islice(waiting, free)
+            ]
+            if not running:
+                return
+            ended, running = ray.wait(running, num_returns=1, timeout=_LOOK_SECONDS)
+            yield from [self._result(reference, running) for reference in ended]
+
+    def _result(self, reference: Any, others: list[Any]) -> dict[str, Any]:
         ray = self._ray
-        remote = ray.remote(num_cpus=1, max_retries=3)(call)
-        waiting = iter(descriptions)
+        try:
+            result: dict[str, Any] = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            for other in others:
+                ray.cancel(other)
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except ray.exceptions.RayError as error:
+            message = " ".join(str(error).split())[:300]
+            raise DataPrepError(f"a Ray task died ({message}); run the same command again to go on") from None
+        return result
 
-        def start(tasks: Iterator[Any], count: int) -> list[Any]:
-            return [remote.remote(self._fence, function, task, finished) for task in islice(tasks, count)]
+    def _nodes(self) -> list[dict[str, Any]]:
+        """The nodes that run tasks."""
+        return [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
-        running = start(waiting, self.workers + 2)
-        while running:
-            ended, running = ray.wait(running, num_returns=1)
-            try:
-                result = ray.get(ended[0])
-            except ray.exceptions.RayTaskError as error:
-                for reference in running:
-                    ray.cancel(reference)
-                raise (error.cause if isinstance(error.cause, Exception) else error) from None
-            except ray.exceptions.RayError as error:
-                message = " ".join(str(error).split())[:300]
+    def _room(self, memory_bytes: int) -> int:
+        """How many tasks the cluster can run at a time by now; says so where it is news."""
+        places = [
+            min(int(node["Resources"]["CPU"]), int(node["Resources"].get("memory", 0) // memory_bytes))
+            for node in self._nodes()
+        ]
+        room = max(1, min(self._wanted or sum(places), sum(places)))
+        if memory_bytes == self._memory_bytes and any(places):
+            self.workers = room
+            self._tell(f"{room} worker(s) on {sum(map(bool, places))} node(s) of the Ray cluster")
+        return room
+
+    def _await_room(self, memory_bytes: int) -> None:
+        """Raises DataPrepError when there are nodes, but a task fits none of them, and none comes on which it does.
+        Where there is none at all, tasks wait for the first.
+        """
+        deadline = time.monotonic() + _JOIN_SECONDS
+        while True:
+            most = max((node["Resources"].get("memory", 0) for node in self._nodes()), default=memory_bytes)
+            if most >= memory_bytes:
+                return
+            told = (
+                f"a task takes {memory_bytes:,} bytes of memory, and no node of the Ray cluster has more than "
+                f"{most:,.0f}"
+            )
+            if time.monotonic() > deadline:
                 raise DataPrepError(
-                    f"a Ray task died ({message}); run the same command again to go on"
-                ) from None
-            running += start(waiting, 1)
-            yield result
+                    f"{told}: lower resources.worker_memory_bytes (or, to train a tokenizer, its sample_bytes), or "
+                    "start nodes with more (`ray start --memory=BYTES`)"
+                )
+            self._tell(f"{told}; waiting {_JOIN_SECONDS:.0f} s for a larger one")
+            time.sleep(min(1.0, _JOIN_SECONDS))
+
+    def _tell(self, news: str) -> None:
+        if news != self._told:
+            self._told = news
+            self._say(news)
 
     def on_every_node(self, function: Task, description: Any) -> list[tuple[str, dict[str, Any] | str]]:
         """Run a function once on every node that runs tasks; (its name, the result or what went wrong)."""
         ray = self._ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
         waiting = []
-        for node in nodes:
+        for node in self._nodes():
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(call)
             name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"

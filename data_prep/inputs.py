@@ -10,7 +10,9 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,11 +20,13 @@ from .config import CorpusSection
 from .decompress import entry_points, zstd_frames
 from .errors import DataPrepError
 from .parquet import Footer, read_footer
-from .places import file_system, is_remote, open_to_read, stamp_of
+from .places import file_system, full_url, is_remote, local_path, open_to_read, stamp_of
 from .sources import BLOCK_BYTES, InputFile, format_of
 
 # A smaller file is read by one task in a moment; looking for its frames would take longer than it gains.
 _SPLIT_BYTES = 8 * 1024**2
+_ASKED_AT_A_TIME = 16  # files of a storage far away, each a round trip or two
+_TELL_SECONDS = 10.0
 
 
 @dataclass
@@ -35,9 +39,11 @@ class _Found:
     problems: list[str] = field(default_factory=list)
 
 
-def list_corpus(number: int, corpus: CorpusSection) -> tuple[list[InputFile], list[str], list[str]]:
+def list_corpus(
+    number: int, corpus: CorpusSection, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[InputFile], list[str], list[str]]:
     """The files of a corpus sorted by relative name, the files of its folders that are not taken (of another
-    kind), and problems, one line each.
+    kind), and problems, one line each. `say` hears how far it is where there are many.
     """
     chosen: dict[str, tuple[str, str | None]] = {}
     ignored: list[str] = []
@@ -50,7 +56,7 @@ def list_corpus(number: int, corpus: CorpusSection) -> tuple[list[InputFile], li
         unknown = [file for file in found.files if not _takes(corpus, file, found.is_folder)]
         kinds = ".txt, .jsonl or .parquet" if corpus.format == "auto" else f".{corpus.format}"
         if found.is_folder:
-            ignored += unknown
+            ignored += [file if _is_utf8(file) else repr(file) for file in unknown]
         elif unknown:
             problems.append(
                 f"{where}: {unknown[0]}: txt, jsonl or parquet? Its suffix does not tell; set "
@@ -65,22 +71,45 @@ def list_corpus(number: int, corpus: CorpusSection) -> tuple[list[InputFile], li
         for file in usable:
             name = file if is_remote(file) else os.path.realpath(file)
             chosen.setdefault(name, (file, _relative(file, corpus.root or found.root)))
-    files: dict[str, InputFile] = {}
+    named: dict[str, str] = {}
     for path, relative in chosen.values():
-        if relative is None:
-            problems.append(f"{where}: {path} is not below the root {corpus.root}")
-        elif relative in files:
+        if not _is_utf8(path):
             problems.append(
-                f"{where}: {path} and {files[relative].path} have the same relative name; set "
-                f"corpora.{number}.root"
+                f"{where}: {path!r}: the name is not UTF-8, and could not be told in the data set; rename the file"
+            )
+        elif relative is None:
+            problems.append(f"{where}: {path} is not below the root {corpus.root}")
+        elif relative in named:
+            problems.append(
+                f"{where}: {path} and {named[relative]} have the same relative name; set corpora.{number}.root"
             )
         else:
-            file_or_problem = _describe(number, corpus, path, relative)
-            if isinstance(file_or_problem, str):
-                problems.append(f"{where}: {file_or_problem}")
-            else:
-                files[relative] = file_or_problem
-    return [files[name] for name in sorted(files)], ignored, problems
+            named[relative] = path
+    files: list[InputFile] = []
+    for file_or_problem in _described(number, corpus, named, say):
+        if isinstance(file_or_problem, str):
+            problems.append(f"{where}: {file_or_problem}")
+        else:
+            files.append(file_or_problem)
+    return files, ignored, problems
+
+
+def _described(
+    number: int, corpus: CorpusSection, named: dict[str, str], say: Callable[[str], None]
+) -> Iterator[InputFile | str]:
+    """The files in the order of their relative names. A storage far away is asked for many at a time, and when it all
+    takes long, the user hears of it.
+    """
+    told = time.monotonic()
+    with ThreadPoolExecutor(_ASKED_AT_A_TIME) as pool:
+        each = pool.map if any(map(is_remote, named.values())) else map
+        names = sorted(named)
+        described = each(lambda name: _describe(number, corpus, named[name], name), names)
+        for count, found in enumerate(described):
+            if time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                say(f"corpus {corpus.name}: looked at {count:,} of {len(names):,} files")
+            yield found
 
 
 def _describe(number: int, corpus: CorpusSection, path: str, relative: str) -> InputFile | str:
@@ -128,7 +157,7 @@ def _takes(corpus: CorpusSection, file: str, in_folder: bool) -> bool:
 
 
 def _search(pattern: str) -> _Found:
-    path = Path(re.sub("^(file|local)://", "", pattern)).expanduser()
+    path = Path(local_path(pattern)).expanduser()
     found = _Found(str(search_root(path)), path.is_dir())
     if found.is_folder:
         candidates: Iterator[Path] = _walk(path, found.problems)
@@ -151,28 +180,27 @@ def _search(pattern: str) -> _Found:
 
 def _search_far(pattern: str) -> _Found:
     """What a URL leads to: a file, everything below a folder, or what a glob matches. Hidden names are left out."""
-    protocol = pattern.partition("://")[0]
-    found = _Found(pattern.rstrip("/"))
+    found = _Found("")
     try:
         system, name = file_system(pattern)
+        found.root = full_url(pattern)
         if glob.has_magic(name):
             names = sorted(system.glob(name))
             before = name[: re.search(r"[*?[]", name).start()]  # type: ignore[union-attr]
-            found.root = f"{protocol}://{before.rpartition('/')[0]}"
-        elif system.isfile(name):
-            names, found.root = [name], pattern.rpartition("/")[0]
+            found.root = str(system.unstrip_protocol(before.rpartition("/")[0]))
+        elif not pattern.endswith("/") and system.isfile(name):  # a web server has a page for a folder, too
+            names, found.root = [name], found.root.rpartition("/")[0]
         else:
             names, found.is_folder = sorted(system.find(name)), True
         for entry in names:
+            url = str(system.unstrip_protocol(entry))
             parts = entry.removeprefix(name if found.is_folder else "").strip("/").split("/")
             if ".." in parts:
-                found.problems.append(
-                    f"{protocol}://{entry}: a name that leads out of its folder is not taken"
-                )
+                found.problems.append(f"{url}: a name that leads out of its folder is not taken")
             elif entry.endswith("/") or any(part.startswith(".") for part in parts):
                 continue
             elif found.is_folder or system.isfile(entry):
-                found.files.append(f"{protocol}://{entry}")
+                found.files.append(url)
     except DataPrepError as error:
         found.problems.append(str(error))
     except Exception as error:  # a client's own exceptions are many
@@ -220,6 +248,15 @@ def _walk(folder: Path, problems: list[str], depth: int | None = None) -> Iterat
         above |= {os.path.join(name, entry): parents | {here} for entry in folders}
 
 
+def _is_utf8(name: str) -> bool:
+    """Names in another encoding come from the system with surrogates, which nothing can write."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _absolute(path: Path) -> Path:
     """Absolute without following links, so that the name stays the one that was found."""
     return Path(os.path.abspath(path))
@@ -230,9 +267,9 @@ def _relative(file: str, root: str) -> str | None:
     the same folder.
     """
     if is_remote(file):
-        base = root.rstrip("/") + "/"
+        base = (full_url(root) if is_remote(root) else root).rstrip("/") + "/"
         return file.removeprefix(base) if file.startswith(base) else None
-    path, folder = Path(file), _absolute(Path(root).expanduser())
+    path, folder = Path(file), _absolute(Path(local_path(root)).expanduser())
     real = Path(os.path.realpath(path.parent), path.name)
     for name, above in ((path, folder), (real, folder.resolve())):
         if name.is_relative_to(above):

@@ -59,7 +59,7 @@ def adopt_plan(plan: Plan, fresh: bool) -> Plan:
         if saved["identity"].get("files") == identity["files"]:
             plan = plan.with_tasks(saved["tasks"])
         changed = differences(saved["identity"], identity)
-        if changed and (output / "tokenizer" / "tokenizer.json").exists():
+        if changed and _is_worth_keeping(output, saved):
             raise DataPrepError(
                 f"{output} was begun with other settings or input:\n" + "\n".join(changed) + "\n"
                 "put them back to go on, give another output_dir, or start over with --fresh"
@@ -95,8 +95,11 @@ def clear(output: Path, saved: dict[str, Any]) -> None:
         _remove_if_empty(output / folder)
 
 
-def remove_leftovers(output: Path) -> None:
-    """Remove the temporary files that a killed run left in OUTPUT."""
+def remove_leftovers(output: Path, work: Path | None = None) -> None:
+    """Remove the temporary files that a killed run left in OUTPUT, and in the folders of its work folder: a spill file
+    that was being written may be as large as the memory of many workers, and nothing else would take it away before
+    the end.
+    """
     for folder in (output, output / "tokenizer", *(output / split for split in SPLITS)):
         inside = "" if folder == output else f"{folder.name}/"
         for path in _entries(folder):
@@ -104,6 +107,9 @@ def remove_leftovers(output: Path) -> None:
             ours = f"{inside}{name}" in (*_FILES, "plan.json") or (inside and _SHARD.fullmatch(name))
             if name != path.name and ours:
                 path.unlink(missing_ok=True)
+    for path in (path for folder in _entries(work) for path in _entries(folder)) if work else ():
+        if _TEMPORARY.search(path.name):
+            path.unlink(missing_ok=True)
 
 
 def remove_work(plan: Plan) -> None:
@@ -139,10 +145,25 @@ def _saved_plan(path: Path) -> dict[str, Any] | None:
     return saved
 
 
+def _is_worth_keeping(output: Path, saved: dict[str, Any]) -> bool:
+    """Is there anything that only `--fresh` may remove: a tokenizer, a data set, a finished task of pass 1 (of text
+    that is moved as text it is the first thing to be finished)?
+    """
+    if any((output / name).exists() for name in ("tokenizer/tokenizer.json", "manifest.json")):
+        return True
+    work = _work_folder(saved)
+    return work is not None and any(work.glob("scatter/task-*.json"))
+
+
+def _work_folder(saved: dict[str, Any]) -> Path | None:
+    """The folder for intermediate files that a saved plan names, where it is there and ours."""
+    folder = Path(saved.get("work") or "")
+    return folder if _WORK.fullmatch(folder.name) and folder.is_dir() else None
+
+
 def _remove_work(saved: dict[str, Any]) -> None:
     check_fence()
-    folder = Path(saved.get("work") or "")
-    if _WORK.fullmatch(folder.name) and folder.is_dir():
+    if (folder := _work_folder(saved)) is not None:
         shutil.rmtree(folder)
 
 

@@ -6,8 +6,10 @@ Options of a storage (end point, credentials) come from where its client looks f
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -33,7 +35,18 @@ def place(path: str | os.PathLike[str]) -> Path:
             return cast(Path, UPath(text))
         except (ImportError, ValueError) as error:
             raise DataPrepError(f"{text}: this storage cannot be used ({error})") from None
-    return Path(re.sub(r"^(file|local)://", "", text)).expanduser().resolve()
+    return Path(local_path(text)).expanduser().resolve()
+
+
+def local_path(path: str) -> str:
+    """A path of this machine without the file:// that it may be written with."""
+    return re.sub(r"^(file|local)://", "", path)
+
+
+def full_url(url: str) -> str:
+    """A URL as its storage spells it, without a slash at the end, so that two of them can be compared."""
+    system, name = file_system(url)
+    return str(system.unstrip_protocol(name)).rstrip("/")
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -52,12 +65,18 @@ def open_to_read(path: str) -> BinaryIO:
     if not is_remote(path):
         return open(path, "rb")
     system, name = file_system(path)
+    ahead = {"block_size": _READ_AHEAD_BYTES, "cache_type": "readahead"}
+    return cast(BinaryIO, _client_errors(path, system.open, name, "rb", **ahead))
+
+
+def _client_errors(path: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a function of a storage's client returns; its own exceptions, which are many, become OSError."""
     try:
-        return cast(BinaryIO, system.open(name, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead"))
+        return function(*arguments, **options)
     except OSError:
         raise
-    except Exception as error:  # a client's own exceptions are many
-        raise OSError(5, f"{type(error).__name__}: {error}", path) from None
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", path) from None
 
 
 def stamp_of(path: str, handle: BinaryIO | None = None) -> tuple[int, str]:
@@ -69,7 +88,7 @@ def stamp_of(path: str, handle: BinaryIO | None = None) -> tuple[int, str]:
         return status.st_size, str(status.st_mtime_ns)
     system, name = file_system(path)
     system.invalidate_cache()
-    return stamp_of_info(system.info(name))
+    return stamp_of_info(_client_errors(path, system.info, name))
 
 
 def stamp_of_info(info: dict[str, Any]) -> tuple[int, str]:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from .clean import function_identity
-from .config import DEFAULT_WORK, PrepareConfig
+from .config import DEFAULT_WORK, PrepareConfig, records_bytes
 from .errors import DataPrepError
 from .executor import usable_cores
 from .inputs import list_corpus, search_root
-from .places import is_remote, place
+from .places import full_url, is_remote, local_path, place
 from .records import Segment, segment_bytes
 from .shards import FORMAT_VERSION
 from .sources import BLOCK_BYTES, InputFile
@@ -38,7 +39,8 @@ _TASKS_PER_RUN = 64
 _SPILL_SHARE, _OUTPUT_SHARE = 0.35, 0.3
 _MIN_FRAME_BYTES, _MAX_FRAME_BYTES = 16 * 1024, 512 * 1024
 _TEXT_RATIO, _ZSTD_SECONDS_PER_BYTE = 0.45, 1 / 330e6 + 1 / 1000e6  # zstd-1, measured
-_PROGRAM_BYTES = 350 * 1024**2
+PROGRAM_BYTES = 256 * 1024**2  # of a worker before it has read anything
+_RECORD_BYTES_PER_TEXT_BYTE = 8  # at most: ids, words, places and what sorting them takes
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,12 @@ class Plan:
         return int(self.text_bytes * _OUTPUT_SHARE)
 
     def worker_bytes(self) -> int:
-        """Peak memory of one worker."""
-        return self.config.resources.worker_memory_bytes + _PROGRAM_BYTES
+        """Peak memory of one worker: the program, and what the configuration allows, or less where so little text
+        cannot fill it.
+        """
+        allowed = self.config.resources.worker_memory_bytes
+        records = records_bytes(allowed, self.config.cleaning.max_record_bytes)
+        return PROGRAM_BYTES + allowed - max(0, records - _RECORD_BYTES_PER_TEXT_BYTE * self.text_bytes)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -157,8 +163,8 @@ def tool_versions() -> dict[str, str]:
     }
 
 
-def make_plan(config: PrepareConfig) -> Plan:
-    """List the input and cut it into tasks.
+def make_plan(config: PrepareConfig, say: Callable[[str], None] = lambda text: None) -> Plan:
+    """List the input and cut it into tasks; `say` hears how far it is.
 
     Raises DataPrepError with every path that matches nothing or cannot be read, when there is no text at all,
     and when input, output and intermediate files would lie in one another.
@@ -166,7 +172,7 @@ def make_plan(config: PrepareConfig) -> Plan:
     files: list[InputFile] = []
     problems, ignored = [], []
     for number, corpus in enumerate(config.corpora):
-        found, unknown, corpus_problems = list_corpus(number, corpus)
+        found, unknown, corpus_problems = list_corpus(number, corpus, say)
         files += found
         ignored += unknown
         problems += corpus_problems
@@ -195,28 +201,39 @@ def _overlaps(config: PrepareConfig, files: list[InputFile]) -> list[str]:
     """One line for each of output_dir and work_dir that is, holds, or lies in an input or the other."""
     output, work = config.output_path, config.work_base
     inputs = [file.path for file in files]
-    for pattern in (pattern for corpus in config.corpora for pattern in corpus.paths):
-        path = Path(pattern).expanduser()
-        if path.is_dir() or "**" in path.parts:
-            inputs.append(str(search_root(path)))
-    if config.tokenizer.load:
-        inputs.append(str(Path(config.tokenizer.load).expanduser()))
-    places = {"output_dir": output} | ({"work_dir": work} if config.work_dir else {})
+    inputs += filter(None, (_searched(pattern) for corpus in config.corpora for pattern in corpus.paths))
+    if load := config.tokenizer.load:
+        inputs.append(load if is_remote(load) else str(Path(local_path(load)).expanduser()))
+    near = not is_remote(config.output_dir)
+    places = {"output_dir": str(output)} if near else {"output_dir": full_url(config.output_dir)}
+    places |= {"work_dir": str(work)} if config.work_dir else {}
     problems = []
     for key, folder in places.items():
         hit = next((path for path in inputs if _touch(folder, path)), None)
         if hit:
             problems.append(f"{key}: {folder} and the input {hit} lie in one another; take a folder apart")
-    near = not is_remote(config.output_dir)
-    if near and _touch(output, work) and work != output / DEFAULT_WORK:
+    if near and _touch(str(output), str(work)) and work != output / DEFAULT_WORK:
         problems.append(f"work_dir: {work} and output_dir {output} lie in one another; take a folder apart")
     return problems
 
 
-def _touch(place: Path, path: str | Path) -> bool:
+def _searched(pattern: str) -> str | None:
+    """The folder of which everything below may be input, also what is not there yet."""
+    if is_remote(pattern):
+        with suppress(DataPrepError):  # of a storage that cannot be used, as listing it has told
+            before, wildcards, _ = full_url(pattern).partition("**")
+            return before.rpartition("/")[0] if wildcards else before
+        return None
+    path = Path(local_path(pattern)).expanduser()
+    return str(search_root(path)) if path.is_dir() or "**" in path.parts else None
+
+
+def _touch(place: str, path: str) -> bool:
     """Is one of the two inside the other, or the same? The path as it is written, and where its links lead."""
+    if is_remote(place) or is_remote(path):
+        return f"{place}/".startswith(f"{path}/") or f"{path}/".startswith(f"{place}/")
     others = (Path(os.path.abspath(path)), Path(os.path.realpath(path)))
-    return any(place.is_relative_to(other) or other.is_relative_to(place) for other in others)
+    return any(Path(place).is_relative_to(other) or other.is_relative_to(place) for other in others)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -6,15 +6,21 @@ from rich.console import Console
 from rich.table import Table
 
 from .adopt import load
-from .estimate import Estimate, estimate, refuse_too_little_memory
+from .estimate import NOTHING_LEFT, Estimate, estimate, refuse_too_little_memory
 from .executor import usable_cores
 from .files import free_bytes
 from .plan import Plan
+from .publish import refuse_unreachable
+from .readable import refuse_unreadable
 from .tokenizer import training_bytes
 
 
 def report(plan: Plan, console: Console) -> None:
-    """Print the plan. Raises DataPrepError when a total of memory was given that does not suffice."""
+    """Print the plan. Raises DataPrepError when a corpus gives no text, when the output is out of reach, and when a
+    total of memory was given that does not suffice.
+    """
+    refuse_unreadable(plan)
+    refuse_unreachable(plan.config.output_dir)
     config = plan.config
     workers = config.resources.workers or usable_cores()
     tokenizer = None
@@ -30,6 +36,8 @@ def report(plan: Plan, console: Console) -> None:
         console.print(f"ignored: {path} (not a text file of the format)", highlight=False)
     if len(plan.ignored) > 5:
         console.print(f"ignored: {len(plan.ignored) - 5} more files")
+    if not found.kept_share:
+        console.print(NOTHING_LEFT, highlight=False)
     refuse_too_little_memory(plan, found)
 
 

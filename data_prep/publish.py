@@ -37,8 +37,26 @@ def publish(state: Path, url: str) -> None:
     write_bytes(target / _LAST, manifest)
 
 
+def refuse_unreachable(url: str) -> None:
+    """Raises DataPrepError when the storage of a URL does not answer, or not to us. Writes nothing."""
+    if not is_remote(url):
+        return
+    try:
+        _exists(place(url) / _LAST)
+    except DataPrepError:
+        raise
+    except Exception as error:  # a client's own exceptions are many
+        raise DataPrepError(
+            f"output_dir: {url}: cannot be reached ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "credentials and end point come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …)"
+        ) from None
+
+
 def refuse_strangers(url: str, saved: Any) -> None:
-    """Raises DataPrepError when something lies at the URL that no run with this work_dir wrote."""
+    """Raises DataPrepError when something lies at the URL that no run with this work_dir wrote, or when it is out of
+    reach.
+    """
+    refuse_unreachable(url)
     if not is_remote(url) or saved is not None:
         return
     for name in (_LAST, *SPLITS):

@@ -19,7 +19,7 @@ from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_mer
 from .books import close_books, describe_run, merge_books, write_quarantine
 from .config import PrepareConfig, records_bytes
 from .errors import DataPrepError, DiskFullError
-from .estimate import estimate, refuse_too_little_memory
+from .estimate import NOTHING_LEFT, estimate, refuse_too_little_memory
 from .executor import Executor, RayExecutor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
@@ -27,10 +27,11 @@ from .lease import owned
 from .merge import SpillSet
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
 from .places import is_remote
-from .plan import Plan, frame_bytes, make_plan
+from .plan import PROGRAM_BYTES, Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
 from .quarantine import check_losses
+from .readable import refuse_unreadable
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import Manifest, token_dtype
@@ -48,11 +49,11 @@ def run(
     Raises DataPrepError for input, settings and disks that a user can mend, AuditError when the books do
     not balance.
     """
-    plan = make_plan(config)
     output = config.output_path
+    progress = progress or RunProgress(output, config.resources.log_seconds)
+    plan = make_plan(config, progress.say)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    progress = progress or RunProgress(output, config.resources.log_seconds)
     if plan.ignored:
         progress.say(f"{len(plan.ignored)} file(s) in the input folders are not taken; `plan` lists them")
     with owned(output, config.resources.lease_seconds, progress.say) as fence, progress.telling_failure():
@@ -63,12 +64,15 @@ def run(
             remove_work(plan)
             progress.say(f"{output} is complete and neither the configuration nor the input has changed")
             return manifest
-        remove_leftovers(output)
+        refuse_unreadable(plan)
+        remove_leftovers(output, plan.work_path)
         with disk_errors(plan.work_path):
             plan.work_path.mkdir(parents=True, exist_ok=True)
         warn_of_a_small_disk(plan, progress)
         started, begun = time.time(), time.monotonic()
-        executor = make_executor(executor_name, config.resources.workers, fence)
+        executor = make_executor(
+            executor_name, config.resources.workers, fence, plan.worker_bytes(), progress.say
+        )
         try:
             if isinstance(executor, RayExecutor):
                 firsts = {file.corpus: file.path for file in reversed(plan.files)}
@@ -77,6 +81,8 @@ def run(
             tokenizer = prepare_tokenizer(plan, executor, progress)
             planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
             refuse_too_little_memory(plan, planned)
+            if not planned.kept_share:
+                progress.say(NOTHING_LEFT)
             scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
             duplicates = run_dedup(plan, scattered, executor, progress)
             shard_counts = count_shards(plan, scattered + duplicates, tokenizer["vocab_size"])
@@ -105,7 +111,8 @@ def run(
 
 def warn_of_a_small_disk(plan: Plan, progress: RunProgress) -> None:
     """Say so when the estimate does not fit; it is rough, and a full disk loses no finished task."""
-    needs = {plan.config.output_path: plan.output_bytes, plan.work_path: plan.spill_bytes}
+    near_output = not is_remote(plan.config.output_dir)  # of another, only small files lie here
+    needs = {plan.config.output_path: near_output * plan.output_bytes, plan.work_path: plan.spill_bytes}
     devices: Counter[int] = Counter()
     for path, size_bytes in needs.items():
         devices[path.stat().st_dev] += size_bytes
@@ -167,7 +174,7 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
     )
     with progress.stage("train tokenizer", 0, 1):
         task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))
-        for result in executor.run(train_tokenizer, [task]):
+        for result in executor.run(train_tokenizer, [task], memory_bytes=PROGRAM_BYTES + needed):
             progress.advance(result["input_bytes"])
             if skipped := result["trained_on"]["skipped_sentences"]:
                 progress.say(f"{skipped:,} sentence(s) with a reserved character were left out of training")

@@ -8,9 +8,11 @@ compressed file is read from its start by one task.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -32,6 +34,7 @@ CHUNK_BYTES = 1024**2
 _MAX_NESTING = 200
 _JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _BRACKET = re.compile(r"[][{}]")
+_PAUSES_SECONDS = (0.2, 1.0, 5.0)  # before a storage is asked once more for the state of a file
 # Assumed ratio of a compressed file whose text nobody has measured, for estimates and for the tokenizer's sample.
 COMPRESSION_RATIO = 4
 
@@ -39,6 +42,7 @@ COMPRESSION_RATIO = 4
 FILE_REASONS = (
     "truncated_compression",
     "damaged_compression",
+    "window_too_large",
     "decompression_bomb",
     "damaged_parquet",
     "file_changed",
@@ -114,25 +118,30 @@ def read_batches(
     """The raw records of blocks first_block .. stop_block - 1 (to the end where None), in order.
 
     Damage is a record of its own whose line is the reason, and so are blocks of a file that is not the one that was
-    planned. Raises DataPrepError when the file is gone, FileChangedError when it changed while it was read: what came
-    before is not to be kept, and reading again tells.
+    planned. Raises DataPrepError when the file is gone or its storage fails, which is never damage, FileChangedError
+    when it changed while it was read: what came before is not to be kept, and reading again tells.
     """
     try:
-        handle = open_to_read(file.path)
+        with open_to_read(file.path) as handle:
+            yield from _read(file, handle, first_block, stop_block, max_record_bytes)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno != 5 else str(error)
+        reason = os.strerror(error.errno) if error.errno and error.errno != errno.EIO else str(error)
         raise DataPrepError(f"{file.path}: cannot be read ({reason})") from None
-    with handle:
-        if not is_unchanged(file, handle):
-            offset = np.array([first_block * BLOCK_BYTES], dtype=np.int64)
-            yield RawBatch(first_block, 0, offset, ["file_changed"])
-            return
-        if file.format == "parquet":
-            yield from read_rows(handle, file.text_field, first_block, stop_block, max_record_bytes)
-        else:
-            yield from _numbered(_cut(file, handle, first_block, stop_block, max_record_bytes), first_block)
-        if not is_unchanged(file, handle):
-            raise FileChangedError(f"{file.path}: changed while it was read")
+
+
+def _read(
+    file: InputFile, handle: BinaryIO, first_block: int, stop_block: int | None, max_record_bytes: int
+) -> Iterator[RawBatch]:
+    if not is_unchanged(file, handle):
+        offset = np.array([first_block * BLOCK_BYTES], dtype=np.int64)
+        yield RawBatch(first_block, 0, offset, ["file_changed"])
+        return
+    if file.format == "parquet":
+        yield from read_rows(handle, file.text_field, first_block, stop_block, max_record_bytes)
+    else:
+        yield from _numbered(_cut(file, handle, first_block, stop_block, max_record_bytes), first_block)
+    if not is_unchanged(file, handle):
+        raise FileChangedError(f"{file.path}: changed while it was read")
 
 
 def _numbered(cuts: Iterator[Cut], first_block: int) -> Iterator[RawBatch]:
@@ -227,11 +236,19 @@ def _nesting(text: str) -> int:
 
 
 def is_unchanged(file: InputFile, handle: BinaryIO) -> bool:
-    """Is an open file the one that was planned?"""
-    try:
-        return stamp_of(file.path, handle) == (file.size_bytes, file.stamp)
-    except OSError:
-        return False
+    """Is an open file the one that was planned? A file that is gone is not. Raises OSError when the storage does not
+    tell, asked again and again: to take that for a change would lose what is there.
+    """
+    for pause in (*_PAUSES_SECONDS, None):
+        try:
+            return stamp_of(file.path, handle) == (file.size_bytes, file.stamp)
+        except FileNotFoundError:
+            break
+        except OSError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+    return False
 
 
 def format_of(path: Path | str) -> tuple[str, str]:

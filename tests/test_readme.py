@@ -1,7 +1,9 @@
 """The README: its commands are those that exist (tests/cluster/test_demo.py runs them), its links lead somewhere."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -31,6 +33,38 @@ def test_make_help_lists_the_targets():
     result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
     for target in ("demo", "test", "test-slow", "lint", "clean"):
         assert f"make {target} " in result.stdout
+
+
+def test_another_torch_is_installed_when_it_is_asked_for_and_never_else(tmp_path):
+    """With a python that only says what it was asked to do."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    program = tmp_path / ".venv/bin/python"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / ".venv/.created").touch()
+
+    def setup(*torch):
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("TORCH", "MAKEFLAGS")
+        }
+        command = ["make", "setup", *torch]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return [line for line in done.stdout.splitlines() if " torch" in line or "build_extension" in line]
+
+    first = setup()
+    assert "torch==2.13.0" in first[0] and "-m sutrain.build_extension" in first[-1]
+    assert setup() == []
+    cpu = "TORCH=torch==2.13.0 --index-url https://example.org/cpu"
+    changed = setup(cpu)
+    assert any(line.startswith("-m pip uninstall") for line in changed)
+    assert any(line.startswith("-m pip install") and line.endswith(cpu[6:]) for line in changed)
+    assert changed[-1] == "-m sutrain.build_extension"
+    assert setup(cpu) == setup() == []
 
 
 def test_no_page_has_an_unfilled_place():

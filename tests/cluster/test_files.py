@@ -1,5 +1,6 @@
 """The files for containers, Ray clusters and Slurm: linters, schemas, and promises they make."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,42 @@ def test_the_ray_cluster_fits_rays_schema():
     validate_config(prepare_config(cluster))
     started = " ".join(cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"])
     assert started.count("RAY_AUTH_MODE=disabled ray start") == 2
+
+
+def test_every_line_that_starts_ray_finds_it_in_the_environment_of_the_repository(tmp_path):
+    """The shell of `ray up` knows nothing of .venv."""
+    cluster = yaml.safe_load((ROOT / "cluster/ray/cluster.yaml").read_text())
+    program = tmp_path / "sutrain/.venv/bin/ray"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    commands = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
+    assert len(commands) == 4
+    for command in commands:
+        environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "RAY_HEAD_IP": "10.0.0.1"}
+        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(("start", "stop")), done.stderr
+
+
+def test_the_set_up_brings_the_client_of_s3():
+    """The pages promise s3:// to whoever ran `make setup`, which the image does too."""
+    assert "make setup" in (ROOT / "docker/Dockerfile").read_text()
+    setup = subprocess.run(
+        ["make", "--dry-run", "--always-make", "setup"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "-c constraints.txt -e '.[s3]'" in setup.stdout
+
+
+def test_jobs_are_sent_to_where_ray_listens_and_the_token_is_made_as_the_page_says(tmp_path):
+    pages = [(ROOT / page).read_text() for page in ("docs/data_prep.md", "docs/getting_started.md")]
+    for page in pages:
+        addresses = re.findall(r"ray job submit --address (\S+)", page)
+        assert addresses and set(addresses) == {"http://127.0.0.1:8265"}
+    made = re.search(r"^(\(umask 077; ray get-auth-token .*\))  ", pages[0], flags=re.M)
+    environment = {"HOME": str(tmp_path), "PATH": f"{BINARIES}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", made[1]], env=environment, check=True, capture_output=True)
+    token = tmp_path / ".ray/auth_token"
+    assert len(token.read_text()) >= 32 and token.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_slurm_script_wants_a_configuration():

@@ -43,9 +43,14 @@ class RayHere:
         )
         self._wait_for(dashboard, agent)
 
-    def add_node(self, cpus: int) -> str:
+    @property
+    def gcs_address(self) -> str:
+        """What RAY_ADDRESS is for a driver."""
+        return f"127.0.0.1:{self._gcs}"
+
+    def add_node(self, cpus: int, *options: object) -> str:
         """Start another node; returns the mark of its processes."""
-        return self._start("--address", f"127.0.0.1:{self._gcs}", "--num-cpus", cpus)
+        return self._start("--address", self.gcs_address, "--num-cpus", cpus, *options)
 
     def _start(self, *arguments: object) -> str:
         mark = uuid.uuid4().hex

@@ -28,7 +28,7 @@ def test_every_key_has_a_description():
 
 def test_relative_paths_in_a_ray_job_are_refused(tmp_path, monkeypatch):
     config = PrepareConfig.model_validate(
-        settings(Path("out"), ["raw/*.jsonl", "/data/x.jsonl", "s3://raw/y.jsonl"])
+        settings(Path("out"), ["raw/*.jsonl", "/data/x.jsonl", "s3://raw/y.jsonl", "file:///data/z.jsonl"])
     )
     assert _paths_lost_with_a_ray_package(config, "/home/me/project") == []
     inside = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections import Counter
 from pathlib import Path
@@ -70,12 +71,14 @@ def test_of_equal_texts_the_one_at_the_first_place_stays(repetitive, tmp_path):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (2.5, 0.4)])
-def test_runs_tasks_and_ranges_leave_no_trace(repetitive, tmp_path, monkeypatch, weights):
+@pytest.mark.parametrize("held_bytes", [88, 50_000_000], ids=["many", "few"])
+def test_runs_tasks_and_ranges_leave_no_trace(repetitive, tmp_path, monkeypatch, weights, held_bytes):
     resources = {"workers": 1, "task_bytes": 1_000_000}
     prepare(two_corpora(repetitive, tmp_path / "one", weights, resources=resources))
     monkeypatch.setattr(
         dedup, "_SEEN_BYTES", 2_000_000
     )  # runs of a few records: most duplicates are found between
+    monkeypatch.setattr(dedup, "_HELD_BYTES", held_bytes)
     monkeypatch.setattr(dedup, "_FRAME_ENTRIES", 7)
     monkeypatch.setattr(dedup, "_LOADED_COPIES", 200_000)  # several ranges
     resources = {"workers": 1, "task_bytes": 1}
@@ -111,6 +114,20 @@ def test_weights_repeat_and_thin_out_after_deduplication(repetitive, tmp_path):
         command_line(two_corpora(repetitive, tmp_path / "out", (2.5, 0.4)), tmp_path, "verify").returncode
         == 0
     )
+
+
+def test_copies_of_a_text_are_held_within_the_memory_too():
+    memory_bytes, most, file = 200_000, 0, io.BytesIO()
+    writer = dedup.HashWriter(file, memory_bytes)
+    for batch in range(20):
+        kept, hashes = writer.new([f"{batch} {i}".encode() for i in range(20)])
+        for _ in range(200):
+            writer.add(hashes, 0, batch, np.array(kept), np.arange(len(kept)), 1)
+            held = sum(part.nbytes for part in writer._parts)
+            most = max(most, 2 * held + 110 * len(writer._seen))
+    frames = writer.finish()
+    assert 0.9 * memory_bytes < most < memory_bytes
+    assert writer.entries == frames["entries"].sum() == 20 * 200 * 20
 
 
 def test_a_whole_weight_is_exact_and_a_share_is_a_share():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
+from data_prep import between, run
 from data_prep.config import PrepareConfig
 from data_prep.estimate import estimate, needed_groups
-from data_prep.plan import make_plan
+from data_prep.plan import Plan, make_plan
+from data_prep.progress import RunProgress
 from data_prep.shards import SplitReader
 from data_prep.tokenizer import Tokenizer
 from tests.data_prep.made import command_line, make_texts, prepare, settings, write_jsonl
@@ -76,6 +80,53 @@ def test_plan_names_the_file_that_bounds_the_time(corpus, tmp_path):
     result = command_line(settings(tmp_path / "out", [corpus]), tmp_path, "plan")
     assert result.returncode == 0, result.stderr
     assert "cannot be split 1; the largest, c.jsonl.gz of" in " ".join(result.stdout.split())
+
+
+def disk_of(tree: dict, free_bytes: int, monkeypatch) -> Plan:
+    """The plan of a run that has written 3,000 bytes to its work folder and 500 to its output."""
+    plan = make_plan(PrepareConfig.model_validate(tree))
+    for path, size_bytes in ((plan.work_path / "scatter" / "x", 3000), (plan.config.output_path / "y", 500)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size_bytes))
+    for module in (between, run):
+        monkeypatch.setattr(module, "free_bytes", lambda path: free_bytes)
+    return plan
+
+
+@pytest.fixture
+def several_tasks(corpus, tmp_path) -> dict:
+    return settings(tmp_path / "out", [corpus], resources={"task_bytes": 1})
+
+
+@pytest.mark.parametrize("work", [None, "work"])
+def test_what_a_full_disk_lacks_counts_every_file_once(several_tasks, tmp_path, monkeypatch, work):
+    plan = disk_of(several_tasks | {"work_dir": work and str(tmp_path / work)}, 0, monkeypatch)
+    expected = plan.spill_bytes + plan.output_bytes - 3500
+    assert between.missing_bytes(plan) == f"about {expected:,} bytes more are needed"
+
+
+def test_files_that_vanish_while_they_are_counted_do_no_harm(tree, monkeypatch):
+    plan = disk_of(tree, 0, monkeypatch)
+    original = between._files_below
+
+    def vanishing(folder):
+        for path in original(folder):
+            path.unlink()
+            yield path
+
+    monkeypatch.setattr(between, "_files_below", vanishing)
+    assert "bytes more are needed" in between.missing_bytes(plan)
+
+
+def test_an_output_far_away_takes_no_room_here(several_tasks, tmp_path, monkeypatch):
+    far = several_tasks | {"output_dir": "memory://out", "work_dir": str(tmp_path / "work")}
+    plan = disk_of(far, 0, monkeypatch)
+    assert between.missing_bytes(plan) == f"about {plan.spill_bytes - 3000:,} bytes more are needed"
+    for free, lines in ((plan.spill_bytes, 0), (plan.spill_bytes - 1, 2)):
+        monkeypatch.setattr(run, "free_bytes", lambda path, free=free: free)
+        console = Console(file=io.StringIO(), width=1000)
+        run.warn_of_a_small_disk(plan, RunProgress(None, 60, console))
+        assert console.file.getvalue().count("MB free, about") == lines
 
 
 def test_a_pass_is_added_where_reads_would_be_too_small():

@@ -6,12 +6,15 @@ import gzip
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from data_prep import inputs
 from data_prep.config import CorpusSection
 from data_prep.inputs import list_corpus
 from tests.data_prep.made import command_line, make_texts, settings, write_jsonl
@@ -131,3 +134,48 @@ def test_run_says_how_many_files_are_not_taken(tmp_path):
         (tmp_path / "raw" / name).write_text("x")
     result = command_line(settings(tmp_path / "out", [tmp_path / "raw"]), tmp_path, "run")
     assert result.returncode == 0 and "2 file(s) in the input folders are not taken" in result.stderr
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path):
+    raw = tmp_path / "raw"
+    write_jsonl(raw / "a.jsonl", make_texts(300))
+    for name in ("法律.jsonl", "说明.md"):
+        with open(os.path.join(os.fsencode(raw), name.encode("gbk")), "w") as file:
+            file.write('{"text": "one"}\n')
+    for command in ("plan", "run"):
+        result = command_line(settings(tmp_path / "out", [raw]), tmp_path, command)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert f"corpora.0 (made): '{raw}/\\udcb7" in line and ".jsonl': the name is not UTF-8" in line
+    os.unlink(os.path.join(os.fsencode(raw), "法律.jsonl".encode("gbk")))
+    result = command_line(settings(tmp_path / "out", [raw]), tmp_path, "plan")
+    assert result.returncode == 0 and ".md' (not a text file of the format)" in result.stdout
+
+
+def test_a_long_listing_says_how_far_it_is(tmp_path, monkeypatch):
+    for number in range(30):
+        (tmp_path / f"{number:02d}.txt").write_text("one\n")
+    monkeypatch.setattr(inputs, "_TELL_SECONDS", 0)
+    said: list[str] = []
+    files, _, _ = list_corpus(0, CorpusSection(name="x", paths=[str(tmp_path)]), said.append)
+    assert [file.relative for file in files] == [f"{number:02d}.txt" for number in range(30)]
+    assert said[-1] == "corpus x: looked at 29 of 30 files"
+
+
+def test_files_far_away_are_looked_at_many_at_a_time_in_order(monkeypatch):
+    system = fsspec.filesystem("memory")
+    names = [f"{number:03d}.txt" for number in range(60)]
+    for name in reversed(names):
+        system.pipe_file(f"/many/{name}", b"one\n")
+    original, at_work, most = inputs.stamp_of, [], []
+
+    def slowly(path, handle=None):
+        at_work.append(path)
+        most.append(len(at_work))
+        time.sleep(0.01)
+        at_work.remove(path)
+        return original(path, handle)
+
+    monkeypatch.setattr(inputs, "stamp_of", slowly)
+    taken, _, problems = listed("memory://many")
+    assert (taken, problems) == (names, []) and max(most) > 4

@@ -107,6 +107,9 @@ def test_ten_kills_of_each_seed_on_ray_change_no_byte(prepared, tmp_path, monkey
             executed += check_executions(watch)
             assert content_files(output) == expected
             whole_runs += 1
+            wait_until(
+                lambda: not job.driver(), 60
+            )  # it removes its intermediate files when the output is whole
             shutil.rmtree(output)
         submissions = job.submissions
     assert any(kill["tasks_finished"] > 0 for kill in kills), kills

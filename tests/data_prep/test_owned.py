@@ -77,6 +77,24 @@ def test_what_a_killed_worker_left_is_gone_when_the_run_ends(tree, tmp_path, mon
     assert not list((tmp_path / "out").rglob(f"*{TEMPORARY_MARK}*"))
 
 
+def test_what_killed_tasks_left_in_the_work_folder_is_gone_before_the_run_goes_on(tree, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, run, "run_gather")
+        with pytest.raises(KilledError):
+            prepare(tree)
+    (work,) = (Path(tree["output_dir"]) / ".work").iterdir()
+    left = [
+        work / folder / f"task-000001.spill{TEMPORARY_MARK}0123456789ab" for folder in ("scatter", "merge-1")
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    kill_at(monkeypatch, run, "run_scatter")
+    with pytest.raises(KilledError):
+        prepare(tree)
+    assert not any(path.exists() for path in left) and (work / "scatter" / "task-000000.json").exists()
+
+
 @pytest.mark.parametrize("name", ["train/corpus.txt", "tokenizer/my.model", "manifest.json", "run.json"])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_folder_of_others_is_refused_and_not_cleared(tree, tmp_path, name, fresh):
@@ -211,3 +229,33 @@ def test_input_that_is_gone_does_not_cost_the_finished_output(tree, tmp_path):
     with pytest.raises(DataPrepError, match="no such file"):
         prepare(tree, fresh=True)
     assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def data_in(output: Path) -> dict[Path, bytes]:
+    """Every file but those in which a run tells how it is."""
+    files = [path for path in output.rglob("*") if path.is_file() and ".owner" not in path.parts]
+    return {path: path.read_bytes() for path in files if path.name not in ("progress.json", "metrics.prom")}
+
+
+def test_text_that_is_finished_or_half_done_is_not_given_up_for_changed_input(tree, tmp_path, monkeypatch):
+    """Text has no tokenizer that would show how far a run had come."""
+    tree["shards"]["content"] = "text"
+    with monkeypatch.context() as patch:
+        kill_at(patch, run, "run_gather")
+        with pytest.raises(KilledError):
+            prepare(tree)
+    refused = r"was begun with other settings or input:\n(.*\n)+.* start over with --fresh$"
+
+    def refused_without_a_loss() -> None:
+        before = data_in(tmp_path / "out")
+        with pytest.raises(DataPrepError, match=refused):
+            prepare(tree | {"seed": 6})
+        assert before and data_in(tmp_path / "out") == before
+
+    refused_without_a_loss()
+    first = prepare(tree)
+    refused_without_a_loss()
+    write_jsonl(tmp_path / "raw" / "b.jsonl", make_texts(5, seed=2))
+    tree["corpora"][0]["paths"] = [str(tmp_path / "raw")]
+    refused_without_a_loss()
+    assert prepare(tree, fresh=True).content_hash != first.content_hash

@@ -13,6 +13,7 @@ import yaml
 from data_prep.errors import DataPrepError
 from data_prep.executor import LocalExecutor, make_executor, usable_cores
 from tests.data_prep.made import ROOT, content_files, settings
+from tests.data_prep.ray_here import ray_here
 
 _SCRIPT = """
 import sys
@@ -51,6 +52,55 @@ def test_ray_and_local_give_the_same_bytes(corpus, prepared, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "verified" in result.stdout
     assert content_files(output) == content_files(prepared)
+
+
+# Arguments: memory of a task. Tells what the executor says, and of every task that it ended.
+_DRIVER = """
+import sys, time
+from data_prep import executor
+from data_prep.errors import DataPrepError
+executor._LOOK_SECONDS, executor._JOIN_SECONDS = 0.3, 1.0
+def nap(number):
+    time.sleep(0.2)
+    return {}
+try:
+    ray = executor.RayExecutor(None, None, int(sys.argv[1]), lambda text: print(text, flush=True))
+    for number, _ in enumerate(ray.run(nap, range(10**6))):
+        print("ended", number, flush=True)
+except DataPrepError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def _drive(ray, memory_bytes: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, str(memory_bytes)],
+        cwd=ROOT,
+        env=ray.environment | {"RAY_ADDRESS": ray.gcs_address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_nodes_that_join_later_get_tasks_and_only_what_fits_their_memory(tmp_path):
+    with ray_here(tmp_path / "ray.log", cpus=0, RAY_AUTH_MODE="disabled") as ray:
+        driver = _drive(ray, 600_000_000)
+        ray.add_node(2, "--memory", 1_000_000_000)
+        line = driver.stdout.readline()
+        assert line == "1 worker(s) on 1 node(s) of the Ray cluster\n", line + driver.stderr.read()
+        assert driver.stdout.readline() == "ended 0\n"
+        ray.add_node(2, "--memory", 1_300_000_000)
+        news = next(line for line in driver.stdout if not line.startswith("ended"))
+        assert news == "3 worker(s) on 2 node(s) of the Ray cluster\n"
+        driver.kill()
+        driver.wait()
+        refused = _drive(ray, 10**12)
+        output, errors = refused.communicate(timeout=60)
+    assert refused.returncode == 1 and "Traceback" not in errors, errors
+    told = "a task takes 1,000,000,000,000 bytes of memory, and no node of the Ray cluster has more than 1,300,000,000"
+    assert f"error: {told}: lower resources.worker_memory_bytes" in errors
+    assert output == f"{told}; waiting 1 s for a larger one\n"
 
 
 def _fail_on_three(number: int) -> dict:

@@ -6,12 +6,21 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from data_prep.config import CorpusSection, PrepareConfig
+from data_prep.errors import DataPrepError
+from data_prep.inputs import list_corpus
 from data_prep.places import is_remote, place
+from data_prep.plan import make_plan
+from data_prep.sources import read_batches
 from tests.data_prep.made import command_line, make_texts, settings, write_jsonl
 
 BUCKET = "s3://corpora"
@@ -109,6 +118,73 @@ def test_a_url_that_holds_something_else_is_refused(s3, tmp_path):
     assert objects(s3, "corpora/others") == {"manifest.json": b"{}"}
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_an_output_out_of_reach_is_one_clear_line(tmp_path, monkeypatch, command):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
+    tree = settings(Path("unused"), [source], work_dir=str(tmp_path / "work"))
+    result = command_line(tree | {"output_dir": f"{BUCKET}/out"}, tmp_path, command)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"error: output_dir: {BUCKET}/out: cannot be reached (NoCredentialsError: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "path", "apart"),
+    [
+        ("memory://lake/out", "memory://lake/raw", True),
+        ("memory://lake/raw/out", "memory://lake/raw", False),
+        ("memory://lake/raw/out", "memory://lake/raw/**/*.jsonl", False),
+        ("memory://lake/raw", "memory://lake/raw/a.jsonl", False),
+        ("memory://lake", "memory://lake/raw/*.jsonl", False),
+        ("memory://lake/rawer", "memory://lake/raw", True),
+    ],
+)
+def test_input_and_output_far_away_must_lie_apart(tmp_path, monkeypatch, output, path, apart):
+    """A work_dir of '.' is far from all of them."""
+    fsspec.filesystem("memory").pipe_file("/lake/raw/a.jsonl", b'{"text": "one"}\n')
+    monkeypatch.chdir(tmp_path)
+    tree = settings(Path("x"), [path], work_dir=".") | {"output_dir": output}
+    if apart:
+        assert [file.relative for file in make_plan(PrepareConfig.model_validate(tree)).files] == ["a.jsonl"]
+    else:
+        with pytest.raises(
+            DataPrepError, match="^output_dir: memory:.* lie in one another; take a folder apart$"
+        ):
+            make_plan(PrepareConfig.model_validate(tree))
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The URL of a web server for tmp_path/web."""
+    (tmp_path / "web").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "web"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_files_of_a_web_server_are_input(web, tmp_path):
+    write_jsonl(tmp_path / "web" / "raw" / "a.jsonl", make_texts(30))
+    for path, root, name in (
+        (f"{web}/raw/a.jsonl", None, "a.jsonl"),
+        (f"{web}/raw/", None, "a.jsonl"),
+        (f"{web}/raw/a.jsonl", web, "raw/a.jsonl"),
+        ("memory://copy/raw/a.jsonl", "memory://copy", "raw/a.jsonl"),
+    ):
+        fsspec.filesystem("memory").pipe_file(
+            "/copy/raw/a.jsonl", (tmp_path / "web/raw/a.jsonl").read_bytes()
+        )
+        files, _, problems = list_corpus(0, CorpusSection(name="x", paths=[path], root=root))
+        assert ([file.relative for file in files], problems) == ([name], [])
+        (batch,) = read_batches(files[0], 0, None, 1000)
+        assert len(batch.lines) == 30
+
+
 def test_what_is_not_there_is_one_clear_line(s3, tmp_path):
     tree = settings(
         tmp_path / "out", [f"{BUCKET}/nothing/*.jsonl", "s3://no-such-bucket/x.jsonl", "nowhere://x/y.txt"]
@@ -127,10 +203,6 @@ def test_globs_roots_and_changed_objects(s3, tmp_path):
         s3, Path(write_jsonl(tmp_path / "up" / "x" / "a.jsonl", make_texts(300))).parents[1], "corpora/globs"
     )
     s3.pipe_file("corpora/globs/x/.hidden.jsonl", b"{}")
-    from data_prep.config import CorpusSection
-    from data_prep.inputs import list_corpus
-    from data_prep.sources import read_batches
-
     for path, root, name in (
         (f"{BUCKET}/globs/*/a.jsonl", None, "x/a.jsonl"),
         (f"{BUCKET}/globs/**/*.jsonl", None, "x/a.jsonl"),
@@ -147,4 +219,6 @@ def test_globs_roots_and_changed_objects(s3, tmp_path):
 def test_places():
     assert is_remote("s3://bucket/x") and is_remote("memory://x") and not is_remote("file:///tmp/x")
     assert not is_remote("/tmp/x") and not is_remote("C:x") and place("file:///tmp/x") == Path("/tmp/x")
+    config = settings(Path("/x"), ["/y"], work_dir="file:///tmp/z")
+    assert PrepareConfig.model_validate(config).work_base == Path("/tmp/z")
     assert place("~/x") == Path.home().resolve() / "x" and os.fspath(place("/tmp/../tmp/x")) == "/tmp/x"

@@ -85,10 +85,9 @@ def test_workers_memory_and_tasks_change_no_byte(corpus, prepared, tmp_path, mon
 def test_the_order_of_tasks_changes_no_byte(corpus, prepared, tmp_path, monkeypatch):
     original = LocalExecutor.run
 
-    def in_random_order(self, function, descriptions, *more):
-        yield from original(
-            self, function, random.Random(len(descriptions)).sample(descriptions, len(descriptions)), *more
-        )
+    def in_random_order(self, function, descriptions, *more, **named):
+        mixed = random.Random(len(descriptions)).sample(descriptions, len(descriptions))
+        yield from original(self, function, mixed, *more, **named)
 
     monkeypatch.setattr(LocalExecutor, "run", in_random_order)
     prepare(settings(tmp_path / "out", [corpus], resources={"task_bytes": 1}))

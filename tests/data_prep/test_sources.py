@@ -100,6 +100,22 @@ def test_damaged_compression_is_told(tmp_path):
     assert damage is not None and damage[3] == "damaged_compression"
 
 
+@pytest.mark.parametrize("suffix", [".zst", ".xz"])
+def test_a_window_beyond_the_limit_is_no_damage(tmp_path, suffix):
+    if suffix == ".zst":
+        parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+        stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        packed = (
+            stream.compress(b"one\n") + stream.flush()
+        )  # the size is not told, so the window is the whole one
+    else:
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 512 * 1024**2}]
+        packed = lzma.compress(b"one\n", filters=filters)
+    (tmp_path / f"a.txt{suffix}").write_bytes(packed)
+    found, damage = read_all(planned(tmp_path / f"a.txt{suffix}"))
+    assert found == [] and damage is not None and damage[3] == "window_too_large"
+
+
 @pytest.mark.parametrize("chunk", [5, 64, 1000])
 def test_too_large_records_cost_no_neighbour(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(sources, "CHUNK_BYTES", chunk)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
@@ -274,6 +276,23 @@ def test_damaged_and_wrong_parquet_files_are_told(tmp_path):
     assert "no column 'body'; there are id, text; set text_field" in problems[0]
     with (tmp_path / "a.parquet").open("rb") as handle:
         assert "is int64, not text" in str(read_footer(handle, "id"))
+
+
+def test_planning_does_not_read_a_file_of_one_frame(tmp_path):
+    """Of every 128 KiB the header of a block; bytes as the kernel fetched them from the disk."""
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.compress(random.Random(0).randbytes(12 * 1024**2)))
+
+    def fetched() -> int:
+        return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[1])
+
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = fetched()
+    file = listed(path)
+    assert file.blocks is None and file.text_bytes == 12 * 1024**2
+    assert fetched() - before < path.stat().st_size // 4
 
 
 def test_a_block_of_a_large_file_is_read_without_the_rest(tmp_path, small_blocks, monkeypatch):
