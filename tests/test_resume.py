@@ -69,8 +69,10 @@ def bf16(dataset, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fp32(dataset, tmp_path_factory):
-    """The same in fp32 without dropout, where only the order of sums may differ between worlds."""
-    config = write(tmp_path_factory.mktemp("fp32"), dataset, precision="fp32", model=NO_DROPOUT)
+    """The same in fp32 without dropout, where only the order of sums may differ between worlds; and with a smooth
+    activation, for a unit at the edge of ReLU that flips makes two runs differ by more than all sums (LOG.md)."""
+    model = {**NO_DROPOUT, "activation": "gelu"}
+    config = write(tmp_path_factory.mktemp("fp32"), dataset, precision="fp32", model=model)
     train(config, 2)
     return config, config.parent / "straight"
 
@@ -149,7 +151,7 @@ def test_other_worlds_read_the_same_and_lose_nothing_of_the_state(fp32, tmp_path
     ten = {step: a[step] for step in range(31, 41)}
     off = {step: abs(a[step].loss - b[step].loss) / a[step].loss for step in a}
     evidence(worlds=worlds, largest_in_ten=max(off[step] for step in ten), at_sixty=off[STEPS])
-    assert compare_steps(a, b, 1e-3) == [] and compare_steps(ten, b, 1e-6) == []
+    assert compare_steps(a, b, 1e-5) == [] and compare_steps(ten, b, 1e-6) == []
 
 
 SAVE_AT_ONCE = """
