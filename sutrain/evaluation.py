@@ -75,7 +75,8 @@ class Evaluator:
                 continue
             self._add_by_kind(by_kind_4K, torch.cat(kept), batch)
             by_unigram = int(((batch.labels_NL == self.most_frequent) & batch.hidden_NL).sum())
-            counts = (batch.predicted_tokens, int(result.correct_hidden), result.hidden_tokens, by_unigram)
+            seen = (int(result.correct_hidden), int(result.hidden_tokens))
+            counts = (batch.predicted_tokens, *seen, by_unigram)
             totals[:5] += torch.tensor(
                 [float(result.loss_sum), *counts], dtype=torch.float64, device=self.device
             )
