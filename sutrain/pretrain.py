@@ -290,6 +290,7 @@ class Run:
         # Dropout depends on the position and the rank alone, so a resumed run draws the same.
         torch.manual_seed(config.seed + 1_000_003 * self.samples_consumed + self.rank)
 
+        self.gate.verdict = None  # the gate is not asked about a gradient that is not finite
         updates_before = self.optimizer.updates
         engine.train()
         loss_sum = torch.zeros((), device=self.device)
