@@ -167,6 +167,7 @@ class Run:
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
+        self.broken.without_update = self.skipped + self.gate.refused
         self.probe.interval.load(counters.get("probe", {}))
         return True
 
@@ -209,7 +210,7 @@ class Run:
         if self.rank == 0:
             shapes = self.optimizer.fragments.shapes  # of logical tensors
             facts: dict[str, Any] = {"world_size": self.world_size, "train_rows": self.samples.rows_per_epoch}
-            facts["changes"] = self.changes
+            facts["changes"], facts["skipped"] = self.changes, self.skipped
             since = self.steps_done if resumed else None
             self.outputs = RunOutputs(
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
