@@ -302,7 +302,8 @@ class Run:
                 tensor.to(self.device)
                 for tensor in (batch.inputs_NL, batch.labels_NL, batch.hidden_NL, batch.document_NL)
             )
-            result = engine(inputs, document, labels_BL=labels, hidden_BL=hidden)
+            with self.clock.passing():
+                result = engine(inputs, document, labels_BL=labels, hidden_BL=hidden)
             # The engine averages gradients over ranks; with this factor their sum is the gradient of the mean over
             # all predicted tokens of the global batch.
             loss_sum += result.loss_sum.detach()
@@ -338,10 +339,16 @@ class Run:
     def evaluate(self) -> float:
         """Held-out loss and accuracy, logged; the loss is the same on every rank."""
         self.engine.module.set_ramp(self.steps_done)
-        result = self.evaluator(self.engine.module, self.steps_done)
+        result = self.evaluator(self.engine.module, self.steps_done, self.alive)
         if self.rank == 0:
             self.outputs.evaluation(result)
         return result["validation_loss"]
+
+    def alive(self) -> None:
+        """Say so within something long."""
+        self.clock.alive()
+        if self.rank == 0:
+            self.outputs.heartbeat()
 
     def say(self, text: str) -> None:
         if self.rank == 0 and text:
