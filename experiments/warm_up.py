@@ -17,11 +17,11 @@ SMALL = 0.0176 / WIDTH**-0.5
 
 
 def cut_deviation() -> float:
-    """Deviation of a normal with deviation 1 cut at two of them, sampled."""
+    """Deviation that a normal with deviation 1, cut at two of them, is left with, sampled."""
     torch.manual_seed(0)
     weight = torch.empty(2000, 2000)
-    truncated_normal_(weight, 1.0)
-    return 2.0 / weight.abs().max().item()  # the cut lies at two deviations of what was drawn
+    torch.nn.init.trunc_normal_(weight, std=1.0, a=-2.0, b=2.0)
+    return weight.std().item()
 
 
 def branch_sizes(deviation: float | None) -> dict[str, float]:

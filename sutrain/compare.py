@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 
 from sutrain import checkpoint as checkpoints
-from sutrain.monitor.log import DamagedLogError, read_run
+from sutrain.monitor.log import DamagedLogError
+from sutrain.monitor.log import read_steps as step_records
 
 COLUMNS = ("step", "fingerprint", "samples_consumed", "loss", "grad_norm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """What is compared of one step."""
 
@@ -80,7 +81,7 @@ def read_steps(source: Path) -> dict[int, Step]:
         line["step"]: Step(
             line["batch_fingerprint"], line["samples_consumed_total"], line["loss"], line.get("grad_norm", float("nan"))
         )
-        for line in read_run(source).steps
+        for line in step_records(source)
     }  # fmt: skip
 
 

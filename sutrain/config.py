@@ -127,6 +127,13 @@ class Optimizer(Section):
         own = {"learning_rate", "weight_decay", "clip_global_norm"}
         return {key: getattr(self, key) for key in own} | self.settings
 
+    def family(self) -> Literal["sgd", "adam", "lamb"]:
+        """What its steps are as large as: the gradient (EGD's gains are bounded), a sign, or the weight (depth.py)."""
+        if self.name == "egd":
+            return "sgd"
+        relative = self.name != "adamw" and self.settings.get("parameter_scale", True)
+        return "lamb" if relative else "adam"
+
 
 class LearningRate(Section):
     shape: Literal["constant", "linear", "cosine", "inverse_sqrt", "stable_decay", "piecewise_linear"] = (
@@ -289,11 +296,8 @@ class PretrainConfig(Section):
         # "auto" is written down as what it stands for, also in the run's config.yaml.
         object.__setattr__(self, "precision", resolve_precision(self.precision))
         if self.model.initialisation == "auto":
-            relative = self.optimizer.name in ("adafactor", "lamb") and self.optimizer.settings.get(
-                "parameter_scale", True
-            )
             try:
-                object.__setattr__(self, "model", resolve_auto(self.model, "lamb" if relative else "adam"))
+                object.__setattr__(self, "model", resolve_auto(self.model, self.optimizer.family()))
             except EncoderConfigError as error:
                 problems += str(error).splitlines()
         if self.model.context != "bidirectional":

@@ -7,6 +7,7 @@ length of the document's piece in the row and by source corpus. M predicted posi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,9 +50,13 @@ class Evaluator:
         """What a held-out loss was measured on; losses on another basis are not comparable."""
 
     @torch.no_grad()
-    def __call__(self, model: TrainingModel, step: int) -> dict[str, Any]:
+    def __call__(
+        self, model: TrainingModel, step: int, alive: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """{step, validation_loss, validation_accuracy, unigram_accuracy, validation_tokens} of `model` as it is, and
-        {class: value} as validation_loss_by_length, validation_loss_by_source and the same of accuracy."""
+        {class: value} as validation_loss_by_length, validation_loss_by_source and the same of accuracy.
+
+        alive: called for every micro-batch, so that an evaluation may take longer than a rank may be silent."""
         was_training = model.training
         model.eval()
         kinds = len(self.lengths) + len(self.sources)
@@ -61,6 +66,7 @@ class Evaluator:
 
         for first in range(0, self.sequences, self.world_size * self.micro_sequences):
             beat("evaluation", step)
+            alive()
             start = first + self.rank * self.micro_sequences
             idle = start >= self.sequences  # yet takes part: under ZeRO-3 a pass needs every rank
             count = 1 if idle else min(self.micro_sequences, self.sequences - start)
@@ -75,7 +81,8 @@ class Evaluator:
                 continue
             self._add_by_kind(by_kind_4K, torch.cat(kept), batch)
             by_unigram = int(((batch.labels_NL == self.most_frequent) & batch.hidden_NL).sum())
-            counts = (batch.predicted_tokens, int(result.correct_hidden), result.hidden_tokens, by_unigram)
+            seen = (int(result.correct_hidden), int(result.hidden_tokens))
+            counts = (batch.predicted_tokens, *seen, by_unigram)
             totals[:5] += torch.tensor(
                 [float(result.loss_sum), *counts], dtype=torch.float64, device=self.device
             )

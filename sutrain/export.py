@@ -302,7 +302,7 @@ def _validation_numbers(run_dir: Path, step: int) -> dict[str, str]:
         "unigram_accuracy": "accuracy of always guessing the most frequent token",
     }
     try:
-        log = read_run(run_dir)
+        log = read_run(run_dir, kinds=("evaluation",))
     except DamagedLogError as error:
         print(f"the card goes without held-out numbers: {error}", file=sys.stderr)
         return {}

@@ -181,6 +181,7 @@ class Run:
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
+        self.broken.without_update = self.skipped + self.gate.refused
         self.probe.interval.load(counters.get("probe", {}))
         return True
 
@@ -221,7 +222,7 @@ class Run:
         if self.rank == 0:
             shapes = self.optimizer.fragments.shapes  # of logical tensors
             facts: dict[str, Any] = {"world_size": self.world_size, "train_rows": self.samples.rows_per_epoch}
-            facts["changes"] = self.changes
+            facts["changes"], facts["skipped"] = self.changes, self.skipped
             since = self.steps_done if resumed else None
             self.outputs = RunOutputs(
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
@@ -303,6 +304,7 @@ class Run:
         # Dropout depends on the position and the rank alone, so a resumed run draws the same.
         torch.manual_seed(config.seed + 1_000_003 * self.samples_consumed + self.rank)
 
+        self.gate.verdict = None  # the gate is not asked about a gradient that is not finite
         updates_before = self.optimizer.updates
         engine.train()
         loss_sum = torch.zeros((), device=self.device)
@@ -313,7 +315,8 @@ class Run:
                 tensor.to(self.device)
                 for tensor in (batch.inputs_NL, batch.labels_NL, batch.hidden_NL, batch.document_NL)
             )
-            result = engine(inputs, document, labels_BL=labels, hidden_BL=hidden)
+            with self.clock.passing():
+                result = engine(inputs, document, labels_BL=labels, hidden_BL=hidden)
             # The engine averages gradients over ranks; with this factor their sum is the gradient of the mean over
             # all predicted tokens of the global batch.
             loss_sum += result.loss_sum.detach()
@@ -349,10 +352,16 @@ class Run:
     def evaluate(self) -> float:
         """Held-out loss and accuracy, logged; the loss is the same on every rank."""
         self.engine.module.set_ramp(self.steps_done)
-        result = self.evaluator(self.engine.module, self.steps_done)
+        result = self.evaluator(self.engine.module, self.steps_done, self.alive)
         if self.rank == 0:
             self.outputs.evaluation(result)
         return result["validation_loss"]
+
+    def alive(self) -> None:
+        """Say so within something long."""
+        self.clock.alive()
+        if self.rank == 0:
+            self.outputs.heartbeat()
 
     def say(self, text: str) -> None:
         if self.rank == 0 and text:

@@ -7,9 +7,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from sutrain.compiled import compile_layers
+from sutrain.models import attention
 from sutrain.models import encoder as encoder_module
 from sutrain.models.masked_lm import MaskedLanguageModel
 from tests.models.tiny import CONFIGS
+from tests.models.varlen import varlen_in_torch
 
 TOKENS = torch.randint(5, 300, (3, 24))
 
@@ -62,6 +64,28 @@ def test_the_second_layer_takes_the_program_of_the_first():
         passes(model, torch.ones_like(TOKENS))
         programs.append(counters["stats"]["unique_graphs"])
     assert programs == [1, 1]
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_batches_of_other_documents_need_no_program_of_their_own(varlen, monkeypatch):
+    """By varlen attention, as on a GPU, and without: neither number nor lengths of documents are in the program."""
+    monkeypatch.setattr(encoder_module, "worthwhile", lambda *_: True)
+    monkeypatch.setattr(
+        attention, "varlen_serves", lambda query, documents, *_: varlen and not documents.masks
+    )
+    monkeypatch.setattr(
+        attention, "varlen_attention", lambda: lambda q, k, v, at, *_: varlen_in_torch(q, k, v, at)
+    )
+    model = MaskedLanguageModel(replace(CONFIGS["roformer_v2"], num_layers=1)).eval()
+    model.encoder.layers[0].forward = torch.compile(model.encoder.layers[0].forward, backend="eager")
+    programs = []
+    for size in (24, 12, 8, 6, 5, 3):  # of each document
+        documents = (torch.arange(24) // size + 1).expand(3, 24).clone()
+        documents[0, 24 - size // 2 :] = 0
+        with torch.no_grad():
+            model(TOKENS, documents)
+        programs.append(counters["stats"]["unique_graphs"])
+    assert programs[0] > 0 and programs[2:] == programs[2:3] * 4  # the first two tell it what changes
 
 
 def test_unless_wanted_nothing_is_compiled():

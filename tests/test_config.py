@@ -151,6 +151,7 @@ def test_overrides_of_top_level_keys(write_config):
         ({"name": "lamb", "learning_rate": 1e-3}, "su_lamb"),
         ({"name": "adafactor", "learning_rate": 1e-3}, "su_lamb"),
         ({"name": "adafactor", "learning_rate": 1e-3, "settings": {"parameter_scale": False}}, "su_adam"),
+        ({"name": "egd", "learning_rate": 1e-1}, "su_sgd"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from experiments import (
     warm_up,
 )
 from experiments.common import slope
+from sutrain.models import init
 from sutrain.models.init import truncated_normal_
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.models.visibility import entropy_scale
@@ -59,6 +60,12 @@ def test_a_cut_normal_without_correction_is_narrower():
     assert weight.std().item() == pytest.approx(1.0, abs=0.002)
     wide = weight.abs().max().item() / 2  # the deviation ahead of the cut
     assert 1 / wide == pytest.approx(0.8796, abs=0.002)
+
+
+def test_what_a_cut_leaves_is_measured_and_not_taken_from_the_model(monkeypatch):
+    assert warm_up.cut_deviation() * init.TRUNCATION_CORRECTION == pytest.approx(1.0, abs=0.001)
+    monkeypatch.setattr(init, "TRUNCATION_CORRECTION", 1.3)
+    assert warm_up.cut_deviation() == pytest.approx(0.8796, abs=0.001)
 
 
 def test_pre_norm_waters_depth_down_and_deepnorm_changes_a_percent():

@@ -342,3 +342,7 @@ def test_an_update_that_is_not_finite_is_dropped_counted_and_trained_over(datase
     assert [steps[step]["skipped_steps_total"] for step in range(1, 7)] == [0, 0, 0, 1, 1, 1]
     assert steps[6]["samples_consumed_total"] == 72
     assert steps[4]["layers"]["update_norm"][0] == "NaN" and steps[5]["layers"]["update_norm"][0] > 0
+    # A run that goes on does not take what was skipped before its checkpoint for a broken step of its own.
+    command += ["--steps=8", "--acting.stop_after_broken_steps=1"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert "unchanged: [] skipped: 1" in result.stdout, result.stdout + result.stderr

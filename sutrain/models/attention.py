@@ -4,6 +4,9 @@ B batch, L sequence length, D hidden size, H heads, K size of a head's query and
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +107,7 @@ def attend(
     """
     if visible.documents is None:
         return _attend(query_BHLK, key_BHLK, value_BHLE, visible.mask, dropout, squared, mixes)
-    if query_BHLK.device.type == "cuda" and varlen_serves(visible.documents, dropout, squared, mixes):
+    if varlen_serves(query_BHLK, visible.documents, dropout, squared, mixes):
         return _attend_varlen(query_BHLK, key_BHLK, value_BHLE, visible.documents)
     return _attend_each(query_BHLK, key_BHLK, value_BHLE, visible.documents, dropout, squared, mixes)
 
@@ -113,28 +116,46 @@ def attend(
 def _attend_each(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool, mixes
 ) -> Tensor:
+    masks: Sequence[Tensor | None] = documents.masks or [None] * len(documents.lengths)
     # split, not slices: going back, every slice would fill a tensor of the whole row with zeros.
-    parts = zip(
-        *(x.split(documents.lengths, dim=2) for x in (query, key, value)), documents.masks, strict=True
-    )
+    parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), masks, strict=True)
     pieces = [_attend(q, k, v, mask, dropout, squared, mixes) for q, k, v, mask in parts]
     return torch.cat(pieces, dim=2)
 
 
-def varlen_serves(documents: Documents, dropout: float, squared: bool, mixes) -> bool:
-    """Can torch's varlen flash attention compute this? It has no dropout, no masks and no other normaliser."""
+def varlen_serves(query: Tensor, documents: Documents, dropout: float, squared: bool, mixes) -> bool:
+    """Can torch's varlen attention compute this? It has no dropout, no masks and no other normaliser. (On a GPU the
+    encoder takes rows apart only where `varlen_exists`.)"""
     plain = dropout == 0.0 and not squared and mixes == NO_MIX
-    return plain and all(mask is None for mask in documents.masks)
+    return query.device.type == "cuda" and plain and not documents.masks
 
 
+def varlen_exists(device: torch.device, dtype: torch.dtype, head_size: int, value_size: int) -> bool:
+    """Does torch's varlen attention run here, and on heads of this size? It is flash attention, so a GPU from compute
+    capability 8.0 on, 16 bits and sizes in eights up to 256."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    sizes_fit = value_size == head_size <= 256 and head_size % 8 == 0
+    return sizes_fit and varlen_attention() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def varlen_attention() -> Callable[..., Any] | None:
+    """torch's varlen attention, or None: not every torch that can load an exported model has it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+@torch.compiler.disable  # as above: the number of documents and the longest change with every batch
 def _attend_varlen(query_1HTK: Tensor, key_1HTK: Tensor, value_1HTE: Tensor, documents: Documents) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # not in every torch that can load an exported model
-
-    boundaries = F.pad(documents.sizes().cumsum(0), (1, 0)).to(torch.int32)
-    longest = max(documents.lengths)
+    boundaries, longest = documents.boundaries, max(documents.lengths)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query_1HTK, key_1HTK, value_1HTE))
-    mixed_THE = varlen_attn(q, k, v, boundaries, boundaries, longest, longest)
-    assert isinstance(mixed_THE, Tensor)  # nothing else was asked for
+    kernel = varlen_attention()
+    assert kernel is not None  # else the encoder would have left the rows together
+    mixed_THE = kernel(q, k, v, boundaries, boundaries, longest, longest)
     return mixed_THE.transpose(0, 1).unsqueeze(0)
 
 

@@ -7,11 +7,12 @@ tokens instead of B x L, and attention the square of each document instead of th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .configuration import GATED_ACTIVATIONS, EncoderConfig
 
@@ -21,25 +22,33 @@ from .configuration import GATED_ACTIVATIONS, EncoderConfig
 CALL_PRODUCTS = 10_000_000
 
 
-class Documents(NamedTuple):
-    """Documents one behind the other in one row [1, T]."""
+@dataclass(eq=False)
+class Documents:
+    """Documents one behind the other in one row [1, T].
+
+    No tuple: of a tuple torch.compile makes every element part of a layer's program, and with the number of documents
+    every batch would get a program of its own.
+    """
 
     index_T: Tensor  # place of every token in the batch of rows, flat
     lengths: tuple[int, ...]
+    boundaries: Tensor  # first token of every document and the end of the last, int32 on the tokens' device
     row_tokens: int  # L
-    masks: Sequence[Tensor | None] = ()  # one a document, [1, len, len] added to scores; None: all is seen
+    masks: Sequence[
+        Tensor
+    ] = ()  # one a document, [1, len, len] added to scores; none: each sees all of itself
 
     def spans(self) -> list[tuple[int, int]]:
         """First token and the one behind the last, of every document."""
         return list(pairwise(accumulate(self.lengths, initial=0)))
 
     def sizes(self) -> Tensor:
-        """The lengths as a tensor on the tokens' device."""
-        return torch.tensor(self.lengths, device=self.index_T.device)
+        """The lengths as a tensor on the tokens' device, int64."""
+        return self.boundaries.diff().long()
 
-    def with_masks(self, masks: Sequence[Tensor | None]) -> Documents:
+    def with_masks(self, masks: Sequence[Tensor]) -> Documents:
         """The same documents, seen in this way."""
-        return self._replace(masks=masks)
+        return replace(self, masks=masks)
 
     def take(self, x_BL: Tensor) -> Tensor:
         """Rows [B, L] to the one row [1, T]."""
@@ -64,7 +73,9 @@ def find_documents(document_BL: Tensor) -> Documents | None:
     runs, lengths = torch.unique_consecutive(keys_T, return_counts=True)
     if runs.numel() == 0 or torch.unique(runs).numel() != runs.numel():
         return None
-    return Documents(index_T, tuple(lengths.tolist()), row_tokens)
+    # Made here once: a tensor from a list in every layer would make the host wait for the device as often.
+    boundaries = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return Documents(index_T, tuple(lengths.tolist()), boundaries, row_tokens)
 
 
 def worthwhile(documents: Documents, rows: int, config: EncoderConfig) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import MultiHeadAttention
+from .attention import MultiHeadAttention, varlen_exists
 from .configuration import EncoderConfig
 from .documents import Documents, find_documents, worthwhile
 from .feed_forward import FeedForward
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
         if not self.take_rows_apart or self.config.mixer == "flash" or torch.compiler.is_compiling():
             return None
         if document_BL.device.type == "cuda":
-            if not self._varlen_serves():
+            if not self._varlen_serves(document_BL.device):
                 return None
             return find_documents(document_BL)
         if document_BL.device.type != "cpu":
@@ -173,14 +173,13 @@ class Encoder(nn.Module):
             return None
         return documents
 
-    def _varlen_serves(self) -> bool:
+    def _varlen_serves(self, device: torch.device) -> bool:
         """Would every layer take torch's varlen attention, which a GPU needs to gain anything by documents?"""
-        config = self.config
-        half = self.embeddings.token.weight.dtype in (torch.bfloat16, torch.float16)
-        plain = config.score_normaliser in ("softmax", "softmax_plus") and config.talking_heads == "none"
+        config, dtype = self.config, self.embeddings.token.weight.dtype
+        softmax = config.score_normaliser in ("softmax", "softmax_plus") and config.talking_heads == "none"
+        plain = config.mixer == "attention" and softmax and config.context == "bidirectional"
         undropped = config.attention_dropout == 0.0 or not self.training
-        same_size = config.mixer == "attention" and config.value_size == config.head_size <= 256
-        return half and plain and undropped and same_size and config.context == "bidirectional"
+        return plain and undropped and varlen_exists(device, dtype, config.head_size, config.value_size)
 
 
 def _in_rows(x_BLD: Tensor, documents: Documents | None, rows: int) -> Tensor:

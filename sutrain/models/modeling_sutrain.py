@@ -173,7 +173,8 @@ class SutrainForMaskedLM(SutrainWithHead):
 
 
 class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
-    """A causal model with its head, which predicts the next token. Generation computes the whole text every step."""
+    """A causal model with its head, which predicts the next token. Generation computes the whole text every step; in
+    context unilm the prompt is the prefix, which is seen from both sides, and what is generated follows it."""
 
     def __init__(self, config: SutrainConfig) -> None:
         if config.encoder_config().context == "bidirectional":
@@ -184,10 +185,37 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
         super().__init__(config)
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # what the caller passes by position is this
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **unused: Any,
     ) -> dict[str, Any]:
         """What a step of generation computes: the whole text, since nothing is kept of the step before."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "logits_to_keep": logits_to_keep or 0,
+        }
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *more: Any, num_new_tokens: int = 1, **others: Any
+    ) -> dict[str, Any]:
+        """Ahead of the next step: what was generated is of type 1 in context unilm, else of the last token's type."""
+        types_BL = model_kwargs.pop("token_type_ids", None)
+        follows = self.config.encoder_config().context == "unilm"
+        if types_BL is None and follows:
+            types_BL = torch.zeros_like(
+                model_kwargs["attention_mask"]
+            )  # as long as the prompt: this was its step
+        others["num_new_tokens"] = num_new_tokens
+        kept = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *more, **others)
+        if types_BL is not None:
+            last_B1 = torch.ones_like(types_BL[:, -1:]) if follows else types_BL[:, -1:]
+            kept["token_type_ids"] = torch.cat([types_BL, last_B1.expand(-1, num_new_tokens)], dim=1)
+        return kept
 
     def forward(
         self,

@@ -32,7 +32,9 @@ class Visibility(NamedTuple):
 
     def storages(self) -> set[int]:
         """Addresses of its tensors, which all layers share."""
-        tensors = [*self, *(self.chunks or ())]
+        documents = self.documents
+        laid_out = () if documents is None else (documents.index_T, documents.boundaries, *documents.masks)
+        tensors = [*self, *(self.chunks or ()), *laid_out]
         return {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
 
 
@@ -69,14 +71,14 @@ def build_visibility_of_documents(
     table = rotary_table(length, config.key_size, config.rotary_base, device) if config.rotary else None
     if table is not None:  # every token keeps the angle of its place in its row
         table = table[documents.index_T % length]
-    sizes = documents.sizes()
+    masks: list[Tensor] = []
     if config.context == "bidirectional":
-        masks: list[Tensor | None] = [None] * len(documents.lengths)
-        counts_T = sizes.repeat_interleave(sizes)
+        sizes = documents.sizes()
+        counts_T = sizes.repeat_interleave(sizes, output_size=len(documents.index_T))
     else:
         order = unilm_order(segments_BL)
         order_T = None if order is None else order.flatten()[documents.index_T]
-        masks, counts = [], []
+        counts = []
         for start, end in documents.spans():
             everything = torch.ones(1, end - start, end - start, dtype=torch.bool, device=device)
             seen = _only_context(everything, config, None if order_T is None else order_T[None, start:end])

@@ -97,11 +97,13 @@ class StepGate:
 
 
 class BrokenStreak:
-    """Counts steps in a row without a finite loss or without an update; `limit` of them end the run (None: never)."""
+    """Counts steps in a row without a finite loss or without an update, which may have been skipped or refused; `limit`
+    of them end the run (None: never)."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit, self.length = limit, 0
-        self._skipped = 0
+        self.without_update = 0
+        """Steps so far that made no update; a run that goes on begins with those of before."""
 
     def stop_after(
         self, record: Mapping[str, Any], dump: Callable[[Mapping[str, Any], int], str] | None
@@ -109,9 +111,10 @@ class BrokenStreak:
         """Take a step's record. Raises TrainingStoppedError, on all ranks alike, when it is time to stop; `dump`
         (rank 0) is given the record and the last step whose weights are known to be good, writes what is known and
         says where."""
-        skipped = record["skipped_steps_total"] > self._skipped
-        self._skipped = record["skipped_steps_total"]
-        self.length = self.length + 1 if skipped or not math.isfinite(record["loss"]) else 0
+        without_update = record["skipped_steps_total"] + record["refused_steps_total"]
+        broken = without_update > self.without_update or not math.isfinite(record["loss"])
+        self.without_update = without_update
+        self.length = self.length + 1 if broken else 0
         if self.limit is not None and self.length >= self.limit:
             # Weights of step k are seen by the loss of step k + 1; the first broken one is `length` - 1 steps back.
             good = record["step"] - self.length - 1

@@ -78,7 +78,8 @@ class Exporter(Collector):
     `port` 0 takes any free port (`.port` says which).  `run_info` are labels of `sutrain_run_info` (`run`,
     `mfu_reference`).  `start()` raises ValueError, naming the setting, if the address cannot be listened on.
     Counters of spikes start at zero with the process, as Prometheus counters do; `rate` and `increase` cope.
-    `folder` is the run's, for the free space of its disk; `checkpoint_every_steps` as configured. `board`, once set,
+    `folder` is the run's, for the free space of its disk; `checkpoint_every_steps` as configured. `started_at_step` and
+    `skipped_before` are of the checkpoint that the run goes on from. `board`, once set,
     has the states of the ranks; above `MAX_RANKS` ranks only the most conspicuous are shown.
     """
 
@@ -92,6 +93,7 @@ class Exporter(Collector):
         folder: Path | str = ".",
         checkpoint_every_steps: int = 0,
         started_at_step: int = 0,
+        skipped_before: int = 0,
     ) -> None:
         self.board: RankBoard | None = None
         self._folder, self._checkpoint_every_steps = folder, checkpoint_every_steps
@@ -112,7 +114,10 @@ class Exporter(Collector):
         }
         now, none = time.time(), np.zeros(len(groups), dtype=np.int64)
         parts = {part: 0 for _, part in groups.keys}
-        self._snapshot = _Snapshot({}, None, none, parts, 0, 0, now, {}, {}, None, (started_at_step, now))
+        scalars = {"skipped_steps_total": float(skipped_before)} if skipped_before else {}
+        self._snapshot = _Snapshot(
+            scalars, None, none, parts, 0, 0, now, {}, {}, None, (started_at_step, now)
+        )
         self._writing = threading.Lock()
         self._server: Any = None
         self._thread: threading.Thread | None = None

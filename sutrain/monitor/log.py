@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,8 +29,10 @@ import numpy as np
 
 from .spikes import Spikes
 from .statistics import GroupTable
+from .tables import Tables
 
 FILE_NAME = "metrics.jsonl"
+KINDS = ("run", "step", "evaluation", "probe")
 TABLE_BYTES_PER_STEP = 40_000
 TABLE_BYTES_AHEAD = 200_000
 """What may be written at once, when nothing has been for a while: a spike should find room for its table."""
@@ -160,7 +163,8 @@ def _drop_after(path: Path, step: int) -> None:
 
 @dataclass
 class RunLog:
-    """A run read back: the lines by kind, in order, and notes on what was wrong with the file."""
+    """A run read back: the lines by kind, in order, their tables apart (`tables`), and notes on what was wrong with the
+    file."""
 
     path: Path
     runs: list[dict] = field(default_factory=list)
@@ -168,6 +172,7 @@ class RunLog:
     evaluations: list[dict] = field(default_factory=list)
     probes: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: Tables = field(default_factory=Tables)
 
     def series(self, key: str, kind: str = "steps") -> tuple[np.ndarray, np.ndarray]:
         """(step, value) of one scalar over all lines of a kind that hold it."""
@@ -181,49 +186,71 @@ class RunLog:
 
     def heat_map(self, column: str, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(step [X], layer [Y], value [Y, X]) of one column of the tables, for one part of the layers."""
-        tables = [(line["step"], line["layers"]) for line in self.steps if "layers" in line]
-        if not tables:
-            return np.zeros(0), np.zeros(0), np.zeros((0, 0))
-        first = tables[0][1]
-        rows = [
-            i
-            for i, (layer, p) in enumerate(zip(first["layer"], first["part"], strict=True))
-            if layer and p == part
-        ]
-        values = np.array([[table[column][i] for i in rows] for _, table in tables], dtype=np.float64)
-        layers = np.array([int(first["layer"][i]) for i in rows])
-        return np.array([step for step, _ in tables]), layers, values.T
+        return self.tables.heat_map(column, part)
 
 
-def read_run(path: Path | str) -> RunLog:
-    """Read metrics.jsonl (or the run folder that holds it).
+def read_run(path: Path | str, kinds: Collection[str] = KINDS) -> RunLog:
+    """Read metrics.jsonl (or the run folder that holds it), of other kinds than `kinds` not more than how lines begin.
 
     A last line torn by a crash is left out and noted. Raises DamagedLogError, naming file and line, for a
     missing or empty file, for any other line that is not a record, and for a log without a single step.
     """
+    log = RunLog(_file_of(path))
+    found = {"run": log.runs, "step": log.steps, "evaluation": log.evaluations, "probe": log.probes}
+    for record in _records(log.path, kinds, log.notes):
+        if (table := record.pop("layers", None)) is not None:
+            log.tables.add(record["step"], table)
+        found[record["kind"]].append(record)
+    if "step" in kinds and not log.steps:
+        raise _no_step(log.path)
+    return log
+
+
+def read_steps(path: Path | str) -> Iterator[dict]:
+    """The step records of a run one by one, without their tables. Raises DamagedLogError as read_run does."""
+    path, step = _file_of(path), None
+    for step in _records(path, ("step",), [], tables=False):
+        yield step
+    if step is None:
+        raise _no_step(path)
+
+
+def _file_of(path: Path | str) -> Path:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise DamagedLogError(f"{path}: no such file; expected the folder of a run that has begun to train")
-    log = RunLog(path)
-    kinds = {"run": log.runs, "step": log.steps, "evaluation": log.evaluations, "probe": log.probes}
+    return path
+
+
+def _no_step(path: Path) -> DamagedLogError:
+    return DamagedLogError(f"{path}: holds no training step yet ({path.stat().st_size} bytes)")
+
+
+def _records(path: Path, kinds: Collection[str], notes: list[str], tables: bool = True) -> Iterator[dict]:
+    """The records of some kinds. What is not wanted is thrown away unread: tables are nearly all of a log."""
     for number, line, is_last in _lines(path):
+        start = _START.match(line)
+        if start and start.group(1).decode() not in kinds:
+            continue
+        if not tables and line.endswith(b"}\n"):
+            content, table, _ = line.partition(b', "layers": {')
+            line = content + b"}" if table else line
         try:
             record = json.loads(line)
-            kind = kinds[record["kind"]]
+            if record["kind"] not in KINDS:
+                raise ValueError(f"kind {record['kind']!r}")
             record["step"] = int(record["step"])
         except (ValueError, KeyError, TypeError) as error:
             if is_last and not line.endswith(b"\n"):
-                log.notes.append(f"the last line ({number}) is torn, as a crash leaves it; it was left out")
+                notes.append(f"the last line ({number}) is torn, as a crash leaves it; it was left out")
                 break
             raise DamagedLogError(
                 f"{path}, line {number}: not a record of kind run, step, evaluation or probe ({error}); "
                 f"starts with {line[:60]!r}. Delete the line, or restore the file"
             ) from None
-        kind.append({key: _numbers(value) for key, value in record.items()})
-    if not log.steps:
-        raise DamagedLogError(f"{path}: holds no training step yet ({path.stat().st_size} bytes)")
-    return log
+        if record["kind"] in kinds:
+            yield {sys.intern(key): _numbers(value) for key, value in record.items()}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:

@@ -2,8 +2,8 @@
 
 MFU = FLOPs the model needs for a token x tokens/s / peak FLOP/s (arXiv 2204.02311, appendix B). The peak is
 the *dense* bf16 rate (vendors like to print the rate with 2:4 sparsity, twice as high). A device not in
-the table, a CPU above all, is measured instead: the ratio is then relative to a large matrix product in torch
-on this very machine, and `Peak.source` says so wherever the number is shown.
+the table, a CPU above all or a slice of a GPU (MIG), is measured instead: the ratio is then relative to a large
+matrix product in torch on this very device, and `Peak.source` says so wherever the number is shown.
 """
 
 from __future__ import annotations
@@ -60,9 +60,12 @@ class Peak:
 def vendor_peak(device_name: str) -> Peak | None:
     """Dense bf16 peak of a device by its name as torch reports it, or None for one not in the table.
 
-    Model numbers are compared as words: "NVIDIA L4" is not an L40S, and "NVIDIA A100-SXM4-80GB" is an A100.
+    Model numbers are compared as words: "NVIDIA L4" is not an L40S, and "NVIDIA A100-SXM4-80GB" is an A100. A slice
+    of a chip, "NVIDIA H200 MIG 1g.18gb", is in no table: the whole chip's peak would be many times what it can reach.
     """
     words = device_name.upper().replace("-", " ").split()
+    if "MIG" in words:
+        return None
     for model, tflops, source in PEAK_TFLOPS:
         if all(word in words for word in model.upper().replace("-", " ").split()):
             return Peak(tflops * 1e12, f"{model}, dense bf16, {tflops:g} TFLOP/s ({source})")

@@ -243,7 +243,10 @@ def colour_scale(runs: Iterable[RunLog], column: str) -> Normalize | None:
     symmetrical about 1 and reaches at least from 1/1.2 to 1.2.
     """
     maps = [
-        _map(run, column, part)[2].ravel() for run in runs if len(_steps(run)) > 1 for part in parts_of(run)
+        _map(run, column, part)[2].ravel()
+        for run in runs
+        if len(run.tables.steps) > 1
+        for part in parts_of(run)
     ]
     values = np.concatenate(maps) if maps else np.zeros(0)
     values = values[np.isfinite(values) & (values > 0)]
@@ -256,17 +259,13 @@ def colour_scale(runs: Iterable[RunLog], column: str) -> Normalize | None:
     return LogNorm(low, high) if high > low * 1.0001 else LogNorm(low / 2, high * 2)
 
 
-def _steps(run: RunLog) -> list[int]:
-    return [line["step"] for line in run.steps if "layers" in line]
-
-
 def heat_maps(run: RunLog, column: str, scale: Normalize) -> Figure | None:
     """Layer x time pictures of one column, a panel for each part of the layers, all on one colour scale.
 
     None for a run with no layers or fewer than two tables.
     """
     parts = parts_of(run)
-    if not parts or len(_steps(run)) < 2:
+    if not parts or len(run.tables.steps) < 2:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.2), layout="constrained")
@@ -287,25 +286,17 @@ def _colour_bar(figure: Figure, image: object, panels: list[Axes], label: str) -
 
 def outside_layers(run: RunLog) -> Figure | None:
     """Curves of embeddings, head and final norm, which no heat map shows; None if no table was written."""
-    tables = [(line["step"], line["layers"]) for line in run.steps if "layers" in line]
-    if not tables:
+    tables = run.tables
+    if not len(tables.steps):
         return None
-    first = tables[0][1]
-    rows = [(i, part) for i, part in enumerate(first["part"]) if not first["layer"][i]]
+    groups = [g for g, layer in enumerate(tables.layer) if not layer]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 2.9), layout="constrained")
         columns = ("update_ratio", "grad_norm", "update_norm")
         for axes, column in zip(figure.subplots(1, 3), columns, strict=True):
-            for number, (i, part) in enumerate(rows):
-                y = np.array([table[column][i] for _, table in tables], dtype=np.float64)
-                _curve(
-                    axes,
-                    np.array([s for s, _ in tables]),
-                    np.where(y > 0, y, np.nan),
-                    colour_of(number),
-                    part,
-                    0.3,
-                )
+            for number, (g, y) in enumerate(zip(groups, tables.rows(column, groups), strict=True)):
+                y = np.where(y > 0, y, np.nan)
+                _curve(axes, tables.steps, y, colour_of(number), tables.part[g], 0.3)
             axes.set_yscale("log")
             axes.set_title(TITLES[column])
             axes.set_xlabel(STEPS)

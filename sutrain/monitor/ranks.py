@@ -4,8 +4,10 @@ Each rank sends a datagram when it starts and ends a stage of a step; rank 0 kee
 waits, a lost datagram costs nothing, and when the run hangs the rank with the least progress is the one that the
 others wait for. Datagrams without the run's random token are thrown away.
 
-Stages of a step, in order: 0 waiting for data, 1 forward passes (no rank waits for another, except under ZeRO-3), 2 the
-last backward pass, reduction and update, 3 between steps (evaluation, checkpoint).
+Stages of a step, in order: 0 waiting for data, 1 the batch is there: forward passes, and the backward passes between
+them, 2 the last backward pass, reduction and update, 3 between steps (evaluation, checkpoint). What is told as a rank's
+forward time is the forward passes alone: in them no rank waits for another (except under ZeRO-3), while ahead of the
+first all wait for the rank that waits for data, and ZeRO-2 reduces gradients in each backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,8 +91,9 @@ class RankBoard:
 
 
 class RankClock:
-    """Every rank's side: `stage` at the four moments of a step. Made on all ranks at once: the constructor is
-    collective. Off (no socket, no message) unless `enabled`.
+    """Every rank's side: a method for each of the four moments of a step, `passing` around every forward pass, `alive`
+    where a stage takes long. Made on all ranks at once: the constructor is collective. Off (no socket, no message)
+    unless `enabled`.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device, enabled: bool = True) -> None:
@@ -96,8 +101,8 @@ class RankClock:
         self.board: RankBoard | None = None
         self._socket: socket.socket | None = None
         self._enabled, self._waited, self._seconds, self._forward = enabled, 0.0, 0.0, 0.0
-        self._step, self._mark = 0, 0.0
-        self._events: tuple[torch.Event, torch.Event] | None = None
+        self._step, self._stage, self._mark = 0, 0, 0.0
+        self._passes: list[tuple[Any, Any]] = []
         if not enabled:
             return
         host = _shared_host(world_size)
@@ -120,23 +125,27 @@ class RankClock:
         self._send(0)
 
     def forward(self, waited_seconds: float) -> None:
-        """The batch is there after a wait, the forward passes begin."""
+        """The batch is there after a wait, the forward passes come next."""
         self._waited, self._mark = waited_seconds, time.perf_counter()
-        if self._enabled and self._device.type != "cpu":
-            self._forward = self._elapsed()
-            self._events = (
-                torch.Event(self._device, enable_timing=True),
-                torch.Event(self._device, enable_timing=True),
-            )
-            self._events[0].record()
+        if self._device.type != "cpu":
+            self._forward = self._elapsed()  # of the step before, which has ended on the device too
+        self._passes = []
         self._send(1)
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Around a micro-batch's forward pass."""
+        if not self._enabled:
+            yield
+            return
+        begun = self._now()
+        yield
+        self._passes.append((begun, self._now()))
 
     def update(self) -> None:
         """The forward passes are done, gradients are reduced next."""
-        if self._events is not None:
-            self._events[1].record()
-        elif self._device.type == "cpu":
-            self._forward = time.perf_counter() - self._mark
+        if self._device.type == "cpu":
+            self._forward = self._elapsed()
         self._send(2)
 
     def finished(self, step: int) -> None:
@@ -144,13 +153,28 @@ class RankClock:
         self._step, self._seconds = step, self._waited + time.perf_counter() - self._mark
         self._send(3)
 
+    def alive(self) -> None:
+        """Still in the same stage, and at work."""
+        self._send(self._stage)
+
+    def _now(self) -> Any:
+        """This moment; on a device the event of having done all that it was given so far."""
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
+
     def _elapsed(self) -> float:
-        """Forward time of the step before, which has ended on the device too: its loss was read since."""
-        if self._events is None or not self._events[1].query():
+        """Seconds of all passes; the last known ones while the device has not come to the end of them."""
+        if self._device.type == "cpu":
+            return sum(ended - begun for begun, ended in self._passes)
+        if not all(ended.query() for _, ended in self._passes):
             return self._forward
-        return self._events[0].elapsed_time(self._events[1]) / 1000
+        return sum(begun.elapsed_time(ended) for begun, ended in self._passes) / 1000
 
     def _send(self, stage: int) -> None:
+        self._stage = stage
         step = self._step if stage != 3 else self._step - 1
         numbers = (time.time(), self._seconds, self._waited, self._forward)
         if self.board is not None:

@@ -31,6 +31,8 @@ OPTIMIZER_COLUMNS = ("direction_rms", "clipped_share", "trust_ratio")
 DEAD = 1e-3
 """A layer whose update ÷ weight is below this share of the median layer's stands still."""
 SQUARE_SUMS = ("grad_square_sum", "weight_square_sum", "update_square_sum")
+_HEAD = {"head", "transform", "head_bias"}
+"""Modules of the head, and its bias, which stands in no module (masked_lm.py)."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
@@ -38,8 +40,8 @@ def layer_and_part(name: str) -> tuple[str, str] | None:
     """The group of a parameter: `("3", "mixer")` of `encoder.layers.3.mixer.query.weight`.
 
     Tensors outside the layers have the layer "" (to Prometheus an empty label is no label, so `layer!=""`
-    selects the layers). A parameter of a norm, wherever it stands, is a "norm". None for a name that fits no
-    part.
+    selects the layers). A parameter of a norm, wherever it stands, is a "norm"; the map ahead of BERT's prediction and
+    the bias behind it are of the head. None for a name that fits no part.
     """
     inside_layer = _LAYER.search(name)
     layer, path = inside_layer.groups() if inside_layer else ("", name)
@@ -51,7 +53,7 @@ def layer_and_part(name: str) -> tuple[str, str] | None:
         return (layer, part) if part in ("mixer", "feed_forward") else None
     if "embeddings" in modules:
         return "", "embedding"
-    return ("", "head") if "head" in modules else None
+    return ("", "head") if not _HEAD.isdisjoint((*modules, path)) else None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class MaskedLoss(NamedTuple):
 
     loss_sum: torch.Tensor  # scalar, in the graph, nats
     correct_hidden: torch.Tensor  # scalar int64: right guesses where the input showed [MASK]
-    hidden_tokens: int  # positions where the input showed [MASK]
+    hidden_tokens: torch.Tensor  # scalar int64: positions where the input showed [MASK]
 
 
 def masked_lm_loss(
@@ -63,4 +63,4 @@ def masked_lm_loss(
         loss_sum = torch.stack([loss for loss, _ in scored]).sum()
         right_M = torch.cat([right for _, right in scored])
     right_M = right_M & hidden_BL.flatten()[positions_M]
-    return MaskedLoss(loss_sum, right_M.sum(), int(hidden_BL.sum()))
+    return MaskedLoss(loss_sum, right_M.sum(), hidden_BL.sum())

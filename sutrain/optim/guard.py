@@ -5,7 +5,7 @@ undo a day. What counts is the size of the update per unit of learning rate, ‖
 reason to step in. The history is the mean of this size over the first `window` updates and their exponential mean with
 weight 1/window from then on; limited updates enter it as limited. All of Δθ is scaled, weight decay included.
 
-The sizes come from sums over all ranks, so every rank decides the same; nothing waits for the device.
+The sizes come from sums over all ranks, so every rank decides the same; nothing here waits for the device.
 """
 
 from __future__ import annotations

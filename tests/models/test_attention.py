@@ -1,12 +1,17 @@
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sutrain.models import attention
-from sutrain.models.attention import attend
+from sutrain.models import encoder as encoder_module
+from sutrain.models.attention import attend, varlen_exists
+from sutrain.models.encoder import Encoder
 from sutrain.models.visibility import build_visibility
 from tests.models.tiny import CONFIGS
+from tests.models.varlen import varlen_in_torch
 
 
 def visible(documents, dtype=torch.float32):
@@ -49,6 +54,55 @@ def test_dropout_drops_probabilities_and_keeps_the_mean():
     kept = outputs[0, 0, 0, :, 0] * 64 * 0.75  # how many keys each query kept
     torch.testing.assert_close(kept, kept.round(), atol=1e-3, rtol=0)
     assert 40 < kept.mean() < 56
+
+
+def test_varlen_attention_is_asked_for_only_where_it_exists(monkeypatch):
+    """A torch without it, a GPU older than Ampere and heads that are no multiple of eight compute rows under a mask."""
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(attention, "varlen_attention", lambda: attend)
+    encoder = Encoder(CONFIGS["roformer_v2"]).to(half).eval()
+    assert varlen_exists(gpu, half, 64, 64) and encoder._varlen_serves(gpu)
+    assert not varlen_exists(torch.device("cpu"), half, 64, 64)
+    assert not varlen_exists(gpu, torch.float32, 64, 64)
+    assert not varlen_exists(gpu, half, 264, 264)
+    assert not varlen_exists(gpu, half, 64, 72)
+    assert not varlen_exists(gpu, half, 20, 20)
+    assert not Encoder(replace(encoder.config, head_size=20)).to(half).eval()._varlen_serves(gpu)
+    capability = (7, 5)
+    assert not varlen_exists(gpu, half, 64, 64) and not encoder._varlen_serves(gpu)
+    capability = (9, 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # as in an older torch
+    attention.varlen_attention.cache_clear()
+    assert not varlen_exists(gpu, half, 64, 64)
+    monkeypatch.undo()
+    attention.varlen_attention.cache_clear()
+
+
+def test_all_layers_share_one_tensor_of_boundaries(monkeypatch):
+    """Made in each layer it would make the host wait for the device in each; the numbers are those of rows."""
+    seen = []
+
+    def varlen(query, key, value, boundaries, same, longest, as_long):
+        seen.append(boundaries)
+        assert boundaries is same and longest == as_long == max(boundaries.diff())
+        return varlen_in_torch(query, key, value, boundaries)
+
+    monkeypatch.setattr(attention, "varlen_serves", lambda query, documents, *_: not documents.masks)
+    monkeypatch.setattr(attention, "varlen_attention", lambda: varlen)
+    encoder = Encoder(CONFIGS["roformer_v2"]).eval()
+    tokens = torch.randint(5, 300, (2, 12))
+    numbers = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
+    found = []
+    for apart in (True, False):
+        monkeypatch.setattr(encoder_module, "worthwhile", lambda *_, apart=apart: apart)
+        found.append(encoder(tokens, numbers)[numbers > 0])
+    torch.testing.assert_close(*found)
+    assert len(seen) == 3 and len({id(boundaries) for boundaries in seen}) == 1
+    assert seen[0].dtype == torch.int32 and seen[0].tolist() == [0, 5, 9, 21]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

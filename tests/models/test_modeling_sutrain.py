@@ -12,8 +12,8 @@ import sutrain.huggingface  # noqa: F401
 from sutrain.models.configuration import EncoderConfigError
 from sutrain.models.configuration_sutrain import SutrainConfig
 from sutrain.models.masked_lm import MaskedLanguageModel
-from sutrain.models.modeling_sutrain import SutrainForMaskedLM, SutrainModel
-from tests.models.tiny import CONFIGS
+from sutrain.models.modeling_sutrain import SutrainForCausalLM, SutrainForMaskedLM, SutrainModel
+from tests.models.tiny import CONFIGS, VARIANTS
 
 TOKENS = torch.tensor([[2, *range(10, 30), 3, 0, 0, 0], [2, *range(30, 53), 3]])
 MASK = (TOKENS != 0).long()
@@ -116,6 +116,58 @@ def test_the_mask_decides_what_is_seen_and_may_number_documents():
         packed = torch.cat([TOKENS[:1, :22], TOKENS[1:, :10]], 1)
         numbers = torch.tensor([[1] * 22 + [2] * 10])
         assert (model(packed, numbers).logits[:, :22] - alone).abs().max() < 1e-5
+
+
+def decoded(model, prompt, mask, types, steps):
+    """Greedy decoding by hand: all tokens after each step, and the scores [B, V] of the steps."""
+    tokens, scores = prompt, []
+    for _ in range(steps):
+        scores.append(model(tokens, mask, types).logits[:, -1])
+        tokens = torch.cat([tokens, scores[-1].argmax(-1, keepdim=True)], 1)
+        mask = F.pad(mask, (0, 1), value=1)
+        types = None if types is None else F.pad(types, (0, 1), value=1)
+    return tokens, scores
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("given", [False, True])
+def test_what_a_unilm_model_generates_follows_the_prompt_and_is_not_seen_from_it(given, beams):
+    config = replace(VARIANTS["unilm"], tied_head=False)  # a tied one, untrained, repeats itself
+    model = SutrainForCausalLM(SutrainConfig(**vars(config))).eval()
+    prompt = torch.tensor([[2, *range(10, 20)], [0, 0, 2, *range(40, 48)]])
+    mask = (prompt != 0).long()
+    types = torch.zeros_like(prompt)
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    settings |= {"token_type_ids": types} if given else {}
+    with torch.no_grad():
+        expected, scores = decoded(model, prompt, mask, types, 6)
+        wrong, _ = decoded(model, prompt, mask, None, 6)
+        found = model.generate(prompt, attention_mask=mask, num_beams=beams, **settings)
+    assert not torch.equal(expected, wrong)  # what a model that looks back from its prompt would say
+    if beams == 1:
+        assert torch.equal(found.sequences, expected)
+        torch.testing.assert_close(torch.stack(found.scores), torch.stack(scores))
+    else:
+        assert found.sequences.shape == expected.shape
+
+
+def test_a_step_of_generation_computes_the_scores_of_the_last_position_alone(monkeypatch):
+    """And a causal model takes the token types that its tokenizer gives."""
+    model = SutrainForCausalLM(SutrainConfig(**vars(replace(CONFIGS["causal"], token_types=2)))).eval()
+    widths, logits = [], model.model.logits
+    monkeypatch.setattr(model.model, "logits", lambda x: widths.append(x.shape[1]) or logits(x))
+    types = torch.zeros_like(TOKENS[1:])
+    types[:, 5:] = 1
+    made = model.generate(TOKENS[1:], token_type_ids=types, max_new_tokens=3, do_sample=False)
+    assert widths == [1, 1, 1]
+    with torch.no_grad():
+        expected, _ = decoded(model, TOKENS[1:], MASK[1:], types, 3)
+    assert torch.equal(made, expected)
 
 
 def test_resizing_the_vocabulary_keeps_head_and_embedding_together(config, tmp_path):

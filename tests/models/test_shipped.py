@@ -9,6 +9,7 @@ from data_prep.config_file import load_config
 from sutrain.config import PretrainConfig
 from sutrain.models.configuration import parameter_count
 from sutrain.models.masked_lm import MaskedLanguageModel
+from sutrain.monitor.statistics import TensorGroups
 from tests.conftest import ROOT
 
 SHIPPED = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
@@ -40,6 +41,17 @@ def test_its_model_is_built_with_the_parameters_that_its_head_states(shipped):
     stated = re.search(r"([\d,]{9,}) parameters", _head(shipped))
     if shipped.stem in PARAMETERS or stated:
         assert stated and int(stated[1].replace(",", "")) == built
+
+
+def test_every_tensor_of_its_model_has_a_part_to_be_watched_in(shipped):
+    with torch.device("meta"):
+        model = MaskedLanguageModel(load_config(PretrainConfig, shipped).model)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    groups = TensorGroups(list(shapes), list(shapes.values()))
+    assert groups.numel_T.sum() == sum(parameter.numel() for parameter in model.parameters())
+    if model.head_bias is not None:
+        head = groups.numel_G[groups.keys.index(("", "head"))]
+        assert head == model.head_bias.numel() + sum(x.numel() for x in model.transform.linear.parameters())
 
 
 def test_every_line_is_commented_and_residual_and_initialisation_fit_the_claim(shipped):

@@ -99,7 +99,7 @@ def test_broken_steps_in_a_row_stop_the_run_with_a_dump(tmp_path):
     streak, dumped = BrokenStreak(2), []
 
     def record(step, loss, skipped):
-        return {"step": step, "loss": loss, "skipped_steps_total": skipped}
+        return {"step": step, "loss": loss, "skipped_steps_total": skipped, "refused_steps_total": 0}
 
     def dump(last, last_good_step):
         assert last_good_step == 2  # the loss of step 3 was finite, and step 4 changed nothing
@@ -122,3 +122,15 @@ def test_broken_steps_in_a_row_stop_the_run_with_a_dump(tmp_path):
     never = BrokenStreak(None)
     for step in range(50):
         never.stop_after(record(step, math.nan, step), None)
+
+
+def test_refused_steps_are_broken_ones_and_what_was_missed_before_a_checkpoint_is_not():
+    def record(step, skipped, refused):
+        counts = {"skipped_steps_total": skipped, "refused_steps_total": refused}
+        return {"step": step, "loss": 2.0, **counts}
+
+    streak = BrokenStreak(1)
+    streak.without_update = 7
+    streak.stop_after(record(101, 4, 3), None)
+    with pytest.raises(TrainingStoppedError, match="after step 102"):
+        streak.stop_after(record(102, 4, 4), None)

@@ -92,6 +92,15 @@ def test_spikes_and_skips_are_counted():
             assert scrape(exporter)["sutrain_skipped_steps_in_a_row",] == expected
 
 
+def test_steps_skipped_before_the_checkpoint_are_not_in_a_row_with_the_first_one():
+    record, table, _ = next(made_up_run(layers=1))
+    with Exporter("127.0.0.1", 0, groups_of(1), skipped_before=3) as exporter:
+        assert scrape(exporter)["sutrain_skipped_steps_total",] == 3
+        for total, expected in ((3, 0), (4, 1)):
+            exporter.step({**record, "skipped_steps_total": total}, table)
+            assert scrape(exporter)["sutrain_skipped_steps_in_a_row",] == expected
+
+
 @pytest.mark.parametrize(("layers", "cap"), [(5, 8), (8, 8), (200, 8), (30, 1), (1000, MAX_LAYERS)])
 def test_the_number_of_series_is_bounded_and_known_beforehand(layers, cap):
     groups = groups_of(layers)

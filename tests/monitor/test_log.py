@@ -2,11 +2,14 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from sutrain.monitor.log import DamagedLogError, MetricsLog, find_steps, last_steps, read_run
+from sutrain.compare import read_steps as compared_steps
+from sutrain.monitor import tables
+from sutrain.monitor.log import DamagedLogError, MetricsLog, find_steps, last_steps, read_run, read_steps
 from tests.monitor.made_up import COLUMNS, groups_of, made_up_run, write_run
 
 
@@ -72,7 +75,7 @@ def test_tables_are_thinned_but_never_on_a_spike(tmp_path):
             groups = verdict.groups
             table = groups.table(np.ones((len(groups.names), 4)), COLUMNS)
             log.step({"step": step, "loss": 1.0}, table, verdict)
-    assert [s["step"] for s in read_run(tmp_path).steps if "layers" in s] == [1, 25, 50, 75, 77, 79, 100]
+    assert read_run(tmp_path).tables.steps.tolist() == [1, 25, 50, 75, 77, 79, 100]
 
 
 def test_read_back_as_series_and_heat_maps(tmp_path):
@@ -82,11 +85,11 @@ def test_read_back_as_series_and_heat_maps(tmp_path):
     assert steps.tolist() == [10, 20, 30, 40] and (np.diff(accuracy) > 0).all()
     at, layers, values = run.heat_map("update_ratio", "mixer")
     assert at.tolist() == list(range(1, 41)) and layers.tolist() == [0, 1, 2] and values.shape == (3, 40)
-    row = run.steps[6]["layers"]
+    row = find_steps(tmp_path / "metrics.jsonl", {7})[7]["layers"]
     (position,) = [
         i for i, k in enumerate(zip(row["layer"], row["part"], strict=True)) if k == ("1", "mixer")
     ]
-    assert values[1, 6] == row["update_ratio"][position]
+    assert values[1, 6] == pytest.approx(row["update_ratio"][position], rel=1e-6)
 
 
 def test_damage_is_named(tmp_path):
@@ -113,11 +116,12 @@ def test_tables_of_a_deep_model_are_sampled_and_those_of_spikes_come_first(tmp_p
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         for step in range(1, 101):
             log.step({**record, "step": step}, table)
-    steps = read_run(tmp_path).steps
-    written = [line["step"] for line in steps if "layers" in line]
+    log = read_run(tmp_path)
+    steps, written = log.steps, log.tables.steps
     assert 10 < len(written) < 60 and written[0] == 1
     assert (tmp_path / "metrics.jsonl").stat().st_size / len(steps) < 50_000
-    assert steps[0]["layers"]["grad_norm"] == pytest.approx(table.grad_norm.tolist(), rel=1e-4)
+    groups = list(range(len(table.groups)))
+    assert log.tables.rows("grad_norm", groups)[:, 0] == pytest.approx(table.grad_norm, rel=1e-4)
 
 
 def test_single_steps_are_found(tmp_path):
@@ -127,3 +131,71 @@ def test_single_steps_are_found(tmp_path):
     assert set(found) == {3, 50} and found[3]["samples_consumed_total"] == 48
     assert find_steps(tmp_path / "none", {1}) == {}
     assert [line["step"] for line in last_steps(path, 2, read_bytes=6000)] == [49, 50]
+
+
+@pytest.fixture(scope="module")
+def long_log(tmp_path_factory):
+    """1,500 updates and evaluations of a model of 100 layers, 38 MB; as Python numbers several times as much."""
+    path = tmp_path_factory.mktemp("long") / "metrics.jsonl"
+    record, table, evaluation = next(made_up_run(layers=100, evaluate_every_steps=1))
+    with MetricsLog(path) as log:
+        log.step({**record, "batch_fingerprint": "0123456789ab"}, table)
+        log.evaluation(evaluation)
+    (step, evaluation) = path.read_text().splitlines()
+    with open(path, "w") as file:
+        for number in range(1, 1501):
+            file.write(step.replace('"step": 1', f'"step": {number}', 1) + "\n")
+            file.write(evaluation.replace('"step": 1', f'"step": {number}', 1) + "\n")
+    assert path.stat().st_size > 20_000_000
+    return path
+
+
+def most_held(read) -> float:
+    """Megabytes at the worst moment of `read`."""
+    tracemalloc.start()
+    try:
+        read()
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_log_is_read_in_little_memory(long_log, monkeypatch):
+    monkeypatch.setattr(tables, "MOST", 16)
+    assert most_held(lambda: read_run(long_log)) < 8  # the report
+    assert most_held(lambda: compared_steps(long_log)) < 4
+    assert most_held(lambda: read_run(long_log, kinds=("evaluation",))) < 4  # the card of an export
+    assert len(compared_steps(long_log)) == 1500
+    some = read_run(long_log, kinds=("evaluation",))
+    assert len(some.evaluations) == 1500 and not some.steps
+
+
+def test_of_many_tables_neighbours_become_one(monkeypatch):
+    """Geometric means, at most twice as many as wanted, in the order of the steps; the last ones as they are."""
+    monkeypatch.setattr(tables, "MOST", 4)
+    kept = tables.Tables()
+    for step in range(1, 40):
+        values = [float(step), 0.0 if step % 2 else 4.0]
+        kept.add(step, {"layer": ["", "0"], "part": ["embedding", "mixer"], "update_norm": values})
+        assert len(kept.steps) <= 8 + 3
+    kept.add(40, {"layer": ["0"], "part": ["mixer"], "update_norm": [1.0]})  # another model
+    assert kept.steps.tolist() == [4.5, 12.5, 20.5, 28.5, 34.5, 37.5, 39]
+    norms = kept.rows("update_norm", [0, 1])
+    expected = [math.prod(range(i, i + 8)) ** (1 / 8) for i in (1, 9, 17, 25)]
+    assert norms[0, :4] == pytest.approx(expected, rel=1e-5)
+    assert norms[1].tolist() == pytest.approx([4.0] * 6 + [0.0])
+    steps, layers, values = kept.heat_map("update_norm", "mixer")
+    assert layers.tolist() == [0] and values[0, -2] == 4 and len(steps) == 7
+    assert np.isnan(kept.rows("trust_ratio", [0])).all()
+
+
+def test_a_torn_line_is_none_also_where_its_table_is_not_read(tmp_path):
+    write_run(tmp_path, layers=2, steps=20)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    kept = len(list(read_steps(path)))
+    assert kept == len(read_run(path).steps) == 19
+    path.write_bytes(b"")
+    with pytest.raises(DamagedLogError, match="holds no training step yet"):
+        list(read_steps(path))

@@ -45,6 +45,11 @@ def test_an_unknown_device_has_no_vendor_peak():
     assert vendor_peak("cpu") is None
 
 
+def test_a_slice_of_a_chip_is_measured_and_not_taken_for_the_whole():
+    for name in ("NVIDIA H200 MIG 1g.18gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA A100-MIG-1g.5gb"):
+        assert vendor_peak(name) is None
+
+
 def test_dense_rates_are_half_of_the_sparse_ones_that_their_sources_quote():
     halves = [(t, s) for model, t, s in PEAK_TFLOPS if "with sparsity" in s and "for 8" not in s]
     assert len(halves) >= 8

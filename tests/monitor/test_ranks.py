@@ -25,12 +25,23 @@ def clock_of(board: RankBoard, rank: int) -> RankClock:
     return clock
 
 
+def passed(clock: RankClock) -> None:
+    """Two forward passes of 20 ms, and as much before, between and after them."""
+    for _ in range(2):
+        time.sleep(0.02)
+        with clock.passing():
+            time.sleep(0.02)
+    time.sleep(0.02)
+    clock.update()
+
+
 def test_stages_are_heard_and_progress_grows():
     board = RankBoard("127.0.0.1", 2)
     clock = clock_of(board, 1)
+    clock._enabled = True
     seen = []
     for stage in (
-        lambda: clock.waiting(7), lambda: clock.forward(0.25), clock.update, lambda: clock.finished(8),
+        lambda: clock.waiting(7), lambda: clock.forward(0.25), lambda: passed(clock), lambda: clock.finished(8),
         lambda: clock.waiting(8),
     ):  # fmt: skip
         stage()
@@ -38,7 +49,8 @@ def test_stages_are_heard_and_progress_grows():
         seen.append(board.states[1].progress)
     assert seen == [7.0, 7.25, 7.5, 7.75, 8.0]
     state = board.states[1]
-    assert state.data_wait_seconds == 0.25 and state.step_seconds > 0.25 and state.forward_seconds > 0
+    assert state.data_wait_seconds == 0.25 and state.step_seconds > 0.35
+    assert 0.04 <= state.forward_seconds < state.step_seconds - 0.25 - 0.06 + 0.001  # the passes alone
     assert abs(state.time - time.time()) < 5
     clock.close()
     board.close()
@@ -49,6 +61,13 @@ def test_rank_0_alone_is_heard_too_and_a_clock_that_is_off_says_nothing():
     clock.waiting(3)
     assert clock.board.states[0].step == 3
     clock.close()
+    clock.close()
+    clock = RankClock(0, 1, torch.device("cpu"))
+    clock.finished(4)
+    before = clock.board.states[0]
+    time.sleep(0.01)
+    clock.alive()  # within a long evaluation
+    assert clock.board.states[0].progress == before.progress and clock.board.states[0].time > before.time
     clock.close()
     off = RankClock(0, 1, torch.device("cpu"), enabled=False)
     for stage in (lambda: off.waiting(1), lambda: off.forward(0.0), off.update, lambda: off.finished(1)):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sutrain.monitor.log import last_steps, read_run
+from sutrain.monitor.log import find_steps, last_steps
 from sutrain.monitor.spikes import LEVEL_STEPS, MINIMUM_STEPS, WINDOW_STEPS, RollingHistory, SpikeWatch
 from tests.monitor.made_up import COLUMNS, groups_of, made_up_run, write_run
 
@@ -111,7 +111,7 @@ def test_a_history_read_back_from_the_log_judges_as_the_one_that_went_on(tmp_pat
     for number, (record, table, _) in enumerate(made_up_run(**settings), 1):
         expected = straight.judge(record["loss"], record["learning_rate"], table)
         if number == 149:
-            steps = [s for s in read_run(tmp_path).steps if s["step"] <= 149]
+            steps = list(find_steps(tmp_path / "metrics.jsonl", range(150)).values())
             assert [s["step"] for s in last_steps(tmp_path / "metrics.jsonl", 3)] == [198, 199, 200]
             back.restore(steps)
         elif number > 149:

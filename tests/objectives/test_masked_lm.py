@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sutrain.masking import IGNORED
 from sutrain.models.masked_lm import MaskedLanguageModel
@@ -63,6 +64,24 @@ def test_it_is_the_sum_over_predicted_positions(monkeypatch):
         found.loss_sum, F.cross_entropy(scores[chosen], labels[chosen], reduction="sum")
     )
     assert found.correct_hidden == (scores.argmax(-1) == labels)[chosen].sum()
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where the host reads a number of the device, for which it would wait."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_no_number_between_forward_and_backward():
+    embedding = torch.nn.Embedding(300, 16)
+    with NothingRead():
+        loss = masked_lm_loss(
+            lambda tokens, _: embedding(tokens), lambda hidden: hidden @ embedding.weight.T, *batch(0.3)
+        )
+        loss.loss_sum.backward()
+    assert loss.hidden_tokens == batch(0.3)[2].sum() and embedding.weight.grad.any()
 
 
 def test_chunks_replay_their_dropout(monkeypatch):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,6 +56,23 @@ def ragged_map(seed=0):
     buffer = torch.nn.Parameter(torch.randn(start, generator=generator) * 0.1)
     fragments = [Fragment(*place[:5], buffer, place[5]) for place in places]
     return FragmentMap(shapes, fragments, buffers=[buffer], around=Surroundings())
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lamb", "adamw", "egd"])
+def test_eager_passes_read_numbers_back_once_an_update(name, monkeypatch):
+    """Where masters are on a GPU the host waits for the device as often."""
+    model = torch.nn.Linear(6, 5)
+    optimizer = build_optimizer(name, model.named_parameters(), weight_decay=0.1, kernels="eager")
+    optimizer.attach(FragmentMap.whole(model.named_parameters()))
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(0) or tolist(tensor))
+    counts = []
+    for _ in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        counts.append(len(reads))
+    assert [after - before for before, after in pairwise(counts)] == [1, 1, 1]
 
 
 def trained(case, kernels, steps=4, seed=0):

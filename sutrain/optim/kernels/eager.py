@@ -26,6 +26,7 @@ class EagerKernels:
         two moments."""
         self._layout = layout
         self._state: Any = (first, second)
+        self._read: tuple[Tensor | None, list[float]] = (None, [])
         self._tensors = [fragment.tensor for fragment in layout.fragments]
         self._factors = [layout.factors[tensor] for tensor in self._tensors]
         self._boxes = [
@@ -137,7 +138,7 @@ class EagerKernels:
     ) -> Tensor:
         """LAMB and AdamW: advance m and v; with r = m · scales[0] / (√v · scales[1] + ε) + decay · θ: Σr² and Σrθ of
         every fragment, [F, 2]; decays by tensor, [T]."""
-        lost = decays.tolist()
+        lost = self._on_host(decays)
         gradients, weights = self._gradients, self._weights
         owned = zip(self._tensors, gradients, weights, *self._state, strict=True)
         for tensor, gradient, weight, mean, square in owned:
@@ -151,6 +152,12 @@ class EagerKernels:
             if lost[tensor]:
                 gradient.add_(weight, alpha=lost[tensor])
         return stacked([squares(gradients), products(gradients, weights) if weighted else []], decays)
+
+    def _on_host(self, decays: Tensor) -> list[float]:
+        """The values of a tensor that never changes, read from the device once."""
+        if decays is not self._read[0]:
+            self._read = (decays, decays.tolist())
+        return self._read[1]
 
     def moment_apply(
         self, scales: tuple[float, float], epsilon: float, decays: Tensor, numbers: Tensor

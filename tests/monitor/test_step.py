@@ -1,0 +1,122 @@
+"""What one step of the loop says of itself, with a made-up engine in place of DeepSpeed's."""
+
+import math
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sutrain import pretrain
+from sutrain.data import Batch
+from sutrain.evaluation import Evaluator
+from sutrain.monitor.acting import StepGate
+from sutrain.monitor.ranks import RankClock
+from sutrain.objectives.masked_lm import MaskedLoss
+
+
+class Engine:
+    """Takes micro-batches and does nothing."""
+
+    def train(self):
+        pass
+
+    def set_gradient_accumulation_boundary(self, last):
+        pass
+
+    def __call__(self, *inputs, **settings):
+        return SimpleNamespace(loss_sum=torch.tensor(8.0))
+
+    def backward(self, loss, scale_wrt_gas):
+        pass
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A run of one rank; `run.applied` says whether the next update is made."""
+    run = object.__new__(pretrain.Run)
+    run.config = SimpleNamespace(optimizer=SimpleNamespace(learning_rate=1.0), seed=0)
+    run.engine, run.device, run.gate = Engine(), torch.device("cpu"), StepGate(8.0)
+    run.clock = RankClock(0, 1, run.device)
+    run.rank, run.world_size, run.stop_requested, run.save_requested = 0, 1, False, False
+    run.plan, run.schedule = SimpleNamespace(sequences_at=lambda _: 4), lambda _: 1.0
+    run.optimizer = SimpleNamespace(param_groups=[{}], updates=0, statistics=torch.zeros(1))
+    run.fragments = SimpleNamespace(loss_scale=1.0)
+    run.steps_done = run.samples_consumed = run.tokens = run.skipped = 0
+    run.applied = True
+    monkeypatch.setattr(pretrain.dist, "all_reduce", lambda tensor: None)
+
+    def step_engine(_):
+        run.optimizer.updates += run.applied
+
+    monkeypatch.setattr(pretrain, "step_engine", step_engine)
+    yield run
+    run.clock.close()
+
+
+def micro_batches(count=2):
+    tensor = torch.ones(1, 4, dtype=torch.long)
+    return [Batch(first, tensor, tensor, tensor > 0, tensor, fingerprint=7) for first in range(count)]
+
+
+def test_an_update_that_the_gate_was_not_asked_for_is_skipped_and_not_refused(run):
+    """A gradient that is not finite never comes to the gate, whose last verdict may have been a refusal."""
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        run.gate.loss = math.exp(0.02 * random.standard_normal())
+        assert run.gate(1.0)
+    assert not run.gate(100.0) and run.gate.verdict
+    run.applied = False
+    record = run.step(micro_batches())
+    assert record["skipped_steps_total"] == 1 and "refused" not in record
+    assert record["refused_steps_total"] == 1
+
+
+def test_waiting_for_others_is_no_part_of_a_rank_s_forward_time(run, monkeypatch):
+    """All wait ahead of the first forward pass for a rank without data, and ZeRO-2 for each other in every backward."""
+    monkeypatch.setattr(pretrain.dist, "all_reduce", lambda tensor: time.sleep(0.1))
+    monkeypatch.setattr(Engine, "backward", lambda *_, **settings: time.sleep(0.1))
+    run.clock.forward(0.0)
+    run.step(micro_batches(3))
+    run.clock.finished(1)
+    state = run.clock.board.states[0]
+    assert 0 < state.forward_seconds < 0.1 and state.step_seconds > 0.5
+
+
+class Model:
+    """Guesses nothing, of one predicted token."""
+
+    training = True
+
+    def set_ramp(self, updates):
+        pass
+
+    def eval(self):
+        pass
+
+    def train(self, mode):
+        pass
+
+    def __call__(self, *inputs, see, **settings):
+        see(torch.zeros(4, 8))
+        time.sleep(0.01)
+        return MaskedLoss(torch.tensor(8.0), torch.tensor(0), torch.tensor(4))
+
+
+def test_every_micro_batch_of_an_evaluation_is_a_sign_of_life(run, monkeypatch):
+    """On a large data set it takes longer than a rank, or the loop, may be silent."""
+    evaluator = object.__new__(Evaluator)
+    vars(evaluator).update(
+        samples=SimpleNamespace(batch=lambda start, count: micro_batches(1)[0]), sequences=3, micro_sequences=1,
+        device=run.device, rank=0, world_size=1, lengths=[], sources=[], most_frequent=5,
+    )  # fmt: skip
+    monkeypatch.setattr(Evaluator, "_add_by_kind", lambda *_: None)
+    run.evaluator, run.engine.module = evaluator, Model()
+    signs = []
+    run.outputs = SimpleNamespace(
+        heartbeat=lambda: signs.append(run.clock.board.states[0].time), evaluation=lambda _: None
+    )
+    run.clock.finished(1)
+    assert run.evaluate() == 24.0 / 12
+    assert len(signs) == 3 and signs[2] > signs[0] + 0.02
