@@ -33,7 +33,7 @@ test: $(VENV)/.tests setup  ## the test suite, eleven to seventeen minutes on tw
 test-slow: $(VENV)/.tests setup  ## the long tests (fault injection, scale); evidence in build/evidence/*.json
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-experiments: setup  ## what the models' authors claim, run here; writes docs/experiments.md (about twenty minutes)
+experiments: setup  ## what the models' authors claim, run here; writes docs/experiments.md (about an hour)
 	@$(BIN)/python -m experiments
 
 lint: $(VENV)/.tests  ## ruff and the type checker
