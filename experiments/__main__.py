@@ -62,7 +62,9 @@ def main(names: list[str]) -> None:
         finding = EXPERIMENTS[name]()
         finding.seconds = time.process_time() - started
         kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}  # others may have run meanwhile
-        kept[name] = f"{finding.markdown()}\n`python -m experiments {name}`: {finding.seconds:.0f} s of processor time.\n"
+        kept[name] = (
+            f"{finding.markdown()}\n`python -m experiments {name}`: {finding.seconds:.0f} s of processor time.\n"
+        )
         print(kept[name], flush=True)
         KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
         write_page(kept)

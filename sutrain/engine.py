@@ -69,20 +69,27 @@ def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:
     }
 
 
+_MUON = {  # module: what DeepSpeed takes from it
+    "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
+    "deepspeed.runtime.zero.muon.original_muon": "muon_update",
+}
+
+
 def quicken_start() -> None:
     """Call it before deepspeed.initialize: two of its checks take longer than everything else that it does.
 
-    It imports its Muon to see that an optimizer is something else, and with it all of torch's compiler: a second and
-    100 MB in every rank. It finds a class that no optimizer is of. And it looks for parameters that an optimizer has
-    twice in time that grows with their square: 40 s where a thousand layers have 16,000.
+    It imports its Muon to see that an optimizer is something else, and at the first gradients, and with it all of
+    torch's compiler: a second and 100 MB in every rank. It finds a class that no optimizer is of. And it looks for
+    parameters that an optimizer has twice in time that grows with their square: 40 s where a thousand layers have
+    16,000.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    name = "deepspeed.runtime.zero.muon.muon_optimizer"
-    if name not in sys.modules:
-        stand_in = types.ModuleType(name)
-        stand_in.__dict__["MuonWithAuxAdam"] = type("MuonWithAuxAdam", (), {})
-        sys.modules[name] = stand_in
+    for name, member in _MUON.items():
+        if name not in sys.modules:
+            stand_in = types.ModuleType(name)
+            stand_in.__dict__[member] = type(member, (), {})
+            sys.modules[name] = stand_in
     DeepSpeedEngine._check_for_duplicates = _check_for_duplicates
 
 

@@ -12,7 +12,7 @@ from deepspeed.runtime.fp16 import loss_scaler
 
 from data_prep.config_file import ConfigError, load_config
 from sutrain.config import PretrainConfig, batch_plan
-from sutrain.engine import deepspeed_config, quicken_start, step_engine
+from sutrain.engine import _MUON, deepspeed_config, quicken_start, step_engine
 
 
 def engine_settings(path, *overrides):
@@ -95,7 +95,8 @@ def test_deepspeed_finds_no_muon_unless_it_was_there_before(monkeypatch):
     monkeypatch.delitem(sys.modules, muon, raising=False)
     quicken_start()
     assert not issubclass(torch.optim.Adam, importlib.import_module(muon).MuonWithAuxAdam)
-    monkeypatch.delitem(sys.modules, muon)
+    for name in _MUON:
+        monkeypatch.delitem(sys.modules, name)
     there = importlib.import_module(muon)
     assert issubclass(there.MuonWithAuxAdam, torch.optim.Optimizer)
     quicken_start()
