@@ -97,6 +97,7 @@ def hold_alone(run_dir: Path) -> TextIO:
 
 
 def _lock(file: Path) -> TextIO | None:
+    """As launch.hold_run_folder, which would import torch here; None when another process holds it."""
     lock = file.open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
