@@ -76,7 +76,7 @@ def measure_layer(
     """Bytes that one layer keeps for its backward pass, and bytes of its input, for full rows of one document.
 
     Counted from the tensors that autograd saves for a layer of its own, each storage once; weights and what all layers
-    share are left out. No random stream is touched.
+    share are left out, and so is the output. No random stream is touched.
     """
     held: dict[int, torch.UntypedStorage] = {}
 
@@ -92,8 +92,9 @@ def measure_layer(
         stream = torch.float32 if config.fp32_residual else dtype
         x = torch.zeros(rows, row_tokens, config.hidden_size, dtype=stream, device=device, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            layer(x, visible)
+            output = layer(x, visible)
     shared = visible.storages() | {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    shared.add(output.untyped_storage().data_ptr())  # counted as the next layer's input
     kept = sum(storage.nbytes() for address, storage in held.items() if address not in shared)
     return kept, x.untyped_storage().nbytes()
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .configuration import EncoderConfig
 from .documents import Documents
 from .init import Linear
+from .products import attend_by_products
 from .rotary import rotate
 from .visibility import Visibility
 
@@ -84,7 +85,10 @@ SCORES_AGAIN_FROM_TOKENS = 512
 """Row length from which the scores of wide values (a gated unit's) are computed again in the backward pass: at 2048
 tokens they are as much memory as all else that a layer keeps, and a twelfth of its attention's arithmetic."""
 
-NO_MIX = (None, None)
+Mixes = tuple[Tensor | None, Tensor | None]
+"""Maps between the heads of the scores and of A, or None."""
+
+NO_MIX: Mixes = (None, None)
 
 
 def attend(
@@ -94,7 +98,7 @@ def attend(
     visible: Visibility,
     dropout: float = 0.0,
     squared: bool = False,
-    mixes: tuple[Tensor | None, Tensor | None] = NO_MIX,
+    mixes: Mixes = NO_MIX,
 ) -> Tensor:
     """A v -> [B, H, L, E] with A = softmax(q k^T / sqrt(K)), or relu(q k^T / sqrt(K))^2, of what is visible.
 
@@ -117,6 +121,10 @@ def _attend_each(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool, mixes
 ) -> Tensor:
     masks: Sequence[Tensor | None] = documents.masks or [None] * len(documents.lengths)
+    fused = any(_fused_serves(query, value, n, dropout, squared, mixes) for n in documents.lengths)
+    if not fused and _products_serve(dropout, mixes):
+        again = _scores_again(query, value, max(documents.lengths))
+        return attend_by_products(query, key, value, documents.lengths, masks, squared, not again)
     # split, not slices: going back, every slice would fill a tensor of the whole row with zeros.
     parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), masks, strict=True)
     pieces = [_attend(q, k, v, mask, dropout, squared, mixes) for q, k, v, mask in parts]
@@ -166,27 +174,45 @@ def _attend(
     mask: Tensor | None,
     dropout: float,
     squared: bool,
-    mixes: tuple[Tensor | None, Tensor | None],
+    mixes: Mixes,
 ) -> Tensor:
-    """Two ways to the same numbers.
+    """Three ways to the same numbers.
 
-    The fused kernel is the best wherever it exists in full; on a CPU it takes up to three times as long as plain
-    products for short rows in bf16 (benchmarks/attention_cpu.py), it has no dropout, and it wants E = K. It knows
-    one normaliser and nothing of talking heads.
+    The fused kernel is the best wherever it exists in full. Else plain products with a backward pass of their own; and
+    under dropout, talking heads or a compiler, which fuses for itself, the same spelled out for autograd.
     """
-    on_cpu = query_BHLK.device.type == "cpu"
-    same_size = value_BHLE.shape[-1] == query_BHLK.shape[-1]
-    short_bf16 = query_BHLK.dtype != torch.float32 and query_BHLK.shape[2] < FUSED_FROM_TOKENS
-    plain_softmax = not squared and mixes == NO_MIX
-    if plain_softmax and same_size and not (on_cpu and (dropout > 0.0 or short_bf16)):
+    length = query_BHLK.shape[2]
+    if _fused_serves(query_BHLK, value_BHLE, length, dropout, squared, mixes):
         return F.scaled_dot_product_attention(
             query_BHLK, key_BHLK, value_BHLE, attn_mask=mask, dropout_p=dropout
         )
+    again = _scores_again(query_BHLK, value_BHLE, length)
+    if _products_serve(dropout, mixes):
+        return attend_by_products(query_BHLK, key_BHLK, value_BHLE, [length], [mask], squared, not again)
     inputs = (query_BHLK, key_BHLK, value_BHLE, mask, dropout, squared, mixes)
-    wide = value_BHLE.shape[-1] >= 4 * query_BHLK.shape[-1]
-    if wide and query_BHLK.shape[2] >= SCORES_AGAIN_FROM_TOKENS and torch.is_grad_enabled():
+    if again and torch.is_grad_enabled():
         return checkpoint(_plain, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
     return _plain(*inputs)
+
+
+def _fused_serves(
+    query: Tensor, value: Tensor, length: int, dropout: float, squared: bool, mixes: Mixes
+) -> bool:
+    """Is torch's fused kernel there and the fastest? It wants E = K and knows one normaliser and nothing of talking
+    heads; on a CPU it has no dropout, and takes up to three times as long as plain products for short rows in bf16
+    (benchmarks/attention_cpu.py)."""
+    if squared or mixes != NO_MIX or value.shape[-1] != query.shape[-1]:
+        return False
+    short_bf16 = query.dtype != torch.float32 and length < FUSED_FROM_TOKENS
+    return query.device.type != "cpu" or not (dropout > 0.0 or short_bf16)
+
+
+def _products_serve(dropout: float, mixes: Mixes) -> bool:
+    return dropout == 0.0 and mixes == NO_MIX and not torch.compiler.is_compiling()
+
+
+def _scores_again(query: Tensor, value: Tensor, length: int) -> bool:
+    return value.shape[-1] >= 4 * query.shape[-1] and length >= SCORES_AGAIN_FROM_TOKENS
 
 
 def _plain(
@@ -196,7 +222,7 @@ def _plain(
     mask: Tensor | None,
     dropout: float,
     squared: bool,
-    mixes: tuple[Tensor | None, Tensor | None],
+    mixes: Mixes,
 ) -> Tensor:
     """By matrix products that hold all scores."""
     weights_BHLL = probabilities(query_BHLK, key_BHLK, mask, squared, mixes[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,24 @@ from torch.nn import functional as F
 
 from .configuration import GATED_ACTIVATIONS, EncoderConfig
 
-# A document costs a call of the attention kernel, forward and backward, in every layer: 0.3 ms in bf16 on a CPU core,
-# in which a forward pass makes about this many products (LOG.md). Without it rows of short documents would be taken
-# apart at a loss.
-CALL_PRODUCTS = 10_000_000
+
+class Costs(NamedTuple):
+    """What counts beside the products of linear maps, in products that a CPU core makes in the same time."""
+
+    pair: float  # a product of a pair of tokens, in attention by heads
+    call: float  # of the attention kernel, forward and backward: one a document and layer
+
+
+# Measured as said in LOG.md. Without `call` rows of short documents would be taken apart at a loss; and where linear
+# maps run on matrix units, attention is left behind.
+PLAIN_COSTS = Costs(pair=1.0, call=10e6)
+MATRIX_UNIT_COSTS = Costs(pair=4.5, call=100e6)
+
+
+def costs(dtype: torch.dtype) -> Costs:
+    """Those of this machine's CPU."""
+    matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return MATRIX_UNIT_COSTS if matrix_units and dtype == torch.bfloat16 else PLAIN_COSTS
 
 
 @dataclass(eq=False)
@@ -78,17 +93,19 @@ def find_documents(document_BL: Tensor) -> Documents | None:
     return Documents(index_T, tuple(lengths.tolist()), boundaries, row_tokens)
 
 
-def worthwhile(documents: Documents, rows: int, config: EncoderConfig) -> bool:
-    """Does it save at least a tenth of a layer's products to take the rows apart?"""
-    hidden = config.hidden_size
+def worthwhile(documents: Documents, rows: int, config: EncoderConfig, costs: Costs) -> bool:
+    """Does it save at least a tenth of a layer's time to take the rows apart?"""
+    if len(documents.lengths) == rows == 1:
+        return True  # nothing is computed twice, and there is no mask to add
+    hidden, pair_cost = config.hidden_size, costs.pair
     if config.gated:
-        pair = config.gau_key_size + config.gau_expansion_size
+        pair, pair_cost = config.gau_key_size + config.gau_expansion_size, 1.0  # as wide as a linear map
         token = hidden * (3 * config.gau_expansion_size + config.gau_key_size)
     else:
         pair = config.num_heads * (config.head_size + config.value_size)
         matrices = 3 if config.activation in GATED_ACTIVATIONS else 2
         token = 2 * hidden * pair + matrices * hidden * config.feed_forward_size
     length = documents.row_tokens
-    in_rows = rows * length * (token + length * pair)
-    apart = sum(size * (token + size * pair) + CALL_PRODUCTS for size in documents.lengths)
+    in_rows = rows * length * (token + length * pair * pair_cost)
+    apart = sum(size * (token + size * pair * pair_cost) + costs.call for size in documents.lengths)
     return apart < 0.9 * in_rows

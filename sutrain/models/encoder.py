@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiHeadAttention, varlen_exists
 from .configuration import EncoderConfig
-from .documents import Documents, find_documents, worthwhile
+from .documents import Documents, costs, find_documents, worthwhile
 from .feed_forward import FeedForward
 from .flash import MixedChunkAttention
 from .gau import GatedAttentionUnit
@@ -169,7 +169,9 @@ class Encoder(nn.Module):
         if document_BL.device.type != "cpu":
             return None
         documents = find_documents(document_BL)
-        if documents is None or not worthwhile(documents, len(document_BL), self.config):
+        if documents is None or not worthwhile(
+            documents, len(document_BL), self.config, costs(self.embeddings.token.weight.dtype)
+        ):
             return None
         return documents
 

@@ -72,7 +72,7 @@ def test_every_block_of_roformer_v2_has_outputs_of_size_one():
     randomised(CONFIGS["roformer_v2"]).encoder(ROW, layer_outputs=outputs)
     assert len(outputs) == 4  # the embeddings' and three layers'
     for hidden in outputs:
-        assert (hidden.square().mean(-1).sqrt() - 1).abs().max() < 1e-3
+        assert (hidden[ROW > 0].square().mean(-1).sqrt() - 1).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["rows", "apart"])
@@ -138,10 +138,26 @@ def test_rows_are_taken_apart_where_that_saves_work_and_only_there():
     assert encoder._documents(half).lengths == (256,) * 4
     tiny = torch.arange(512).expand(4, 512) // 2 + 1  # two tokens a document: more calls than work
     assert encoder._documents(tiny) is None
+    assert encoder._documents(full[:1]).lengths == (512,)  # one call, and no mask to add
     interrupted = torch.tensor([[1, 2, 1, 0]])
     assert documents.find_documents(interrupted) is None
     with pytest.raises(ValueError, match="one interrupted by another"):
         Encoder(CONFIGS["flash"])(torch.ones(1, 4).long(), interrupted)
+
+
+def test_matrix_units_make_attention_weigh_more_and_short_documents_too():
+    """RoFormerV2 base on a CPU with them: documents of 128 of rows of 512 are worth it, of rows of 128 they are not."""
+    config = replace(
+        CONFIGS["roformer_v2"], hidden_size=768, num_heads=12, head_size=64, feed_forward_size=3072
+    )
+    longer = documents.find_documents(torch.arange(512).expand(2, 512) // 128 + 1)
+    shorter = documents.find_documents(torch.arange(128).expand(8, 128) // 32 + 1)
+    plain, units = documents.PLAIN_COSTS, documents.MATRIX_UNIT_COSTS
+    assert documents.worthwhile(longer, 2, config, units) and not documents.worthwhile(
+        longer, 2, config, plain
+    )
+    assert not documents.worthwhile(shorter, 8, config, units)
+    assert documents.costs(torch.float32) == plain
 
 
 def test_no_gradient_flows_between_documents(config):
@@ -154,13 +170,17 @@ def test_no_gradient_flows_between_documents(config):
         taken.append(output)
 
     encoder.embeddings.register_forward_hook(keep)
-    encoder(torch.randint(5, 300, (1, 12)), documents)[0, :5].square().sum().backward()
+    direction = torch.linspace(-1, 2, config.hidden_size)
+    (encoder(torch.randint(5, 300, (1, 12)), documents)[0, :5] @ direction).sum().backward()
     assert taken[0].grad[0, :5].abs().min() > 0
     assert not taken[0].grad[0, 5:].any()
 
 
 def gradient_at_embeddings(encoder, tokens, target, types=None, numbers=None):
-    """d (hidden vector of `target`) / d (embedding of each token), [L] largest absolute values."""
+    """d (hidden vector of `target`, along some direction) / d (embedding of each token), [L] largest absolute values.
+
+    Not of its square: a vector that was normalised keeps its length whatever it sees.
+    """
     taken = []
 
     def keep(module, inputs, output):
@@ -168,7 +188,8 @@ def gradient_at_embeddings(encoder, tokens, target, types=None, numbers=None):
         taken.append(output)
 
     hook = encoder.embeddings.register_forward_hook(keep)
-    encoder(tokens, numbers, types)[0, target].square().sum().backward()
+    direction = torch.linspace(-1, 2, encoder.config.hidden_size)
+    (encoder(tokens, numbers, types)[0, target] @ direction).backward()
     hook.remove()
     return taken[0].grad[0].abs().amax(-1)
 
