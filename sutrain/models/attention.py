@@ -116,15 +116,36 @@ def attend(
     return _attend_each(query_BHLK, key_BHLK, value_BHLE, visible.documents, dropout, squared, mixes)
 
 
+def attend_silu(
+    query_BHLK: Tensor,
+    key_BHLK: Tensor,
+    value_BHLE: Tensor,
+    visible: Visibility,
+    dropout: float = 0.0,
+    squared: bool = False,
+) -> Tensor:
+    """`attend` to silu(v), which is not kept beside v where that can be helped: it is the widest of a gated unit."""
+    if not _products_serve(dropout, NO_MIX):
+        return attend(query_BHLK, key_BHLK, F.silu(value_BHLE), visible, dropout, squared)
+    lengths: Sequence[int] = [query_BHLK.shape[2]]
+    masks: Sequence[Tensor | None] = [visible.mask]
+    if visible.documents is not None:
+        lengths, masks = visible.documents.lengths, visible.documents.mask_of_each()
+    again = _scores_again(query_BHLK, value_BHLE, max(lengths))
+    return attend_by_products(
+        query_BHLK, key_BHLK, value_BHLE, lengths, masks, squared, keep=not again, silu=True
+    )
+
+
 @torch.compiler.disable  # lengths change with every batch; compiled, each would be a program of its own
 def _attend_each(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool, mixes
 ) -> Tensor:
-    masks: Sequence[Tensor | None] = documents.masks or [None] * len(documents.lengths)
+    masks = documents.mask_of_each()
     fused = any(_fused_serves(query, value, n, dropout, squared, mixes) for n in documents.lengths)
     if not fused and _products_serve(dropout, mixes):
         again = _scores_again(query, value, max(documents.lengths))
-        return attend_by_products(query, key, value, documents.lengths, masks, squared, not again)
+        return attend_by_products(query, key, value, documents.lengths, masks, squared, keep=not again)
     # split, not slices: going back, every slice would fill a tensor of the whole row with zeros.
     parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), masks, strict=True)
     pieces = [_attend(q, k, v, mask, dropout, squared, mixes) for q, k, v, mask in parts]
@@ -188,7 +209,7 @@ def _attend(
         )
     again = _scores_again(query_BHLK, value_BHLE, length)
     if _products_serve(dropout, mixes):
-        return attend_by_products(query_BHLK, key_BHLK, value_BHLE, [length], [mask], squared, not again)
+        return attend_by_products(query_BHLK, key_BHLK, value_BHLE, [length], [mask], squared, keep=not again)
     inputs = (query_BHLK, key_BHLK, value_BHLE, mask, dropout, squared, mixes)
     if again and torch.is_grad_enabled():
         return checkpoint(_plain, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)

@@ -65,6 +65,10 @@ class Documents:
         """The same documents, seen in this way."""
         return replace(self, masks=masks)
 
+    def mask_of_each(self) -> Sequence[Tensor | None]:
+        """One a document, None where it sees all of itself."""
+        return self.masks or [None] * len(self.lengths)
+
     def take(self, x_BL: Tensor) -> Tensor:
         """Rows [B, L] to the one row [1, T]."""
         return x_BL.flatten()[self.index_T].unsqueeze(0)

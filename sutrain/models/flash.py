@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration import EncoderConfig
+from .gau import gated
 from .init import Linear
 from .rotary import rotate
 from .visibility import Visibility
@@ -58,7 +59,8 @@ class MixedChunkAttention(nn.Module):
         chunks = visible.chunks
         if chunks is None:
             raise ValueError("visible: found no chunks; build it with the model's own configuration")
-        gate_BLE, value_BLE, shared_BLS = F.silu(self.input(x_BLD)).split(self.parts, dim=-1)
+        gate_BLE, value_BLE, shared_BLS = self.input(x_BLD).split(self.parts, dim=-1)
+        value_BLE, shared_BLS = F.silu(value_BLE), F.silu(shared_BLS)
         query, key, linear_query, linear_key = (
             chunks.arrange(self._rescaled(name, shared_BLS, visible)) for name in _NAMES
         )
@@ -77,7 +79,7 @@ class MixedChunkAttention(nn.Module):
         # Divided on the side of the query, in fp32: sums over thousands of tokens stay of their own size.
         share_BGCS = (linear_query.float() / chunks.tokens_BG[..., None, None]).to(linear_query.dtype)
         linear_BGCE = torch.matmul(share_BGCS, read_BGSE)
-        return self.output(gate_BLE * chunks.put_back(quadratic_BGCE + linear_BGCE))
+        return self.output(gated(gate_BLE, chunks.put_back(quadratic_BGCE + linear_BGCE)))
 
     def _rescaled(self, name: str, shared_BLS: Tensor, visible: Visibility) -> Tensor:
         x_BLS = shared_BLS * getattr(self, f"{name}_scale")

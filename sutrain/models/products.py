@@ -21,6 +21,7 @@ def attend_by_products(
     masks: Sequence[Tensor | None],
     squared: bool,
     keep: bool,
+    silu: bool = False,
 ) -> Tensor:
     """A v -> [B, H, L, E], document by document, with A = softmax(q k^T / sqrt(K) + mask) or its relu squared.
 
@@ -32,33 +33,36 @@ def attend_by_products(
         masks: one a document, added to its scores, or None.
         squared: relu(.)^2 in place of the softmax; its divisor is in the query.
         keep: hold A for the backward pass instead of computing it again, a product of K features a pair.
+        silu: v is silu of what is given, and is computed again too.
     """
-    return _Products.apply(query_BHLK, key_BHLK, value_BHLE, tuple(lengths), tuple(masks), squared, keep)
+    documents = tuple(lengths), tuple(masks)
+    return _Products.apply(query_BHLK, key_BHLK, value_BHLE, *documents, squared, keep, silu)
 
 
 class _Products(torch.autograd.Function):
     """Autograd by itself would keep the scores three times, and their fp32 copies; every pass over them counts."""
 
     @staticmethod
-    def forward(ctx: Any, query, key, value, lengths, masks, squared: bool, keep: bool) -> Tensor:
+    def forward(ctx: Any, query, key, value, lengths, masks, squared: bool, keep: bool, silu: bool) -> Tensor:
         query = query * _scale(query)
         # The memory of [B, L, H, E], in which the output map reads it without a copy.
         mixed = value.new_empty(*_turned(value)).transpose(1, 2)
         kept = []
-        parts = (x.split(lengths, dim=2) for x in (query, key, value, mixed))
+        parts = (x.split(lengths, dim=2) for x in (query, key, F.silu(value) if silu else value, mixed))
         for q, k, v, out, mask in zip(*parts, masks, strict=True):
             roots = _weights(q, k, mask, squared)
-            out.copy_(_matmul(roots.square() if squared else roots, v))
+            _matmul_into(out, roots.square() if squared else roots, v)
             if keep:
                 kept.append(roots)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.documents = lengths, masks, squared
+        ctx.settings = lengths, masks, squared, silu
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, value, *kept), (lengths, masks, squared) = ctx.saved_tensors, ctx.documents
+        (query, key, given, *kept), (lengths, masks, squared, silu) = ctx.saved_tensors, ctx.settings
+        value = F.silu(given) if silu else given
         found = [x.new_empty(*_turned(x)).transpose(1, 2) for x in (query, key, value)]
         parts = (x.split(lengths, dim=2) for x in (query, key, value, gradients[0], *found))
         nothing = [None] * len(lengths)
@@ -73,11 +77,13 @@ class _Products(torch.autograd.Function):
                 d_scores = d_weights.mul_(roots).mul_(2.0)
             else:
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_query.copy_(_matmul(d_scores, k))
-            d_key.copy_(_matmul(d_scores.transpose(-1, -2), q))
-            d_value.copy_(_matmul(weights.transpose(-1, -2), d_out))
+            _matmul_into(d_query, d_scores, k)
+            _matmul_into(d_key, d_scores.transpose(-1, -2), q)
+            _matmul_into(d_value, weights.transpose(-1, -2), d_out)
         found[0].mul_(_scale(query))
-        return *found, None, None, None, None
+        if silu:
+            found[2] = torch.ops.aten.silu_backward(found[2], given)
+        return *found, None, None, None, None, None
 
 
 def _scale(query_BHLK: Tensor) -> float:
@@ -97,6 +103,13 @@ def _matmul(a_BHMK: Tensor, b_BHKN: Tensor) -> Tensor:
     if a_BHMK.shape[:2] == (1, 1):
         return torch.mm(a_BHMK[0, 0], b_BHKN[0, 0])[None, None]
     return torch.matmul(a_BHMK, b_BHKN)
+
+
+def _matmul_into(out_BHMN: Tensor, a_BHMK: Tensor, b_BHKN: Tensor) -> None:
+    if a_BHMK.shape[:2] == (1, 1):
+        torch.mm(a_BHMK[0, 0], b_BHKN[0, 0], out=out_BHMN[0, 0])
+    else:
+        out_BHMN.copy_(torch.matmul(a_BHMK, b_BHKN))
 
 
 def _turned(x_BHLE: Tensor) -> tuple[int, ...]:

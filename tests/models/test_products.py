@@ -4,14 +4,15 @@ import math
 import pytest
 import torch
 
+from sutrain.models.gau import gated
 from sutrain.models.products import attend_by_products
 
 LENGTHS = [5, 1, 9]
 
 
-def by_autograd(query, key, value, masks, squared):
+def by_autograd(query, key, value, masks, squared, silu=False):
     """The same in whole matrices, differentiated by autograd."""
-    pieces = []
+    pieces, value = [], torch.nn.functional.silu(value) if silu else value
     for q, k, v, mask in zip(*(x.split(LENGTHS, dim=2) for x in (query, key, value)), masks, strict=True):
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         scores = scores if mask is None else scores + mask
@@ -23,7 +24,8 @@ def by_autograd(query, key, value, masks, squared):
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-def test_output_and_gradients_are_those_of_autograd(shape, squared, masked, keep):
+@pytest.mark.parametrize("silu", [False, True])
+def test_output_and_gradients_are_those_of_autograd(shape, squared, masked, keep, silu):
     """In fp64, so that nothing hides in rounding; inputs are views, as a model's are."""
     torch.manual_seed(0)
     total = sum(LENGTHS)
@@ -35,8 +37,8 @@ def test_output_and_gradients_are_those_of_autograd(shape, squared, masked, keep
         torch.full((n, n), -math.inf, dtype=torch.float64).triu(1)[None] if masked else None for n in LENGTHS
     ]
     direction = torch.randn(*shape, total, 6, dtype=torch.float64)
-    found = attend_by_products(*inputs, LENGTHS, masks, squared, keep)
-    expected = by_autograd(*inputs, masks, squared)
+    found = attend_by_products(*inputs, LENGTHS, masks, squared, keep, silu)
+    expected = by_autograd(*inputs, masks, squared, silu)
     torch.testing.assert_close(found, expected)
     for one, other in zip(
         torch.autograd.grad(found, inputs, direction),
@@ -64,9 +66,20 @@ def test_bf16_stays_within_its_rounding(squared):
 def test_what_is_kept_is_what_was_asked_for():
     """Scores of every document once, or none; the mask belongs to the batch and is not counted."""
     inputs = [torch.randn(1, 2, sum(LENGTHS), 4, requires_grad=True) for _ in range(3)]
-    for keep, squared in itertools.product((False, True), (False, True)):
+    for keep, squared, silu in itertools.product((False, True), repeat=3):
         held = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x) or x, lambda x: x):
-            attend_by_products(*inputs, LENGTHS, [None] * 3, squared, keep)
-        squares = [tuple(x.shape[-2:]) for x in held if x.shape[-1] == x.shape[-2]]
-        assert squares == ([(n, n) for n in LENGTHS] if keep else [])
+            attend_by_products(*inputs, LENGTHS, [None] * 3, squared, keep, silu)
+        assert [x.shape for x in held[:3]] == [x.shape for x in inputs]
+        assert held[2].data_ptr() == inputs[2].data_ptr()  # the value as it was given
+        assert [tuple(x.shape[-2:]) for x in held[3:]] == ([(n, n) for n in LENGTHS] if keep else [])
+
+
+def test_a_gate_is_silu_and_keeps_what_it_was_given():
+    gate, x = (torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(gated(gate, x), torch.nn.functional.silu(gate) * x)
+    assert torch.autograd.gradcheck(gated, (gate, x))
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        gated(gate, x)
+    assert [t.data_ptr() for t in held] == [gate.data_ptr(), x.data_ptr()]
