@@ -293,7 +293,7 @@ class SplitReader:
     Raises ShardError for a split that does not exist and for damaged or missing files.
     """
 
-    def __init__(self, directory: str | Path, split: str, cached_blocks: int = 16) -> None:
+    def __init__(self, directory: str | Path, split: str, cached_blocks: int = 4) -> None:
         self.manifest = Manifest.load(directory)
         if split not in self.manifest.splits:
             raise ShardError(f"{directory}: no split {split!r}; there are {', '.join(self.manifest.splits)}")
@@ -307,6 +307,7 @@ class SplitReader:
         self._shards: OrderedDict[int, ShardReader] = OrderedDict()
         self._cache: OrderedDict[tuple[int, int], Block] = OrderedDict()
         self._cached_blocks = cached_blocks
+        self._last_rows, self._last_block = range(0), self._empty()
 
     def __len__(self) -> int:
         return self._stops[-1] if self._stops else 0
@@ -354,6 +355,8 @@ class SplitReader:
 
     def _block_at(self, row: int) -> tuple[Block, int]:
         """The block that holds a row, and the number of its first row."""
+        if row in self._last_rows:
+            return self._last_block, self._last_rows.start
         shard = bisect_right(self._stops, row)
         base = self._stops[shard] - self._entries[shard].rows
         reader = self._reader(shard)
@@ -365,7 +368,9 @@ class SplitReader:
             self._cache[key] = reader.read(number)
             if len(self._cache) > self._cached_blocks:
                 self._cache.popitem(last=False)
-        return self._cache[key], base + reader.first_rows[number]
+        block, first = self._cache[key], base + reader.first_rows[number]
+        self._last_rows, self._last_block = range(first, first + len(block.tokens_NL)), block
+        return block, first
 
     def _empty(self) -> Block:
         tokens_NL = np.zeros((0, self.manifest.row_tokens), self.manifest.token_dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ class Samples:
         """Raises DataError when the folder holds no finished data set or the split is empty."""
         self.manifest = load_manifest(directory)
         self._rows = Rows(directory, split, remote)
-        if len(self.reader) == 0:
+        self.rows_per_epoch = len(self.reader)
+        if self.rows_per_epoch == 0:
             raise DataError(f"{directory}: the {split} split holds no rows; prepare more text")
         self.seed, self.masking = seed, masking
         self.vocabulary = None if self.manifest.has_words else vocabulary_words(Path(directory))
@@ -117,10 +119,6 @@ class Samples:
     @property
     def manifests(self) -> list[Manifest]:
         return [self.manifest]
-
-    @property
-    def rows_per_epoch(self) -> int:
-        return len(self.reader)
 
     def row_numbers(self, first_sample: int, count: int) -> np.ndarray:
         """Which rows of the split the samples [first_sample, first_sample + count) are, int64 [count]."""
@@ -336,10 +334,17 @@ class BatchPlan:
         over micro-batches, so that their sizes differ by one; a count of 0 is a micro-batch of a row without weight.
         """
         sequences = self.sequences_at(samples_consumed)
-        before, mine = _share(sequences, self.world_size, self.rank)
-        passes = self._passes(sequences)
-        shares = [_share(mine, passes, number) for number in range(passes)]
-        return [(samples_consumed + before + start, count) for start, count in shares]
+        shares = _shares(sequences, self.world_size, self.rank, self._passes(sequences))
+        return [(samples_consumed + start, count) for start, count in shares]
+
+
+@lru_cache(maxsize=256)  # the same for update after update
+def _shares(sequences: int, world_size: int, rank: int, passes: int) -> tuple[tuple[int, int], ...]:
+    """(first, count) of a rank's micro-batches inside an update."""
+    before, mine = _share(sequences, world_size, rank)
+    return tuple(
+        (before + start, count) for start, count in (_share(mine, passes, number) for number in range(passes))
+    )
 
 
 def _share(rows: int, parts: int, number: int) -> tuple[int, int]:
@@ -350,5 +355,7 @@ def _share(rows: int, parts: int, number: int) -> tuple[int, int]:
 
 def _stage_at(stages: tuple[tuple[int, int], ...], samples_consumed: int) -> int | None:
     """The value of the last stage that has begun; the final one, 0, stands for the full value."""
+    if not stages:
+        return None
     values = [value for start, value in stages if start <= samples_consumed]
     return values[-1] or None if values else None

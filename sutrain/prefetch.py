@@ -21,12 +21,14 @@ class Stretch:
 
     def __init__(self, block: int):
         self.block = block
-        self.jobs: list[tuple[int, int, int | None]] = []  # (first sample, rows, tokens that rows are cut to)
+        # (first sample, rows, tokens that rows are cut to, whether it is the last of its update)
+        self.jobs: list[tuple[int, int, int | None, bool]] = []
         self.rows = self.last_update = 0
         self.ready: SimpleQueue[Batch | BaseException] = SimpleQueue()
 
     def fill(self, samples: Samples | MixedSamples, stopped: Event) -> None:
-        for first, count, row_tokens in self.jobs:
+        """Read what was asked for, until `stopped`."""
+        for first, count, row_tokens, _ in self.jobs:
             if stopped.is_set():
                 return
             try:
@@ -35,30 +37,33 @@ class Stretch:
                 self.ready.put(error)
                 return
 
-    def batches(self) -> Iterator[Batch]:
-        for _ in self.jobs:
+    def batches(self) -> Iterator[tuple[Batch, bool]]:
+        """Each with whether it is the last of its update."""
+        for *_, last in self.jobs:
             item = self.ready.get()
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            yield item, last
 
 
 def stretches(
     samples: Samples | MixedSamples, plan: BatchPlan, samples_consumed: int, updates: int
 ) -> Iterator[Stretch]:
     """This rank's micro-batches of the next `updates`, in order."""
-    block_rows, position = samples.manifest.block_rows, samples_consumed
+    rows_per_epoch, block_rows = samples.rows_per_epoch, samples.manifest.block_rows
+    position = samples_consumed
     stretch: Stretch | None = None
     for update in range(updates):
-        for first, count in plan.ranges(position):
-            block = first % samples.rows_per_epoch // block_rows
+        ranges, row_tokens = plan.ranges(position), plan.tokens_at(position)
+        for number, (first, count) in enumerate(ranges, 1):
+            block = first % rows_per_epoch // block_rows
             if stretch is not None and (
                 stretch.rows >= block_rows or (block != stretch.block and 2 * stretch.rows >= block_rows)
             ):
                 yield stretch
                 stretch = None
             stretch = stretch or Stretch(block)
-            stretch.jobs.append((first, count, plan.tokens_at(position)))
+            stretch.jobs.append((first, count, row_tokens, number == len(ranges)))
             stretch.rows += count
             stretch.last_update = update
         position += plan.sequences_at(position)
@@ -82,11 +87,11 @@ def prefetch(
     planned, stopped = stretches(samples, plan, samples_consumed, updates), Event()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="batch-reader") if workers else None
     ahead: deque[Stretch] = deque()
-    done, position = 0, samples_consumed
+    done = 0
 
-    def in_order() -> Iterator[Batch]:
+    def in_order(pool: ThreadPoolExecutor) -> Iterator[tuple[Batch, bool]]:
         while True:
-            while pool and (len(ahead) <= 2 * workers or ahead[-1].last_update < done + depth):
+            while len(ahead) <= 2 * workers or ahead[-1].last_update < done + depth:
                 if (stretch := next(planned, None)) is None:
                     break
                 ahead.append(stretch)
@@ -95,16 +100,18 @@ def prefetch(
                 return
             yield from ahead.popleft().batches()
 
-    def at_once() -> Iterator[Batch]:
+    def at_once() -> Iterator[tuple[Batch, bool]]:
         for stretch in planned:
-            for first, count, row_tokens in stretch.jobs:
-                yield micro_batch(samples, first, count, row_tokens)
+            for first, count, row_tokens, last in stretch.jobs:
+                yield micro_batch(samples, first, count, row_tokens), last
 
-    batches = in_order() if pool else at_once()
+    update: list[Batch] = []
     try:
-        for done in range(updates):  # noqa: B007
-            yield [next(batches) for _ in plan.ranges(position)]
-            position += plan.sequences_at(position)
+        for batch, last in in_order(pool) if pool else at_once():
+            update.append(batch)
+            if last:
+                yield update
+                update, done = [], done + 1
     finally:
         stopped.set()
         if pool:
