@@ -9,41 +9,45 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
+from typing import NamedTuple
 
 from sutrain.data import Batch, BatchPlan, MixedSamples, Samples, micro_batch
 
 
 class Stretch:
-    """Micro-batches that one thread reads in a row; `ready` has what is done, an exception where one failed."""
+    """Micro-batches that one thread reads in a row and hands over together: every time a loop is woken costs."""
 
     def __init__(self, block: int):
         self.block = block
         # (first sample, rows, tokens that rows are cut to, whether it is the last of its update)
         self.jobs: list[tuple[int, int, int | None, bool]] = []
         self.rows = self.last_update = 0
-        self.ready: SimpleQueue[Batch | BaseException] = SimpleQueue()
 
-    def fill(self, samples: Samples | MixedSamples, stopped: Event) -> None:
-        """Read what was asked for, until `stopped`."""
-        for first, count, row_tokens, _ in self.jobs:
-            if stopped.is_set():
-                return
-            try:
-                self.ready.put(micro_batch(samples, first, count, row_tokens))
-            except BaseException as error:  # raised again where the batch is asked for
-                self.ready.put(error)
-                return
+    def read(self, samples: Samples | MixedSamples) -> Iterator[tuple[Batch, bool]]:
+        """Each micro-batch with whether it is the last of its update."""
+        for first, count, row_tokens, last in self.jobs:
+            yield micro_batch(samples, first, count, row_tokens), last
 
-    def batches(self) -> Iterator[tuple[Batch, bool]]:
-        """Each with whether it is the last of its update."""
-        for *_, last in self.jobs:
-            item = self.ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item, last
+    def fill(self, samples: Samples | MixedSamples, stopped: Event) -> Filled:
+        """What could be read until `stopped` or an error."""
+        filled = Filled([])
+        try:
+            for item in self.read(samples):
+                filled.batches.append(item)
+                if stopped.is_set():
+                    break
+        except Exception as error:  # raised again where the micro-batch is asked for
+            filled = filled._replace(error=error)
+        return filled
+
+
+class Filled(NamedTuple):
+    """A stretch that was read, and why not to its end."""
+
+    batches: list[tuple[Batch, bool]]
+    error: Exception | None = None
 
 
 def stretches(
@@ -86,24 +90,25 @@ def prefetch(
     """
     planned, stopped = stretches(samples, plan, samples_consumed, updates), Event()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="batch-reader") if workers else None
-    ahead: deque[Stretch] = deque()
+    ahead: deque[tuple[Stretch, Future[Filled]]] = deque()
     done = 0
 
     def in_order(pool: ThreadPoolExecutor) -> Iterator[tuple[Batch, bool]]:
         while True:
-            while len(ahead) <= 2 * workers or ahead[-1].last_update < done + depth:
+            while len(ahead) <= 2 * workers or ahead[-1][0].last_update < done + depth:
                 if (stretch := next(planned, None)) is None:
                     break
-                ahead.append(stretch)
-                pool.submit(stretch.fill, samples, stopped)
+                ahead.append((stretch, pool.submit(stretch.fill, samples, stopped)))
             if not ahead:
                 return
-            yield from ahead.popleft().batches()
+            filled = ahead.popleft()[1].result()
+            yield from filled.batches
+            if filled.error is not None:
+                raise filled.error
 
     def at_once() -> Iterator[tuple[Batch, bool]]:
         for stretch in planned:
-            for first, count, row_tokens, last in stretch.jobs:
-                yield micro_batch(samples, first, count, row_tokens), last
+            yield from stretch.read(samples)
 
     update: list[Batch] = []
     try:
