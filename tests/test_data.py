@@ -192,6 +192,22 @@ def test_an_error_while_reading_ahead_reaches_the_loop(samples, monkeypatch):
         next(prefetch(samples, BatchPlan(8, 2, 1, 0), 0, updates=3))
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_what_was_read_before_an_error_is_still_handed_over(samples, workers, monkeypatch):
+    read = samples.batch
+
+    def broken_at_12(first, count):
+        if first >= 12:
+            raise DataError("shard-000000.tar: damaged")
+        return read(first, count)
+
+    monkeypatch.setattr(samples, "batch", broken_at_12)
+    batches = prefetch(samples, BatchPlan(4, 2, 1, 0), 0, updates=20, workers=workers)
+    assert [[batch.first_sample for batch in next(batches)] for _ in range(3)] == [[0, 2], [4, 6], [8, 10]]
+    with pytest.raises(DataError, match="damaged"):
+        next(batches)
+
+
 def test_an_unfinished_data_set_is_named_with_the_way_to_one(tmp_path):
     with pytest.raises(DataError, match="python -m data_prep run"):
         load_manifest(tmp_path)
