@@ -148,9 +148,17 @@ class Bench:
                 flops / self.rate,
             )
             row = dict(zip(COLUMNS, map(_rounded, values), strict=True))
-            self.table.append({"batch": title, "model": name} | row)
-            print(f"{name:<36}" + "".join(f"{value:>15,.4g}" for value in row.values()), flush=True)
+            shown = name + COMPILED if name in self.options.compile else name
+            self.table.append({"batch": title, "model": shown} | row)
+            print(f"{shown:<36}" + "".join(f"{value:>15,.4g}" for value in row.values()), flush=True)
         return runners, seconds
+
+    def compiled(self, *names: str) -> str:
+        """For a note: whose layers were compiled."""
+        found = [name for name in names if name in self.options.compile]
+        if not found:
+            return ""
+        return ", both compiled" if len(found) == len(names) else f", {found[0]} compiled"
 
 
 COLUMNS = ("trunk tokens/s", "step tokens/s", "step MiB", "GFLOP/s", "of matmul")
@@ -175,14 +183,12 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
             for name in runners:
                 if name not in (OURS, GAU):
                     trunks = runners[name].trunk_seconds, runners[OURS].trunk_seconds
-                    yield paired(
-                        f"roformer_v2_vs_{key(name)}_{cell}", seconds[name], seconds[OURS], "full step"
-                    )
-                    yield paired(f"roformer_v2_vs_{key(name)}_{cell}_trunk", *trunks, "trunk")
+                    how, result_name = bench.compiled(OURS, name), f"roformer_v2_vs_{key(name)}_{cell}"
+                    yield paired(result_name, seconds[name], seconds[OURS], f"full step{how}")
+                    yield paired(f"{result_name}_trunk", *trunks, f"trunk{how}")
             if cell == "base_packed_512":
-                note = (
-                    "full step, base, packed 512; BERT has scores everywhere, ours where a token is predicted"
-                )
+                note = "base, packed 512; BERT has scores everywhere, ours where a token is predicted"
+                note = f"full step{bench.compiled(OURS, BERT)}, {note}"
                 yield paired("roformer_v2_vs_bert", seconds[BERT], seconds[OURS], note)
                 rate = runners[OURS].contender.flops(batch) / statistics.median(seconds[OURS])
                 yield from gpu_shares(bench, rate)
@@ -234,12 +240,15 @@ def long(bench: Bench) -> Iterator[dict[str, Any]]:
             )
             runners, seconds = bench.race(title, builds, longer, batch)
             name = f"gau_vs_roformer_v2_{length}{suffix}"
-            speeds.append(paired(name, seconds[OURS], seconds[GAU], "full step: RoFormerV2's time ÷ GAU's"))
+            note = f"full step{bench.compiled(OURS, GAU)}: RoFormerV2's time ÷ GAU's"
+            speeds.append(paired(name, seconds[OURS], seconds[GAU], note))
             memory.append(runners[GAU].peak_bytes / runners[OURS].peak_bytes)
             yield speeds[-1]
             yield result(f"{name}_memory", memory[-1], note="of a step")
         worst = min(speeds, key=lambda entry: entry["value"])
-        lengths = f"the worse of {', '.join(map(str, options.long_lengths))} tokens"
+        lengths = (
+            f"the worse of {', '.join(map(str, options.long_lengths))} tokens{bench.compiled(OURS, GAU)}"
+        )
         name = f"gau_vs_roformer_v2_long{suffix}"
         yield result(name, worst["value"], bounds=worst["interval_95"], note=f"full step, {lengths}")
         yield result(f"{name}_memory", max(memory), note=f"of a step, {lengths}")
@@ -332,7 +341,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5, help="steps that count, of every contender (5)")
     parser.add_argument(
-        "--compile", nargs="*", choices=tuple(CONTENDERS), default=[], help="compile their layers"
+        "--compile",
+        nargs="*",
+        metavar="NAME",
+        default=None,
+        help="compile the layers of these; of all without a name",
     )
     parser.add_argument("--long-lengths", type=int, nargs="+", default=[1024, 2048], help="of group long")
     parser.add_argument(
@@ -348,6 +361,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--quick", action="store_true", help="everything very small: does it run?")
     options = parser.parse_args(arguments)
+    options.compile = list(CONTENDERS) if options.compile == [] else options.compile or []
+    if unknown := set(options.compile) - set(CONTENDERS):
+        parser.error(f"--compile: found {', '.join(unknown)}, expected some of: {'; '.join(CONTENDERS)}")
     if options.quick:
         small = {
             "shape": "quick", "lengths": [64], "tokens": 128, "rounds": 2, "long_lengths": [96, 128],

@@ -1,15 +1,40 @@
 """The feed-forward block. B batch, L sequence length, D hidden size."""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration import GATED_ACTIVATIONS, EncoderConfig
 from .init import Linear
 
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
+    compiled_for_cpu = torch.compiler.is_compiling() and x.device.type == "cpu"
+    return _Relu.apply(x) if compiled_for_cpu else F.relu(x)
+
+
+class _Relu(torch.autograd.Function):
+    """Torch's compiler keeps a bool of every number for relu's backward pass, and on a CPU the passes over them take as
+    long as the matrix products beside them. Here nothing is kept but the output, as the next linear map does anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradients[0] * torch.sign(y)
+
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
+    "relu": relu,
     "gelu": F.gelu,
     "silu": F.silu,
     "swiglu": F.silu,
