@@ -4,7 +4,7 @@ B batch, L sequence length, D hidden size, H heads, K size of a head's query and
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -125,16 +125,25 @@ def attend_silu(
     squared: bool = False,
 ) -> Tensor:
     """`attend` to silu(v), which is not kept beside v where that can be helped: it is the widest of a gated unit."""
+    inputs = (query_BHLK, key_BHLK, value_BHLE)
+    if visible.documents is not None:
+        return _attend_silu_each(*inputs, visible.documents, dropout, squared)
     if not _products_serve(dropout, NO_MIX):
         return attend(query_BHLK, key_BHLK, F.silu(value_BHLE), visible, dropout, squared)
-    lengths: Sequence[int] = [query_BHLK.shape[2]]
-    masks: Sequence[Tensor | None] = [visible.mask]
-    if visible.documents is not None:
-        lengths, masks = visible.documents.lengths, visible.documents.mask_of_each()
-    again = _scores_again(query_BHLK, value_BHLE, max(lengths))
-    return attend_by_products(
-        query_BHLK, key_BHLK, value_BHLE, lengths, masks, squared, keep=not again, silu=True
-    )
+    length = query_BHLK.shape[2]
+    keep = not _scores_again(query_BHLK, value_BHLE, length)
+    return attend_by_products(*inputs, [length], [visible.mask], squared, keep, silu=True)
+
+
+@torch.compiler.disable  # as below
+def _attend_silu_each(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool
+) -> Tensor:
+    if not _products_serve(dropout, NO_MIX):
+        return _attend_each(query, key, F.silu(value), documents, dropout, squared, NO_MIX)
+    keep = not _scores_again(query, value, max(documents.lengths))
+    masks = documents.mask_of_each()
+    return attend_by_products(query, key, value, documents.lengths, masks, squared, keep, silu=True)
 
 
 @torch.compiler.disable  # lengths change with every batch; compiled, each would be a program of its own
