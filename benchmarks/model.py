@@ -128,6 +128,7 @@ class Bench:
     ) -> tuple[dict[str, Runner], dict[str, list[float]]]:
         """All contenders on one batch, in turns: their runners, and the seconds of whole steps."""
         runners = {}
+        torch.compiler.reset()  # else shapes of earlier races count towards the limit, and who meets it is not compiled
         for name, build in builds.items():
             torch.manual_seed(0)
             compiled = name.endswith(COMPILED) or name in self.options.compile

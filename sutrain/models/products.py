@@ -99,21 +99,17 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, squared: bool) -> 
 
 
 def _matmul(a_BHMK: Tensor, b_BHKN: Tensor) -> Tensor:
-    """As `torch.matmul`, which takes longer than a small product itself to find out what is asked; and of one head of
-    one row as of plain matrices, since a CPU's batched product copies what is transposed or a slice."""
-    rows, heads = a_BHMK.shape[:2]
-    if rows > 1:
-        return torch.matmul(a_BHMK, b_BHKN)
-    if heads > 1:
-        return torch.bmm(a_BHMK[0], b_BHKN[0]).unsqueeze(0)
-    return torch.mm(a_BHMK[0, 0], b_BHKN[0, 0])[None, None]
+    """Of one head of one row as of plain matrices: a CPU's batched product copies what is transposed or a slice."""
+    if a_BHMK.shape[:2] == (1, 1):
+        return torch.mm(a_BHMK[0, 0], b_BHKN[0, 0])[None, None]
+    return torch.matmul(a_BHMK, b_BHKN)
 
 
 def _matmul_into(out_BHMN: Tensor, a_BHMK: Tensor, b_BHKN: Tensor) -> None:
     if a_BHMK.shape[:2] == (1, 1):
         torch.mm(a_BHMK[0, 0], b_BHKN[0, 0], out=out_BHMN[0, 0])
     else:
-        out_BHMN.copy_(_matmul(a_BHMK, b_BHKN))
+        out_BHMN.copy_(torch.matmul(a_BHMK, b_BHKN))
 
 
 def _turned(x_BHLE: Tensor) -> tuple[int, ...]:
