@@ -19,7 +19,7 @@ from sutrain import checkpoint as checkpoints
 from sutrain import checkpoint_writer
 from sutrain.compare import compare_checkpoints, compare_steps, read_steps, whole_state
 from tests.conftest import ROOT, RUN, environment
-from tests.test_pretrain import launch, train
+from tests.test_pretrain import free_port, launch, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 STEPS = 60
@@ -168,7 +168,13 @@ run.writer.wait()
 def train_zero_steps(config, ranks, run_dir):
     script = run_dir.parent / f"save_{ranks}.py"
     script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\n" + SAVE_AT_ONCE)
-    command = [f"{sys.prefix}/bin/deepspeed", "--num_gpus", str(ranks), "--master_port", "29713", str(script)]
+    command = [
+        f"{sys.prefix}/bin/deepspeed",
+        "--num_gpus",
+        str(ranks),
+        f"--master_port={free_port()}",
+        str(script),
+    ]
     command += ["--config", str(config), f"--run_dir={run_dir}"]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
