@@ -236,3 +236,18 @@ def test_a_run_keeps_what_an_earlier_one_found(tmp_path, monkeypatch):
     assert "gau_vs_roformer_v2_long" in names and len(names) == len(set(names))
     assert len(content["commands"]) == 2 and len(content["table"]) == 8
     assert all(row["step tokens/s"] > 0 for row in content["table"])
+
+
+def test_compile_without_a_name_means_everybody_and_notes_say_whose_layers_were():
+    everybody = parse(["--compile"]).compile
+    assert everybody == list(benchmark.CONTENDERS) and parse([]).compile == []
+    only = parse(["--compile", benchmark.OURS])
+    assert only.compile == [benchmark.OURS]
+    bench = Bench.__new__(Bench)
+    for compiled, note in (
+        (everybody, ", both compiled"),
+        (only.compile, f", {benchmark.OURS} compiled"),
+        ([], ""),
+    ):
+        only.compile, bench.options = compiled, only
+        assert bench.compiled(benchmark.OURS, benchmark.GAU) == note

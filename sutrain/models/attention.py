@@ -153,8 +153,8 @@ def _attend_each(
     masks = documents.mask_of_each()
     fused = any(_fused_serves(query, value, n, dropout, squared, mixes) for n in documents.lengths)
     if not fused and _products_serve(dropout, mixes):
-        again = _scores_again(query, value, max(documents.lengths))
-        return attend_by_products(query, key, value, documents.lengths, masks, squared, keep=not again)
+        keep = not _scores_again(query, value, max(documents.lengths))
+        return attend_by_products(query, key, value, documents.lengths, masks, squared, keep)
     # split, not slices: going back, every slice would fill a tensor of the whole row with zeros.
     parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), masks, strict=True)
     pieces = [_attend(q, k, v, mask, dropout, squared, mixes) for q, k, v, mask in parts]
