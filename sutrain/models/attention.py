@@ -4,7 +4,7 @@ B batch, L sequence length, D hidden size, H heads, K size of a head's query and
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -125,14 +125,12 @@ def attend_silu(
     squared: bool = False,
 ) -> Tensor:
     """`attend` to silu(v), which is not kept beside v where that can be helped: it is the widest of a gated unit."""
-    inputs = (query_BHLK, key_BHLK, value_BHLE)
     if visible.documents is not None:
-        return _attend_silu_each(*inputs, visible.documents, dropout, squared)
+        return _attend_silu_each(query_BHLK, key_BHLK, value_BHLE, visible.documents, dropout, squared)
     if not _products_serve(dropout, NO_MIX):
         return attend(query_BHLK, key_BHLK, F.silu(value_BHLE), visible, dropout, squared)
     length = query_BHLK.shape[2]
-    keep = not _scores_again(query_BHLK, value_BHLE, length)
-    return attend_by_products(*inputs, [length], [visible.mask], squared, keep, silu=True)
+    return _products(query_BHLK, key_BHLK, value_BHLE, [length], [visible.mask], squared, silu=True)
 
 
 @torch.compiler.disable  # as below
@@ -141,24 +139,39 @@ def _attend_silu_each(
 ) -> Tensor:
     if not _products_serve(dropout, NO_MIX):
         return _attend_each(query, key, F.silu(value), documents, dropout, squared, NO_MIX)
-    keep = not _scores_again(query, value, max(documents.lengths))
-    masks = documents.mask_of_each()
-    return attend_by_products(query, key, value, documents.lengths, masks, squared, keep, silu=True)
+    return _products(query, key, value, documents.lengths, documents.mask_of_each(), squared, silu=True)
 
 
 @torch.compiler.disable  # lengths change with every batch; compiled, each would be a program of its own
 def _attend_each(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool, mixes
 ) -> Tensor:
-    masks = documents.mask_of_each()
-    fused = any(_fused_serves(query, value, n, dropout, squared, mixes) for n in documents.lengths)
-    if not fused and _products_serve(dropout, mixes):
-        keep = not _scores_again(query, value, max(documents.lengths))
-        return attend_by_products(query, key, value, documents.lengths, masks, squared, keep)
+    lengths, masks = documents.lengths, documents.mask_of_each()
+    small = []  # documents of which products at once are faster than the fused kernel one by one
+    if _products_serve(dropout, mixes):
+        small = [
+            i for i, n in enumerate(lengths) if not _fused_serves(query, value, n, dropout, squared, mixes)
+        ]
+    if len(small) == len(lengths):
+        return _products(query, key, value, lengths, masks, squared)
     # split, not slices: going back, every slice would fill a tensor of the whole row with zeros.
-    parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), masks, strict=True)
-    pieces = [_attend(q, k, v, mask, dropout, squared, mixes) for q, k, v, mask in parts]
-    return torch.cat(pieces, dim=2)
+    parts = [x.split(lengths, dim=2) for x in (query, key, value)]
+    pieces: dict[int, Tensor] = {}
+    if len(small) > 1:
+        q, k, v = (_joined([part[i] for i in small]) for part in parts)
+        sizes = [lengths[i] for i in small]
+        mixed = _products(q, k, v, sizes, [masks[i] for i in small], squared)
+        pieces = dict(zip(small, mixed.split(sizes, dim=2), strict=True))
+    for i, mask in enumerate(masks):
+        if i not in pieces:
+            q, k, v = (part[i] for part in parts)
+            pieces[i] = _attend(q, k, v, mask, dropout, squared, mixes)
+    return torch.cat([pieces[i] for i in range(len(lengths))], dim=2)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Along L, in the memory of [B, L, H, K]."""
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def varlen_serves(query: Tensor, documents: Documents, dropout: float, squared: bool, mixes) -> bool:
@@ -216,11 +229,10 @@ def _attend(
         return F.scaled_dot_product_attention(
             query_BHLK, key_BHLK, value_BHLE, attn_mask=mask, dropout_p=dropout
         )
-    again = _scores_again(query_BHLK, value_BHLE, length)
     if _products_serve(dropout, mixes):
-        return attend_by_products(query_BHLK, key_BHLK, value_BHLE, [length], [mask], squared, keep=not again)
+        return _products(query_BHLK, key_BHLK, value_BHLE, [length], [mask], squared)
     inputs = (query_BHLK, key_BHLK, value_BHLE, mask, dropout, squared, mixes)
-    if again and torch.is_grad_enabled():
+    if _scores_again(query_BHLK, value_BHLE, length) and torch.is_grad_enabled():
         return checkpoint(_plain, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
     return _plain(*inputs)
 
@@ -239,6 +251,19 @@ def _fused_serves(
 
 def _products_serve(dropout: float, mixes: Mixes) -> bool:
     return dropout == 0.0 and mixes == NO_MIX and not torch.compiler.is_compiling()
+
+
+def _products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    masks: Sequence[Tensor | None],
+    squared: bool,
+    silu: bool = False,
+) -> Tensor:
+    keep = not _scores_again(query, value, max(lengths))
+    return attend_by_products(query, key, value, lengths, masks, squared, keep, silu)
 
 
 def _scores_again(query: Tensor, value: Tensor, length: int) -> bool:

@@ -1,6 +1,6 @@
 """Attention by plain matrix products, with a backward pass of its own that keeps little.
 
-B batch, H heads, L sequence length, K size of a head's query and key, E of its value.
+B batch, H heads, L sequence length, K size of a head's query and key, E of its value; P, N and W as in tiles.py.
 """
 
 import math
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from .tiles import Group, Tiling, tiling
 
 
 def attend_by_products(
@@ -30,88 +32,92 @@ def attend_by_products(
 
     Args:
         lengths: of the documents, which lie one behind the other along L and do not see each other.
-        masks: one a document, added to its scores, or None.
+        masks: one a document, added to its scores, or None; of one length, for all rows together.
         squared: relu(.)^2 in place of the softmax; its divisor is in the query.
         keep: hold A for the backward pass instead of computing it again, a product of K features a pair.
         silu: v is silu of what is given, and is computed again too.
     """
-    documents = tuple(lengths), tuple(masks)
-    return _Products.apply(query_BHLK, key_BHLK, value_BHLE, *documents, squared, keep, silu)
+    tiles = tiling(tuple(lengths), *query_BHLK.shape[:2], query_BHLK.device)
+    shown = () if all(mask is None for mask in masks) else tuple(masks)
+    return _Products.apply(query_BHLK, key_BHLK, value_BHLE, tiles, shown, squared, keep, silu)
 
 
 class _Products(torch.autograd.Function):
     """Autograd by itself would keep the scores three times, and their fp32 copies; every pass over them counts."""
 
     @staticmethod
-    def forward(ctx: Any, query, key, value, lengths, masks, squared: bool, keep: bool, silu: bool) -> Tensor:
-        query = query * _scale(query)
-        # The memory of [B, L, H, E], in which the output map reads it without a copy.
-        mixed = value.new_empty(*_turned(value)).transpose(1, 2)
+    def forward(
+        ctx: Any, query, key, value, tiles: Tiling, masks, squared: bool, keep: bool, silu: bool
+    ) -> Tensor:
+        query_PK, key_PK = tiles.take(query * _scale(query)), tiles.take(key)
+        value_PE = tiles.take(F.silu(value) if silu else value)
+        mixed_PE = value_PE.new_empty(value_PE.shape)
         kept = []
-        parts = (x.split(lengths, dim=2) for x in (query, key, F.silu(value) if silu else value, mixed))
-        for q, k, v, out, mask in zip(*parts, masks, strict=True):
-            roots = _weights(q, k, mask, squared)
-            _matmul_into(out, roots.square() if squared else roots, v)
+        for group, q, k, v, out in _matrices(tiles, query_PK, key_PK, value_PE, mixed_PE):
+            roots = _weights(q, k, group, masks, squared, tiles.heads)
+            _product_into(out, roots.square() if squared else roots, v)
             if keep:
                 kept.append(roots)
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.settings = lengths, masks, squared, silu
-        return mixed
+        ctx.save_for_backward(query_PK, key_PK, value if silu else value_PE, *kept)
+        ctx.settings = tiles, masks, squared, silu
+        return tiles.put_back(mixed_PE, len(query))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, given, *kept), (lengths, masks, squared, silu) = ctx.saved_tensors, ctx.settings
-        value = F.silu(given) if silu else given
-        found = [x.new_empty(*_turned(x)).transpose(1, 2) for x in (query, key, value)]
-        parts = (x.split(lengths, dim=2) for x in (query, key, value, gradients[0], *found))
-        nothing = [None] * len(lengths)
-        for q, k, v, d_out, d_query, d_key, d_value, mask, roots in zip(
-            *parts, masks, kept or nothing, strict=True
-        ):
-            if roots is None:
-                roots = _weights(q, k, mask, squared)
+        (query_PK, key_PK, given, *kept), (tiles, masks, squared, silu) = ctx.saved_tensors, ctx.settings
+        value_PE = tiles.take(F.silu(given)) if silu else given
+        found = [x.new_empty(x.shape) for x in (query_PK, key_PK, value_PE)]
+        inputs = (query_PK, key_PK, value_PE, tiles.take_gradient(gradients[0]), *found)
+        for number, (group, q, k, v, d_out, *outs) in enumerate(_matrices(tiles, *inputs)):
+            roots = kept[number] if kept else _weights(q, k, group, masks, squared, tiles.heads)
             weights = roots.square() if squared else roots
-            d_weights = _matmul(d_out, v.transpose(-1, -2))
+            d_weights = _product(d_out, v.transpose(1, 2))
             if squared:
                 d_scores = d_weights.mul_(roots).mul_(2.0)
             else:
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            _matmul_into(d_query, d_scores, k)
-            _matmul_into(d_key, d_scores.transpose(-1, -2), q)
-            _matmul_into(d_value, weights.transpose(-1, -2), d_out)
-        found[0].mul_(_scale(query))
+            for out, a, b in zip(outs, (d_scores, d_scores.mT, weights.mT), (k, q, d_out), strict=True):
+                _product_into(out, a, b)
+        found[0].mul_(_scale(query_PK))
+        d_query, d_key, d_value = (tiles.put_back(x, len(gradients[0])) for x in found)
         if silu:
-            found[2] = torch.ops.aten.silu_backward(found[2], given)
-        return *found, None, None, None, None, None
+            d_value = torch.ops.aten.silu_backward(d_value, given)
+        return d_query, d_key, d_value, None, None, None, None, None
 
 
-def _scale(query_BHLK: Tensor) -> float:
-    return 1.0 / math.sqrt(query_BHLK.shape[-1])
+def _matrices(tiles: Tiling, *tensors: Tensor) -> Any:
+    """Group by group, the group and its batch of each [P, features]."""
+    return zip(tiles.groups, *(tiles.batches(x) for x in tensors), strict=True)
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, squared: bool) -> Tensor:
-    """A of a query that was scaled, or the root of A where A is a square."""
-    scores = _matmul(query, key.transpose(-1, -2))
-    if mask is not None:
-        scores += mask
+def _scale(query: Tensor) -> float:
+    return 1.0 / math.sqrt(query.shape[-1])
+
+
+def _weights(
+    query: Tensor, key: Tensor, group: Group, masks: Sequence[Tensor | None], squared: bool, heads: int
+) -> Tensor:
+    """A [N, W, W] of a query that was scaled, or the root of A where A is a square."""
+    scores = _product(query, key.transpose(1, 2))
+    if group.hidden_N1W is not None:
+        scores += group.hidden_N1W.to(scores.dtype)
+    if len(masks) == 1:  # of the rows as they are
+        scores.unflatten(0, (-1, heads)).add_(masks[0])  # type: ignore[arg-type]
+    elif masks:
+        for own, number in zip(scores.split(heads), group.documents, strict=True):
+            if (mask := masks[number]) is not None:
+                own[:, : mask.shape[-2], : mask.shape[-1]] += mask
     return F.relu_(scores) if squared else torch.softmax(scores, dim=-1)  # in fp32 inside
 
 
-def _matmul(a_BHMK: Tensor, b_BHKN: Tensor) -> Tensor:
-    """Of one head of one row as of plain matrices: a CPU's batched product copies what is transposed or a slice."""
-    if a_BHMK.shape[:2] == (1, 1):
-        return torch.mm(a_BHMK[0, 0], b_BHKN[0, 0])[None, None]
-    return torch.matmul(a_BHMK, b_BHKN)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Of one matrix as such: it may be a slice or transposed, of which a CPU's batched product makes a copy."""
+    return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
 
 
-def _matmul_into(out_BHMN: Tensor, a_BHMK: Tensor, b_BHKN: Tensor) -> None:
-    if a_BHMK.shape[:2] == (1, 1):
-        torch.mm(a_BHMK[0, 0], b_BHKN[0, 0], out=out_BHMN[0, 0])
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if len(a) == 1:
+        torch.mm(a[0], b[0], out=out[0])
     else:
-        out_BHMN.copy_(torch.matmul(a_BHMK, b_BHKN))
-
-
-def _turned(x_BHLE: Tensor) -> tuple[int, ...]:
-    batch, heads, length, size = x_BHLE.shape
-    return batch, length, heads, size
+        torch.bmm(a, b, out=out)

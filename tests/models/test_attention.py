@@ -8,10 +8,13 @@ import torch
 from sutrain.models import attention
 from sutrain.models import encoder as encoder_module
 from sutrain.models.attention import attend, varlen_exists
+from sutrain.models.documents import find_documents
 from sutrain.models.encoder import Encoder
-from sutrain.models.visibility import build_visibility
+from sutrain.models.visibility import Visibility, build_visibility
 from tests.models.tiny import CONFIGS
 from tests.models.varlen import varlen_in_torch
+
+LENGTHS = torch.tensor([20, 300, 10, 256, 40])
 
 
 def visible(documents, dtype=torch.float32):
@@ -41,6 +44,22 @@ def test_the_bf16_path_agrees_to_bf16_precision_with_gradients():
     assert found.dtype == torch.bfloat16
     found.float().square().sum().backward()
     expected.square().sum().backward()
+    for a, b in [(found, expected), *((x.grad, y.grad) for x, y in zip(half, full, strict=True))]:
+        assert (a.float() - b).norm() < 0.02 * b.norm()
+
+
+def test_short_documents_between_long_ones_come_out_in_their_places():
+    """Products of the short ones are made at once, the fused kernel takes the long ones."""
+    documents = find_documents(torch.repeat_interleave(torch.arange(1, 6), LENGTHS).unsqueeze(0))
+    seen = Visibility(torch.bfloat16, None, None, documents=documents)
+    half = [torch.randn(1, 2, sum(LENGTHS), 8).bfloat16().requires_grad_() for _ in range(3)]
+    full = [x.detach().float().requires_grad_() for x in half]
+    found = attend(*half, seen)
+    parts = zip(*(x.split(LENGTHS.tolist(), dim=2) for x in full), strict=True)
+    expected = torch.cat([plain(*part, 0.0) for part in parts], dim=2)
+    direction = torch.randn_like(expected)
+    found.backward(direction.bfloat16())
+    expected.backward(direction)
     for a, b in [(found, expected), *((x.grad, y.grad) for x, y in zip(half, full, strict=True))]:
         assert (a.float() - b).norm() < 0.02 * b.norm()
 
