@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration import EncoderConfig
-from .gau import gated
+from .feed_forward import gated_output
 from .init import Linear
 from .rotary import rotate
 from .visibility import Visibility
@@ -79,7 +79,8 @@ class MixedChunkAttention(nn.Module):
         # Divided on the side of the query, in fp32: sums over thousands of tokens stay of their own size.
         share_BGCS = (linear_query.float() / chunks.tokens_BG[..., None, None]).to(linear_query.dtype)
         linear_BGCE = torch.matmul(share_BGCS, read_BGSE)
-        return self.output(gated(gate_BLE, chunks.put_back(quadratic_BGCE + linear_BGCE)))
+        mixed_BLE = chunks.put_back(quadratic_BGCE + linear_BGCE)
+        return gated_output(self.output, F.silu, gate_BLE, mixed_BLE)
 
     def _rescaled(self, name: str, shared_BLS: Tensor, visible: Visibility) -> Tensor:
         x_BLS = shared_BLS * getattr(self, f"{name}_scale")

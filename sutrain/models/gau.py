@@ -3,36 +3,16 @@
 B batch, L sequence length, D hidden size, E expansion size, S key size.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .attention import attend_silu, probabilities
 from .configuration import EncoderConfig
+from .feed_forward import gated_output
 from .init import Linear
 from .rotary import rotate
 from .visibility import Visibility
-
-
-def gated(gate_BLE: Tensor, x_BLE: Tensor) -> Tensor:
-    """silu(gate) x, of which the gate's silu is not kept for the backward pass."""
-    return F.silu(gate_BLE) * x_BLE if torch.compiler.is_compiling() else _Gated.apply(gate_BLE, x_BLE)
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, x)
-        return F.silu(gate) * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        gate, x = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradients[0] * x, gate), gradients[0] * F.silu(gate)
 
 
 class GatedAttentionUnit(nn.Module):
@@ -69,7 +49,7 @@ class GatedAttentionUnit(nn.Module):
         query_B1LS, key_B1LS = self._query_key(F.silu(shared_BLS), visible)
         dropout = self.dropout if self.training else 0.0
         mixed_B1LE = attend_silu(query_B1LS, key_B1LS, value_BLE.unsqueeze(1), visible, dropout, self.squared)
-        return self.output(gated(gate_BLE, mixed_B1LE.squeeze(1)))
+        return gated_output(self.output, F.silu, gate_BLE, mixed_B1LE.squeeze(1))
 
     def query_key(self, x_BLD: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
         """Query and key as the scores see them, [B, 1, L, S]: rotated, any scale of the scores in the query."""

@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        if self.weight is None and x_BLD.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.weight is None and (x_BLD.device.type == "cpu" or torch.compiler.is_compiling()):
             return _RMS.apply(x_BLD, self.epsilon)
         # fp32 residual streams meet bf16 gains; the kernel wants one type.
         weight = None if self.weight is None else self.weight.to(x_BLD.dtype)
