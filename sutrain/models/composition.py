@@ -55,7 +55,7 @@ def _range_problems(config: EncoderConfig) -> list[str]:
     for name in ("hidden_dropout", "attention_dropout"):
         if not 0.0 <= getattr(config, name) < 1.0:
             problems.append(f"{name}: found {getattr(config, name)}, expected a share in [0, 1)")
-    if not 0.0 < config.norm_epsilon < 1.0:
+    if not 1e-37 < config.norm_epsilon < 1.0:  # below, it is 0 in fp32
         problems.append(
             f"norm_epsilon: found {config.norm_epsilon}, expected a small positive number such as 1e-12"
         )

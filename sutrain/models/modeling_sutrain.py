@@ -36,18 +36,29 @@ class SutrainPreTrainedModel(PreTrainedModel):
 
 def _encode(
     encoder: Encoder,
+    config: SutrainConfig,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
     output_hidden_states: bool | None,
+    output_attentions: bool | None,
 ) -> BaseModelOutput:
+    if config.output_attentions if output_attentions is None else output_attentions:
+        raise ValueError(
+            "output_attentions: found True; attention is computed by kernels that do not hand it out: leave it out"
+        )
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids: found shape {list(input_ids.shape)}, expected [rows, tokens] with at least one token a row"
+        )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: found shape {list(attention_mask.shape)}, expected that of input_ids "
             f"{list(input_ids.shape)}: 0 for padding, and 1 (or the number of its document) for every token"
         )
     document_BL = None if attention_mask is None else attention_mask.long()
-    collected: list[Tensor] | None = [] if output_hidden_states else None
+    wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    collected: list[Tensor] | None = [] if wanted else None
     hidden_BLD = encoder(input_ids, document_BL, token_type_ids, collected)
     return BaseModelOutput(
         last_hidden_state=hidden_BLD, hidden_states=None if collected is None else tuple(collected)
@@ -78,6 +89,7 @@ class SutrainModel(SutrainPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Tensor, ...]:
         """Hidden vectors of every token.
@@ -89,13 +101,16 @@ class SutrainModel(SutrainPreTrainedModel):
             token_type_ids: [B, L]; the models are pretrained with 0 everywhere, which None means too. In context
                 unilm 1 marks what follows a document's prefix.
             output_hidden_states: also return the embeddings' and each layer's output.
+            output_attentions: refused with a ValueError if true.
         """
         output = _encode(
             self.encoder,
+            self.config,
             input_ids,
             attention_mask,
             token_type_ids,
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_hidden_states,
+            output_attentions,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -140,6 +155,13 @@ class SutrainWithHead(SutrainPreTrainedModel):
 class SutrainForMaskedLM(SutrainWithHead):
     """The encoder with its head, which predicts the masked tokens."""
 
+    def __init__(self, config: SutrainConfig) -> None:
+        if (context := config.encoder_config().context) != "bidirectional":
+            raise ValueError(
+                f"context: found {context}; a model that predicts the next token is loaded with AutoModelForCausalLM"
+            )
+        super().__init__(config)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -147,6 +169,7 @@ class SutrainForMaskedLM(SutrainWithHead):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
         """Scores of the vocabulary at every position, [B, L, V], and with `labels` the loss.
@@ -158,10 +181,12 @@ class SutrainForMaskedLM(SutrainWithHead):
         """
         encoded = _encode(
             self.model.encoder,
+            self.config,
             input_ids,
             attention_mask,
             token_type_ids,
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_hidden_states,
+            output_attentions,
         )
         logits_BLV = self.model.logits(encoded.last_hidden_state)
         loss = None
@@ -176,6 +201,8 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
     """A causal model with its head, which predicts the next token. Generation computes the whole text every step; in
     context unilm the prompt is the prefix, which is seen from both sides, and what is generated follows it."""
 
+    _is_stateful = True  # in the sense that nothing can be taken back from a cache: no assisted generation
+
     def __init__(self, config: SutrainConfig) -> None:
         if config.encoder_config().context == "bidirectional":
             raise ValueError(
@@ -184,15 +211,26 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
             )
         super().__init__(config)
 
+    def generate(self, inputs: Tensor | None = None, *arguments: Any, **keywords: Any) -> Any:
+        """As the library's; in context unilm a prompt without token types is of type 0."""
+        prompt_BL = keywords.get("input_ids") if inputs is None else inputs
+        if prompt_BL is not None and self.config.encoder_config().context == "unilm":
+            keywords.setdefault("token_type_ids", torch.zeros_like(prompt_BL))
+        return super().generate(inputs, *arguments, **keywords)
+
     def prepare_inputs_for_generation(  # type: ignore[override]  # what the caller passes by position is this
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         logits_to_keep: int = 0,
-        **unused: Any,
+        **unused: Any,  # caches, which this model does not keep
     ) -> dict[str, Any]:
         """What a step of generation computes: the whole text, since nothing is kept of the step before."""
+        if (
+            attention_mask is None
+        ):  # so the library writes "all of it"; here that would leave out generated padding
+            attention_mask = torch.ones_like(input_ids)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -205,14 +243,10 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
     ) -> dict[str, Any]:
         """Ahead of the next step: what was generated is of type 1 in context unilm, else of the last token's type."""
         types_BL = model_kwargs.pop("token_type_ids", None)
-        follows = self.config.encoder_config().context == "unilm"
-        if types_BL is None and follows:
-            types_BL = torch.zeros_like(
-                model_kwargs["attention_mask"]
-            )  # as long as the prompt: this was its step
         others["num_new_tokens"] = num_new_tokens
         kept = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *more, **others)
         if types_BL is not None:
+            follows = self.config.encoder_config().context == "unilm"
             last_B1 = torch.ones_like(types_BL[:, -1:]) if follows else types_BL[:, -1:]
             kept["token_type_ids"] = torch.cat([types_BL, last_B1.expand(-1, num_new_tokens)], dim=1)
         return kept
@@ -224,9 +258,9 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
-        **unused: Any,  # generation offers caches, which this model does not keep
+        logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutput | tuple[Tensor, ...]:
         """Scores of the token behind each position, [B, L, V], and with `labels` the loss.
 
@@ -234,22 +268,26 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
             input_ids, attention_mask, token_type_ids, output_hidden_states: see `SutrainModel.forward`.
             labels: [B, L], as `input_ids`, or -100 where nothing is predicted; position i is scored on label i + 1,
                 and the loss is the mean.
-            logits_to_keep: scores of the last positions only; 0: of all.
+            logits_to_keep: scores, and the loss, of so many last positions only, or of the positions in a tensor
+                [K]; 0: of all.
         """
         encoded = _encode(
             self.model.encoder,
+            self.config,
             input_ids,
             attention_mask,
             token_type_ids,
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_hidden_states,
+            output_attentions,
         )
         hidden_BLD = encoded.last_hidden_state
         assert hidden_BLD is not None
-        logits_BLV = self.model.logits(hidden_BLD[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BLV = self.model.logits(hidden_BLD[:, kept])
         loss = None
         if labels is not None:
-            scores = logits_BLV[:, :-1].flatten(0, 1).to(torch.float32)
-            loss = F.cross_entropy(scores, labels[:, 1:].flatten())
+            next_BL = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept]
+            loss = F.cross_entropy(logits_BLV.flatten(0, 1).to(torch.float32), next_BL.flatten())
         output = CausalLMOutput(loss=loss, logits=logits_BLV, hidden_states=encoded.hidden_states)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()

@@ -39,7 +39,10 @@ def attend_by_products(
     """
     tiles = tiling(tuple(lengths), *query_BHLK.shape[:2], query_BHLK.device)
     shown = () if all(mask is None for mask in masks) else tuple(masks)
-    return _Products.apply(query_BHLK, key_BHLK, value_BHLE, tiles, shown, squared, keep, silu)
+    # Under autocast a linear map's output is of 16 bits, and fp32 where a weight was multiplied on to it.
+    query_BHLK, key_BHLK = query_BHLK.to(value_BHLE.dtype), key_BHLK.to(value_BHLE.dtype)
+    with torch.autocast(query_BHLK.device.type, enabled=False):  # all is of one dtype here and stays of it
+        return _Products.apply(query_BHLK, key_BHLK, value_BHLE, tiles, shown, squared, keep, silu)
 
 
 class _Products(torch.autograd.Function):

@@ -1,3 +1,4 @@
+import inspect
 import json
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import sutrain.huggingface  # noqa: F401
 from sutrain.models.configuration import EncoderConfigError
@@ -19,8 +20,13 @@ TOKENS = torch.tensor([[2, *range(10, 30), 3, 0, 0, 0], [2, *range(30, 53), 3]])
 MASK = (TOKENS != 0).long()
 
 
+def automatic(config):
+    return AutoModelForMaskedLM if config.context == "bidirectional" else AutoModelForCausalLM
+
+
 def hugging_face(config, **changes):
-    return SutrainForMaskedLM(SutrainConfig(**vars(replace(config, **changes)))).eval()
+    kind = SutrainForMaskedLM if config.context == "bidirectional" else SutrainForCausalLM
+    return kind(SutrainConfig(**vars(replace(config, **changes)))).eval()
 
 
 def saved(config, folder):
@@ -40,7 +46,7 @@ def test_the_weights_are_those_of_the_training_model_after_a_prefix(config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_folder_loads_without_losing_anything(config, tmp_path, dtype):
     model = saved(config, tmp_path)
-    loaded, info = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    loaded, info = automatic(config).from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
     assert not any(info.values()), info
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     with torch.no_grad():
@@ -54,8 +60,8 @@ def test_a_saved_folder_loads_without_losing_anything(config, tmp_path, dtype):
 
 def test_saving_again_what_was_loaded(config, tmp_path):
     model = saved(config, tmp_path / "one")
-    AutoModelForMaskedLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
-    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "two")
+    automatic(config).from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    again = automatic(config).from_pretrained(tmp_path / "two")
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
     assert (
@@ -73,7 +79,7 @@ def test_the_encoder_alone_loads_from_the_same_folder_and_back(config, tmp_path)
         hidden = encoder(TOKENS, MASK).last_hidden_state
         assert torch.equal(hidden, model.model(TOKENS, MASK))
     encoder.save_pretrained(tmp_path / "encoder")
-    back, info = SutrainForMaskedLM.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    back, info = automatic(config).from_pretrained(tmp_path / "encoder", output_loading_info=True)
     of_the_head = {name for name in model.state_dict() if not name.startswith("model.encoder.")}
     assert set(info["missing_keys"]) == of_the_head
     with torch.no_grad():
@@ -92,6 +98,8 @@ def test_loss_ignores_minus_100_and_has_gradients(config):
     model = hugging_face(config)
     labels = torch.where(torch.rand(TOKENS.shape) < 0.3, TOKENS, -100)
     output = model(TOKENS, MASK, labels=labels)
+    if config.context != "bidirectional":  # position i is scored on label i + 1
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
     chosen = labels != -100
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits[chosen], labels[chosen]))
     output.loss.backward()
@@ -156,6 +164,99 @@ def test_what_a_unilm_model_generates_follows_the_prompt_and_is_not_seen_from_it
         assert found.sequences.shape == expected.shape
 
 
+def test_an_unpadded_prompt_of_a_unilm_model_needs_no_token_types():
+    """The library leaves out a mask of ones, so nothing else tells how long the prompt was."""
+    config = replace(VARIANTS["unilm"], tied_head=False)
+    model = hugging_face(config)
+    prompt = torch.tensor([[2, *range(10, 20)], [2, *range(40, 50)]])
+    with torch.no_grad():
+        expected, _ = decoded(model, prompt, torch.ones_like(prompt), torch.zeros_like(prompt), 6)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), expected)
+    assert torch.equal(model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_padding_that_was_generated_is_a_token_like_any_other():
+    """A prompt alone, whose mask the library leaves out, gives what it gives in a padded batch."""
+    model = hugging_face(CONFIGS["causal"], tied_head=False)
+    prompt = torch.tensor([[0, 0, 2, *range(10, 18)], [2, *range(40, 50)]])
+    mask = (prompt != 0).long()
+    padding_first = torch.zeros(1, model.config.vocab_size)
+    padding_first[0, 0] = 1e9
+
+    def generated(rows, mask):
+        length = rows.shape[1]
+        forced = [lambda ids, scores: scores + padding_first if ids.shape[1] == length else scores]
+        settings = {"max_new_tokens": 5, "do_sample": False, "logits_processor": forced}
+        return model.generate(rows, attention_mask=mask, **settings)[0, length:]
+
+    alone, together = generated(prompt[:1, 2:], mask[:1, 2:]), generated(prompt, mask)
+    assert together[0] == 0 and torch.equal(alone, together)
+
+
+def test_what_generation_cannot_do_is_refused_with_a_reason():
+    model = hugging_face(CONFIGS["causal"])
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(TOKENS, output_attentions=True)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(TOKENS[1:], prompt_lookup_num_tokens=2, max_new_tokens=2)
+    for wrong in ("position_ids", "lables", "inputs_embeds"):
+        with pytest.raises(TypeError, match=wrong):
+            model(input_ids=TOKENS, **{wrong: TOKENS})
+
+
+def test_the_loss_of_a_causal_model_is_of_the_positions_that_are_kept():
+    model = hugging_face(CONFIGS["causal"])
+    labels = TOKENS.masked_fill(MASK == 0, -100)
+    with torch.no_grad():
+        whole = model(TOKENS, MASK, labels=labels)
+        last = model(TOKENS, MASK, labels=labels, logits_to_keep=4)
+        some = model(TOKENS, MASK, labels=labels, logits_to_keep=torch.tensor([3, 7]))
+    expected = F.cross_entropy(whole.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(whole.loss, expected)
+    torch.testing.assert_close(last.logits, whole.logits[:, -4:])
+    tail = F.cross_entropy(whole.logits[:, -4:-1].flatten(0, 1), labels[:, -3:].flatten())
+    torch.testing.assert_close(last.loss, tail)
+    torch.testing.assert_close(some.logits, whole.logits[:, [3, 7]])
+    torch.testing.assert_close(
+        some.loss, F.cross_entropy(some.logits.flatten(0, 1), labels[:, [4, 8]].flatten())
+    )
+
+
+def test_each_class_refuses_the_models_of_the_other():
+    with pytest.raises(ValueError, match="AutoModelForCausalLM"):
+        SutrainForMaskedLM(SutrainConfig(**vars(CONFIGS["causal"])))
+    with pytest.raises(ValueError, match="AutoModelForMaskedLM"):
+        SutrainForCausalLM(SutrainConfig(**vars(CONFIGS["roformer_v2"])))
+
+
+def test_trainers_of_transformers_divide_the_loss_by_the_accumulation(config):
+    """They leave it to models that take any keyword."""
+    kinds = {p.kind for p in inspect.signature(hugging_face(config).forward).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_rows_without_tokens_are_named(config):
+    with pytest.raises(ValueError, match=r"input_ids: found shape \[1, 0\]"):
+        hugging_face(config)(torch.zeros(1, 0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_computes_what_16_bit_weights_do(name, training):
+    config = replace(VARIANTS[name], hidden_dropout=0.0, attention_dropout=0.0)
+    model = hugging_face(config).train(training)
+    labels = TOKENS.masked_fill(MASK == 0, -100)
+    expected = model(TOKENS, MASK, labels=labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(TOKENS, MASK, labels=labels)
+    assert (found.logits[MASK == 1] - expected.logits[MASK == 1]).norm() < 0.05 * expected.logits.norm()
+    model.zero_grad()
+    found.loss.backward()
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all() for p in model.model.encoder.layers.parameters()
+    )
+
+
 def test_a_step_of_generation_computes_the_scores_of_the_last_position_alone(monkeypatch):
     """And a causal model takes the token types that its tokenizer gives."""
     model = SutrainForCausalLM(SutrainConfig(**vars(replace(CONFIGS["causal"], token_types=2)))).eval()
@@ -178,7 +279,7 @@ def test_resizing_the_vocabulary_keeps_head_and_embedding_together(config, tmp_p
     assert after.shape[-1] == 310 and model.config.vocab_size == 310
     torch.testing.assert_close(after[..., :300], before)
     model.save_pretrained(tmp_path)
-    assert AutoModelForMaskedLM.from_pretrained(tmp_path)(TOKENS).logits.shape[-1] == 310
+    assert automatic(config).from_pretrained(tmp_path)(TOKENS).logits.shape[-1] == 310
 
 
 def test_gradient_checkpointing_is_the_encoders_own():
