@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.config_file import load_config
@@ -65,7 +65,7 @@ model, info = getattr(transformers, automatic).from_pretrained(folder, trust_rem
 problems = {key: sorted(map(str, found)) for key, found in info.items() if found}
 if problems:
     sys.exit(f"weights do not fit: {problems}")
-batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+batch = tokenizer(texts, padding=True, padding_side="right", truncation=True, return_tensors="pt")
 with torch.no_grad():
     logits = model.eval()(**batch).logits
 save_file({"input_ids": batch["input_ids"], "logits": logits.float().contiguous()}, output)
@@ -152,10 +152,13 @@ def _tokenizer(folder: Path, model_config: EncoderConfig, cleaning: dict[str, An
     settings = {key: cleaning[key] for key in known if key in cleaning}
     length = model_config.max_row_tokens
     file, vocabulary = folder / "tokenizer.model", folder / "vocab.txt"
+    # A prompt does not end with the end of its text, and stands next to what is generated.
+    continued = model_config.context != "bidirectional"
     if file.is_file():
+        settings |= {"continued": True, "padding_side": "left"} if continued else {}
         tokenizer: AnyTokenizer = SutrainTokenizer(str(file), model_max_length=length, **settings)
     elif vocabulary.is_file():
-        tokenizer = _wordpiece(vocabulary, length, settings.get("unicode", "nfc"))
+        tokenizer = _wordpiece(vocabulary, length, settings.get("unicode", "nfc"), continued)
     else:
         raise ExportError(
             f"{folder}: no tokenizer.model or vocab.txt; expected the tokenizer that the data was prepared with"
@@ -168,12 +171,19 @@ def _tokenizer(folder: Path, model_config: EncoderConfig, cleaning: dict[str, An
     return tokenizer
 
 
-def _wordpiece(vocabulary: Path, length: int, unicode: str) -> PreTrainedTokenizerFast:
+def _wordpiece(vocabulary: Path, length: int, unicode: str, continued: bool) -> PreTrainedTokenizerFast:
     """WordPiece as preparation had it; token types are left to the model, which saw zeros only."""
     backend = WordPieceTokenizer(vocabulary.read_bytes(), str(vocabulary)).backend
     if unicode != "none":
         form = normalizers.NFKC() if unicode == "nfkc" else normalizers.NFC()
         backend.normalizer = normalizers.Sequence([form, backend.normalizer])
+    ends: dict[str, Any] = {}
+    if continued:
+        start = ("[CLS]", backend.token_to_id("[CLS]"))
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[start]
+        )
+        ends = {"bos_token": "[CLS]", "eos_token": "[SEP]", "padding_side": "left"}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=length,
@@ -184,6 +194,7 @@ def _wordpiece(vocabulary: Path, length: int, unicode: str) -> PreTrainedTokeniz
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
+        **ends,
     )
 
 
@@ -200,6 +211,12 @@ def _write_folder(
     state = {f"model.{name}": tensor.float() for name, tensor in weights.items()}
     exported.load_state_dict(state, assign=True)
     other = "AutoModelForCausalLM" if kind is SutrainForMaskedLM else "AutoModelForMaskedLM"
+    if kind is SutrainForCausalLM:  # a text ends with the token that ended it in training
+        exported.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.sep_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     exported.config.auto_map = {name: place for name, place in AUTO_MAP.items() if name != other}
     exported.save_pretrained(folder)  # also writes the files that define the model
     tokenizer.save_pretrained(folder)

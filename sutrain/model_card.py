@@ -3,6 +3,7 @@
 from typing import Any
 
 from sutrain.models.configuration import EncoderConfig, parameter_count
+from sutrain.models.tokenization_sutrain import OLDEST
 
 
 def automatic_class(model_config: EncoderConfig) -> str:
@@ -30,7 +31,8 @@ print(fill("The weather is [MASK] today."))"""
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-logits = model(**tokenizer("The weather is", return_tensors="pt")).logits"""
+made = model.generate(**tokenizer("The weather is", return_tensors="pt"), max_new_tokens=20)
+print(tokenizer.batch_decode(made, skip_special_tokens=True))"""
     )
     numbers = {"parameters": f"{parameter_count(model_config):,}", **card}
     rows = "\n".join(f"| {label} | {value} |" for label, value in numbers.items() if label != "name")
@@ -55,7 +57,8 @@ The weights are fp32.
 
 `AutoTokenizer`, `AutoModel` and `{automatic_class(model_config)}` load the folder in the same way. Where sutrain is
 installed, `import sutrain.huggingface` makes `trust_remote_code=True` unnecessary. The model files in this
-folder are the ones it was trained with; they need torch and transformers, a tokenizer.model sentencepiece too.
+folder are the ones it was trained with; they need torch and transformers {OLDEST} or newer, a tokenizer.model
+sentencepiece too.
 
 Several documents may share a row: give them the numbers 1, 2, ... in `attention_mask` (0 is padding) and
 they do not see each other. Token types are 0 throughout, also for pairs.

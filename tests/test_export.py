@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from sutrain.checkpoint_writer import save_checkpoint
 from sutrain.config import PretrainConfig
 from sutrain.export import ExportError, choose_checkpoint, export_weights, main
 from sutrain.models.masked_lm import MaskedLanguageModel
-from tests.models.tiny import CONFIGS, write_tokenizer
+from tests.models.tiny import CONFIGS, VARIANTS, write_tokenizer
 
 TEXTS = [
     "we walk in the [MASK] today",
@@ -40,7 +41,8 @@ def automatic(folder):
     return AutoModelForCausalLM if causal else AutoModelForMaskedLM
 
 def logits(folder):
-    batch = AutoTokenizer.from_pretrained(folder, **code)(texts, padding=True, return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     return batch, automatic(folder).from_pretrained(folder, **code)(**batch).logits
 
 with torch.no_grad():
@@ -121,29 +123,44 @@ def test_a_folder_loads_where_sutrain_is_installed(exported):
     assert other.__name__ not in json.loads((folder / "config.json").read_text())["auto_map"]
     assert type(loaded).__module__.startswith("sutrain.")  # without trust_remote_code, hence our own class
     with torch.no_grad():
-        found = loaded(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+        found = loaded(**tokenizer(TEXTS, padding=True, padding_side="right", return_tensors="pt")).logits
     assert_equal_logits(found, logits_one_by_one(model, folder))
+
+
+def write_vocabulary(folder):
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, "we", "walk", "in", "the", "to", "##day", *"今天气很。"]
+    (folder / "tokenizer").mkdir()
+    file = folder / "tokenizer/vocab.txt"
+    file.write_text("\n".join(pieces), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("kind", ["causal", "unilm"])
+@pytest.mark.parametrize("wordpiece", [False, True])
+def test_a_model_that_continues_a_text_is_set_up_to_do_it(tokenizer_dir, tmp_path, kind, wordpiece):
+    """A prompt is not closed, stands beside what follows, and [SEP] ends the text; alone or in a batch."""
+    torch.manual_seed(0)
+    model = MaskedLanguageModel(replace(VARIANTS[kind], tied_head=False)).eval()
+    source = write_vocabulary(tmp_path).parent if wordpiece else tokenizer_dir
+    folder = export_weights(dict(model.state_dict()), model.config, source, tmp_path / "out", {})
+    tokenizer, loaded = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.sep_token_id
+    texts = ["we walk", "we walk in the"]
+    ids = tokenizer(texts)["input_ids"]
+    assert all(row[0] == tokenizer.cls_token_id and row[-1] != tokenizer.sep_token_id for row in ids)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch["attention_mask"][0].tolist() == [0] * (len(ids[1]) - len(ids[0])) + [1] * len(ids[0])
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    together = loaded.generate(**batch, **settings)[:, len(ids[1]) :]
+    alone = loaded.generate(**tokenizer(texts[0], return_tensors="pt"), **settings)[:, len(ids[0]) :]
+    assert torch.equal(alone[0], together[0])
+    assert pipeline("text-generation", model=str(folder))(texts[0], max_new_tokens=2)[0]["generated_text"]
 
 
 def test_a_model_of_a_bert_vocabulary_is_exported_with_the_librarys_tokenizer(tmp_path):
     torch.manual_seed(0)
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "we",
-        "walk",
-        "in",
-        "the",
-        "to",
-        "##day",
-        *"今天气很。",
-    ]
-    (tmp_path / "tokenizer").mkdir()
-    file = tmp_path / "tokenizer/vocab.txt"
-    file.write_text("\n".join(pieces), encoding="utf-8")
+    file = write_vocabulary(tmp_path)
     model = MaskedLanguageModel(CONFIGS["roformer_v2"]).eval()
     weights = dict(model.state_dict())
     folder = export_weights(weights, model.config, file.parent, tmp_path / "out", {}, {"unicode": "nfkc"})

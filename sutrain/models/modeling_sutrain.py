@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput
 
 from .configuration_sutrain import SutrainConfig
@@ -36,7 +36,7 @@ class SutrainPreTrainedModel(PreTrainedModel):
 
 def _encode(
     encoder: Encoder,
-    config: SutrainConfig,
+    config: PreTrainedConfig,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
@@ -216,7 +216,7 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
         prompt_BL = keywords.get("input_ids") if inputs is None else inputs
         if prompt_BL is not None and self.config.encoder_config().context == "unilm":
             keywords.setdefault("token_type_ids", torch.zeros_like(prompt_BL))
-        return super().generate(inputs, *arguments, **keywords)
+        return super().generate(inputs, *arguments, **keywords)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # what the caller passes by position is this
         self,

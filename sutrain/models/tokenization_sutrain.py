@@ -9,8 +9,13 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging import version
 from sentencepiece import SentencePieceProcessor
-from transformers import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+
+OLDEST = "5.23"
+"""The transformers that exported folders need."""
 
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -25,13 +30,17 @@ _CONTROL = re.compile(
 class SutrainTokenizer(PreTrainedTokenizer):
     """Text to `[CLS] text [SEP]`, or `[CLS] one [SEP] two [SEP]` for a pair, with token type 0 throughout.
 
+    Words that are given apart (is_split_into_words) are joined as they are; give " walk" where a space stands before.
+
     Args:
         vocab_file: path of the sentencepiece model.
         unicode: Unicode normalisation of the training text: "nfc", "nfkc" or "none".
         strip_control: whether control characters were removed from it.
         collapse_whitespace: whether every run of white space became one space.
+        continued: whether a model continues the text, which then is `[CLS] text`: its end is for the model to say.
 
     Raises:
+        ImportError: when transformers is older than the exported files need.
         ValueError: when the sentencepiece model has other special pieces, or `unicode` another value.
     """
 
@@ -44,8 +53,13 @@ class SutrainTokenizer(PreTrainedTokenizer):
         unicode: str = "nfc",
         strip_control: bool = True,
         collapse_whitespace: bool = True,
+        continued: bool = False,
         **kwargs: Any,
     ) -> None:
+        if version.parse(transformers.__version__) < version.parse(
+            OLDEST
+        ):  # there [CLS] and [SEP] would be missing
+            raise ImportError(f"transformers: found {transformers.__version__}, expected {OLDEST} or newer")
         self.vocab_file = str(vocab_file)
         self.unicode, self.strip_control, self.collapse_whitespace = (
             unicode,
@@ -65,12 +79,15 @@ class SutrainTokenizer(PreTrainedTokenizer):
         added[SPECIAL_PIECES.index(mask)] = AddedToken(mask, lstrip=True, special=True, normalized=False)
         kwargs |= {"mask_token": mask, "added_tokens_decoder": added}
         kwargs |= {"token_type_ids_pattern": "all_zeros", "special_tokens_pattern": "cls_sep"}
+        if continued:
+            kwargs |= {"special_tokens_pattern": "bos", "bos_token": start, "eos_token": end}
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(
             vocab_file=self.vocab_file,
             unicode=unicode,
             strip_control=strip_control,
             collapse_whitespace=collapse_whitespace,
+            continued=continued,
             **kwargs,
         )
 
@@ -92,10 +109,19 @@ class SutrainTokenizer(PreTrainedTokenizer):
         return " ".join(text.split()) if self.collapse_whitespace else text
 
     def prepare_for_tokenization(
-        self, text: str, is_split_into_words: bool = False, **kwargs: Any
+        self, text: str, is_split_into_words: bool = False, word: bool = False, **kwargs: Any
     ) -> tuple[str, dict[str, Any]]:
-        """Clean a text before special tokens are looked for; a hook of the base class."""
-        return self.clean(text), kwargs
+        """Clean a text, or a word with the space before it, before special tokens are looked for; a hook of the base
+        class."""
+        cleaned = self.clean(text)
+        return (" " + cleaned if word and text[:1].isspace() else cleaned), kwargs
+
+    def _encode_plus(
+        self, text: Any, *arguments: Any, is_split_into_words: bool = False, **kwargs: Any
+    ) -> BatchEncoding:
+        # `word` is what the base class hands down to the hook above; its own name for it stops here.
+        kwargs |= {"is_split_into_words": is_split_into_words, "word": is_split_into_words}
+        return super()._encode_plus(text, *arguments, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Join tokens to text again; special tokens stand apart."""

@@ -1,6 +1,7 @@
 import pickle
 
 import pytest
+import transformers
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
@@ -43,6 +44,24 @@ def test_ids_are_those_of_sentencepiece_between_cls_and_sep(folder, tokenizer):
     clean = make_cleaner(CleaningSection())
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == [2, *pieces.encode(clean(text)[0]), 3]
+
+
+def test_words_given_apart_keep_the_space_before_them(tokenizer):
+    """The same ids as of the text, so that labels of words meet what the model was trained on."""
+    for text in ("we walk in the park", "[MASK] we walk"):
+        words = [word if number == 0 else f" {word}" for number, word in enumerate(text.split())]
+        whole = tokenizer(text)["input_ids"]
+        assert tokenizer(words, is_split_into_words=True)["input_ids"] == whole
+        assert tokenizer([words, words], is_split_into_words=True)["input_ids"] == [whole, whole]
+    joined = tokenizer(["one", "two"], is_split_into_words=True)["input_ids"]
+    assert joined[1:-1] == tokenizer("one")["input_ids"][1:-1] + tokenizer("two")["input_ids"][1:-1]
+
+
+def test_an_older_library_is_refused(folder, monkeypatch):
+    """It would leave out the special tokens without a word."""
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(ImportError, match=r"4\.57\.6, expected 5\.23"):
+        SutrainTokenizer(str(folder / "tokenizer.model"))
 
 
 def test_special_ids(tokenizer):
