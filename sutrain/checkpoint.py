@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -89,44 +89,55 @@ def find_latest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             checkpoint = Checkpoint(folder)
             checkpoint.verify()
+            if folder.name != (name := step_name(checkpoint.step)):
+                raise CheckpointError(f"{folder}: holds step {checkpoint.step}; its name was {name}")
             return checkpoint, damaged
         except CheckpointError as error:
             damaged.append(str(error))
     return None, damaged
 
 
-def agree_on_latest(
-    directory: Path, basis: str, device: torch.device
-) -> tuple[Checkpoint | None, float, list[str]]:
-    """(newest intact checkpoint, best held-out loss up to it on this basis, damaged ones) as rank 0 finds them.
+class Agreed(NamedTuple):
+    """What all ranks resume from, as rank 0 finds it."""
 
-    Rank 0 looks and tells, so that ranks cannot disagree about what the disk holds; the list is empty elsewhere. Raises
-    AllDamagedError on all ranks when there are checkpoints but all are damaged, FileNotFoundError on a rank
+    checkpoint: Checkpoint | None  # the newest intact one
+    best_loss: float  # the best held-out loss up to it on this basis, infinite if there is none
+    other_basis: bool  # the best checkpoint was found on another basis, so that losses do not compare
+    damaged: list[str]  # one line for each that was passed over; empty but on rank 0
+
+
+def agree_on_latest(directory: Path, basis: str, device: torch.device) -> Agreed:
+    """Rank 0 looks and tells, so that ranks cannot disagree about what the disk holds.
+
+    Raises AllDamagedError on all ranks when there are checkpoints but all are damaged, FileNotFoundError on a rank
     whose host does not see the one chosen.
     """
-    decision = torch.tensor([_NOTHING, float("inf")], dtype=torch.float64, device=device)
+    decision = torch.tensor([_NOTHING, float("inf"), 0], dtype=torch.float64, device=device)
     damaged: list[str] = []
     if _rank() == 0:
         found, damaged = find_latest(directory)
         decision[0] = found.step if found else _ALL_DAMAGED if damaged else _NOTHING
         marked = best(directory)
-        if found and marked and marked["step"] <= found.step and marked.get("basis") == basis:
-            decision[1] = marked["validation_loss"]
+        if found and marked and marked["step"] <= found.step:
+            if marked.get("basis") == basis:
+                decision[1] = marked["validation_loss"]
+            else:
+                decision[2] = True
     dist.broadcast(decision, 0)
-    step, best_loss = int(decision[0]), float(decision[1])
+    step, best_loss, other_basis = int(decision[0]), float(decision[1]), bool(decision[2])
     if step == _ALL_DAMAGED:
         found_there = f" ({'; '.join(damaged)})" if damaged else ""
         raise AllDamagedError(
             f"{directory}: no intact checkpoint left{found_there}; move the damaged ones away to start over"
         )
     if step == _NOTHING:
-        return None, best_loss, damaged
+        return Agreed(None, best_loss, other_basis, damaged)
     folder = directory / step_name(step)
     if not folder.is_dir():
         raise FileNotFoundError(
             errno.ENOENT, "rank 0 sees it, this host does not; share run_dir", str(folder)
         )
-    return Checkpoint(folder), best_loss, damaged
+    return Agreed(Checkpoint(folder), best_loss, other_basis, damaged)
 
 
 _NOTHING, _ALL_DAMAGED = -1, -2

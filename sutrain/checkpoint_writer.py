@@ -253,14 +253,17 @@ def sweep(directory: Path) -> None:
 
 
 def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None) -> None:
-    """Delete all checkpoints but the last `keep_last`, the best one, and one for every `keep_every_hours` hours.
+    """Delete all checkpoints but the best one, the last `keep_last` besides it, and one for every `keep_every_hours`
+    hours.
 
     A folder loses its name before its files, so a kill in between leaves no half checkpoint.
     """
     marked = checkpoints.best(directory)
     kept = {step_name(marked["step"])} if marked else set()
     newest_first = checkpoints.by_age(directory)
-    kept |= {folder.name for folder in newest_first[:keep_last]}
+    kept |= {
+        folder.name for folder in [folder for folder in newest_first if folder.name not in kept][:keep_last]
+    }
     if keep_every_hours is not None:
         last_kept = float("-inf")
         for folder in reversed(newest_first):

@@ -275,7 +275,7 @@ class PretrainConfig(Section):
         default_factory=list, description="go on from a checkpoint although these differ (docs/resume.md)"
     )
     start_timeout_seconds: float = Field(
-        120.0, gt=0, description="for all ranks to meet at the start, and for the first all-reduce"
+        120.0, gt=0, le=1e6, description="for all ranks to meet at the start, and for the first all-reduce"
     )
     data: Data
     model: EncoderConfig

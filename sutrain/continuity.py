@@ -138,7 +138,8 @@ class Weights:
 
 def begin_from(source: Path, fragments: FragmentMap, device: torch.device) -> None:
     """Give a new run the weights of an older one. Collective: rank 0 chooses and checks what is read, and every rank
-    reads the part that it owns. Raises ConfigError as open_weights and check_shapes do."""
+    reads the part that it owns. Raises ConfigError as open_weights and check_shapes do, and CheckpointError where one
+    host does not see what rank 0 reads."""
     chosen, weights = torch.tensor(_REFUSED, device=device), None
     try:
         if dist.get_rank() == 0:
@@ -150,7 +151,10 @@ def begin_from(source: Path, fragments: FragmentMap, device: torch.device) -> No
     if weights is None:
         if int(chosen) == _REFUSED:
             raise ConfigError(f"init_from {source}: refused on rank 0, which says why")
-        weights = open_weights(source, step=int(chosen))
+        try:
+            weights = open_weights(source, step=int(chosen))
+        except (ConfigError, OSError) as error:  # of this rank alone, and so told by it
+            raise checkpoints.CheckpointError(f"rank 0 reads it, this host does not: {error}") from None
     for piece in fragments.fragments:
         heartbeat.beat("reading weights", 0)
         piece.values().copy_(weights.read(piece.name, piece.offset, piece.length))

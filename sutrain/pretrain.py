@@ -142,7 +142,7 @@ class Run:
         self.broken = BrokenStreak(config.acting.stop_after_broken_steps)
         self.clock = RankClock(self.rank, self.world_size, self.device, enabled=config.monitor.port > 0)
         self.steps_done = self.samples_consumed = self.tokens = self.skipped = 0
-        self.best_loss, self.changes = float("inf"), list[str]()
+        self.best_loss, self.other_basis, self.changes = float("inf"), False, list[str]()
         self.checkpoint_dir = config.run_dir / "checkpoints"
         keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every_hours)
         self.writer = CheckpointWriter(self.checkpoint_dir, keep, self.rank, self.world_size)
@@ -155,8 +155,8 @@ class Run:
         if self.rank == 0:
             sweep(self.checkpoint_dir)
         agreed = checkpoints.agree_on_latest(self.checkpoint_dir, self.evaluator.basis, self.device)
-        checkpoint, self.best_loss, damaged = agreed
-        for line in damaged:
+        checkpoint, self.best_loss = agreed.checkpoint, agreed.best_loss
+        for line in agreed.damaged:
             self.say(f"warning: damaged checkpoint passed over: {line}")
         if checkpoint is None:
             if self.config.init_from is not None:
@@ -182,6 +182,7 @@ class Run:
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
         self.broken.without_update = self.skipped + self.gate.refused
+        self.other_basis = agreed.other_basis
         self.probe.interval.load(counters.get("probe", {}))
         return True
 
@@ -235,6 +236,10 @@ class Run:
         self.training = True
         if not resumed:
             self.evaluate()
+        elif (
+            self.other_basis
+        ):  # the best checkpoint stays the best until these weights are bettered on the new basis
+            self.best_loss = self.evaluate()
         ahead = (config.steps - self.steps_done, config.data.prefetch_updates, config.data.workers)
         batches = prefetch(self.samples, self.plan, self.samples_consumed, *ahead)
         ended = started = time.perf_counter()

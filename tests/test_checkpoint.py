@@ -64,6 +64,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name
     assert len(damaged) == 1 and "step-00000008" in damaged[0]
 
 
+def test_a_checkpoint_under_another_name_is_passed_over_with_the_reason(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 8).rename(tmp_path / "step-00000099")
+    found, damaged = checkpoints.find_latest(tmp_path)
+    assert found.step == 4
+    assert len(damaged) == 1 and "step-00000099: holds step 8; its name was step-00000008" in damaged[0]
+
+
 def test_an_interrupted_save_is_never_seen_and_swept_away(tmp_path):
     save(tmp_path, 4)
     half = tmp_path / ".writing-step-00000008"
@@ -81,6 +89,9 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
     prune(tmp_path, keep_last=2)
     assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4", "5"]
     assert checkpoints.best(tmp_path) == {"step": 2, "validation_loss": 1.5, "basis": "40 rows"}
+    checkpoints.mark_best(tmp_path, 5, 1.25, "40 rows")  # the last one is the best: one besides it
+    prune(tmp_path, keep_last=1)
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["4", "5"]
 
 
 def test_a_best_checkpoint_that_is_gone_or_a_damaged_mark_is_none(tmp_path):

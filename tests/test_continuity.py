@@ -162,6 +162,14 @@ def test_a_new_run_begins_from_a_checkpoint_a_run_or_an_exported_folder(tmp_path
     assert torch.equal(weights.read("a", 2, 3), (WEIGHT + 2).flatten()[2:5])
 
 
+def test_a_host_that_does_not_see_the_weights_says_so_itself(tmp_path, monkeypatch):
+    """As an error of one rank, which is told by that rank and not by rank 0."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda chosen, source: chosen.fill_(4))
+    with pytest.raises(checkpoints.CheckpointError, match="this host does not: init_from"):
+        continuity.begin_from(tmp_path / "nothing", None, torch.device("cpu"))
+
+
 def test_weights_that_do_not_fit_are_all_named(tmp_path):
     folder = a_checkpoint(tmp_path)
     with pytest.raises(ConfigError) as raised:

@@ -123,6 +123,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(straight, tmp_path):
     assert final_files(run_dir) == final_files(copied)
 
 
+def test_the_best_checkpoint_outlives_another_way_of_evaluation(straight, tmp_path):
+    """Losses over other rows do not compare: what was loaded is evaluated anew, and what is worse stays behind it."""
+    config, run_dir, _ = straight
+    copied = tmp_path / "worse"
+    shutil.copytree(run_dir, copied)
+    settings = ["--steps=18", "--optimizer.learning_rate=3", "--schedule={shape: constant}"]
+    settings += ["--evaluation.sequences=20", "--checkpoint.keep_last=1", f"--run_dir={copied}"]
+    train(config, 2, *settings)
+    evaluations = records(copied, "evaluation")
+    assert evaluations[18]["validation_loss"] > evaluations[12]["validation_loss"]
+    assert json.loads((copied / "checkpoints/best.json").read_text())["step"] == 12
+    assert sorted(path.name[-2:] for path in (copied / "checkpoints").glob("step-*")) == ["12", "18"]
+
+
 def test_a_new_run_begins_where_the_weights_of_another_ended(straight, tmp_path):
     """From the run's folder, whose best checkpoint is its last, with another optimizer: one step, counted from 0."""
     config, run_dir, _ = straight
