@@ -40,7 +40,7 @@ def adopt_plan(plan: Plan, fresh: bool) -> Plan:
 
     Raises DataPrepError when the folder holds what no run of ours wrote, and when the plans differ.
     """
-    output, identity = plan.config.output_path, plan.identity  # may fail, so before anything is removed
+    output, identity = plan.config.output_path, plan.identity
     path = output / "plan.json"
     saved = _saved_plan(path)
     refuse_strangers(plan.config.output_dir, saved)

@@ -23,7 +23,7 @@ from .estimate import NOTHING_LEFT, estimate, refuse_too_little_memory
 from .executor import Executor, RayExecutor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .gather import GatherTask, finished_gather, gather
-from .lease import owned
+from .lease import Fence, owned
 from .merge import SpillSet
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
 from .places import is_remote
@@ -52,61 +52,69 @@ def run(
     output = config.output_path
     progress = progress or RunProgress(output, config.resources.log_seconds)
     plan = make_plan(config, progress.say)
+    _ = plan.identity  # a tokenizer or function that cannot be loaded is told before a folder is made
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     if plan.ignored:
         progress.say(f"{len(plan.ignored)} file(s) in the input folders are not taken; `plan` lists them")
-    with owned(output, config.resources.lease_seconds, progress.say) as fence, progress.telling_failure():
+    with owned(output, config.resources.lease_seconds, progress.say) as fence:
         plan = adopt_plan(plan, fresh)
-        if (output / "manifest.json").exists():
-            publish(output, config.output_dir)
-            manifest = finished(config)
-            remove_work(plan)
-            progress.say(f"{output} is complete and neither the configuration nor the input has changed")
-            return manifest
-        refuse_unreadable(plan)
-        remove_leftovers(output, plan.work_path)
-        with disk_errors(plan.work_path):
-            plan.work_path.mkdir(parents=True, exist_ok=True)
-        warn_of_a_small_disk(plan, progress)
-        started, begun = time.time(), time.monotonic()
-        executor = make_executor(
-            executor_name, config.resources.workers, fence, plan.worker_bytes(), progress.say
-        )
-        try:
-            if isinstance(executor, RayExecutor):
-                firsts = {file.corpus: file.path for file in reversed(plan.files)}
-                places = [output, plan.work_path]
-                check_storage(executor.on_every_node, places, list(firsts.values()))
-            tokenizer = prepare_tokenizer(plan, executor, progress)
-            planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
-            refuse_too_little_memory(plan, planned)
-            if not planned.kept_share:
-                progress.say(NOTHING_LEFT)
-            scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
-            duplicates = run_dedup(plan, scattered, executor, progress)
-            shard_counts = count_shards(plan, scattered + duplicates, tokenizer["vocab_size"])
-            spills, merged = run_merges(
-                plan, tokenizer, scattered, shard_counts, planned.codec, executor, progress
-            )
-            gathered = run_gather(plan, tokenizer, spills, shard_counts, len(duplicates), executor, progress)
-        except DiskFullError as error:
-            raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
-        finally:
-            executor.close()
-        remove_leftovers(output)  # of workers that were killed while the run went on
-        manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
-        stages = {"scatter": scattered, "dedup": duplicates, "merge": merged, "gather": gathered}
-        seconds = time.monotonic() - begun
-        accounts = account(planned, stages, plan.input_bytes, executor.workers, seconds)
-        write_json(output / "run.json", describe_run(plan, executor, progress, accounts, started))
-        for line in compared(accounts, sum(result["written_bytes"] for result in gathered)):
-            progress.say(line)
-        write_json(output / "manifest.json", manifest.to_json())
-        publish(output, config.output_dir)
-        remove_work(plan)
-        progress.finish()
+        with progress.telling_failure():  # in a folder that is this run's own by now
+            _carry_out(plan, executor_name, fence, progress)
     return Manifest.load(config.output_dir if is_remote(config.output_dir) else output)
+
+
+def _carry_out(plan: Plan, executor_name: str, fence: Fence, progress: RunProgress) -> None:
+    """Do what the plan of an adopted OUTPUT has left to do; nothing when it is complete."""
+    config, output = plan.config, plan.config.output_path
+    if (output / "manifest.json").exists():
+        publish(output, config.output_dir)
+        finished(config)
+        remove_work(plan)
+        progress.say(f"{output} is complete and neither the configuration nor the input has changed")
+        return
+    refuse_unreadable(plan)
+    remove_leftovers(output, plan.work_path)
+    with disk_errors(plan.work_path):
+        plan.work_path.mkdir(parents=True, exist_ok=True)
+    warn_of_a_small_disk(plan, progress)
+    started, begun = time.time(), time.monotonic()
+    executor = make_executor(
+        executor_name, config.resources.workers, fence, plan.worker_bytes(), progress.say
+    )
+    try:
+        if isinstance(executor, RayExecutor):
+            firsts = {file.corpus: file.path for file in reversed(plan.files)}
+            places = [output, plan.work_path]
+            check_storage(executor.on_every_node, places, list(firsts.values()))
+        tokenizer = prepare_tokenizer(plan, executor, progress)
+        planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
+        refuse_too_little_memory(plan, planned)
+        if not planned.kept_share:
+            progress.say(NOTHING_LEFT)
+        scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
+        duplicates = run_dedup(plan, scattered, executor, progress)
+        shard_counts = count_shards(plan, scattered + duplicates, tokenizer["vocab_size"])
+        spills, merged = run_merges(
+            plan, tokenizer, scattered, shard_counts, planned.codec, executor, progress
+        )
+        gathered = run_gather(plan, tokenizer, spills, shard_counts, len(duplicates), executor, progress)
+    except DiskFullError as error:
+        raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
+    finally:
+        executor.close()
+    remove_leftovers(output)  # of workers that were killed while the run went on
+    manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
+    stages = {"scatter": scattered, "dedup": duplicates, "merge": merged, "gather": gathered}
+    seconds = time.monotonic() - begun
+    accounts = account(planned, stages, plan.input_bytes, executor.workers, seconds)
+    write_json(output / "run.json", describe_run(plan, executor, progress, accounts, started))
+    for line in compared(accounts, sum(result["written_bytes"] for result in gathered)):
+        progress.say(line)
+    write_json(output / "manifest.json", manifest.to_json())
+    publish(output, config.output_dir)
+    remove_work(plan)
+    progress.finish()
 
 
 def warn_of_a_small_disk(plan: Plan, progress: RunProgress) -> None:
