@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config_file import ConfigError, Section, load_config
-from .places import is_remote, local_path, place
+from .places import is_remote, lost_with_a_ray_package, place
 
 MEBIBYTE = 1024**2
 DEFAULT_WORK = ".work"
@@ -37,7 +37,9 @@ class CorpusSection(Section):
         "From a folder only files with a suffix of the format are taken",
     )
     records: Literal["line", "paragraph"] = Field(
-        default="line", description="txt: a record is a line, or the lines between two empty ones"
+        default="line",
+        description="txt: a record is a line, or the lines between two empty ones; other files of the corpus keep "
+        "the records of their format",
     )
     weight: float = Field(
         default=1.0,
@@ -51,6 +53,12 @@ class CorpusSection(Section):
         min_length=1,
         description="jsonl and parquet: the field, or column, that holds the text",
     )
+
+    @model_validator(mode="after")
+    def _only_txt_has_paragraphs(self) -> CorpusSection:
+        if self.records == "paragraph" and self.format in ("jsonl", "parquet"):
+            raise ValueError(f"records: paragraph is for txt, and format is {self.format}; leave it out")
+        return self
 
 
 class CleaningSection(Section):
@@ -370,19 +378,14 @@ def records_bytes(worker_memory_bytes: int, max_record_bytes: int) -> int:
 def load(path: str | Path, overrides: list[str]) -> PrepareConfig:
     """Read and check a configuration. Raises ConfigError with every mistake, one a line."""
     config = load_config(PrepareConfig, path, overrides)
-    problems = _paths_lost_with_a_ray_package(config)
+    problems = lost_with_a_ray_package(_paths(config), os.getcwd())
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return config
 
 
-def _paths_lost_with_a_ray_package(config: PrepareConfig, cwd: str | None = None) -> list[str]:
-    """A Ray job runs in an unpacked copy of --working-dir: relative data paths would be looked for, and
-    lost, there.
-    """
-    folder = cwd or os.getcwd()
-    if not any(part.startswith("_ray_pkg_") or part == "working_dir_files" for part in Path(folder).parts):
-        return []
+def _paths(config: PrepareConfig) -> dict[str, str | None]:
+    """Every path or URL of a configuration by its key."""
     paths = {
         "output_dir": config.output_dir,
         "work_dir": config.work_dir,
@@ -391,9 +394,4 @@ def _paths_lost_with_a_ray_package(config: PrepareConfig, cwd: str | None = None
     for number, corpus in enumerate(config.corpora):
         paths[f"corpora.{number}.root"] = corpus.root
         paths |= {f"corpora.{number}.paths.{i}": path for i, path in enumerate(corpus.paths)}
-    return [
-        f"{key}: {path!r} is relative, but a Ray job runs in a temporary copy of its working directory; "
-        "give an absolute path that every node sees"
-        for key, path in paths.items()
-        if path and not is_remote(path) and not os.path.isabs(os.path.expanduser(local_path(path)))
-    ]
+    return paths
