@@ -24,7 +24,7 @@ import zstandard
 
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
-from .fingerprint import document_sum, line_sum
+from .fingerprint import digest_of, document_sum, line_sum
 from .keys import philox_words, share_threshold, stream_id
 from .measure import TaskMeter
 from .shards import SPLITS
@@ -193,7 +193,9 @@ def selected(
 
 @dataclass(frozen=True)
 class DedupTask:
-    """Find the duplicates among the hashes first .. stop - 1 (their upper 64 bits) of all tasks of pass 1."""
+    """Find the duplicates among the hashes first .. stop - 1 (their upper 64 bits) of all tasks of pass 1, whose
+    results `upstream` names.
+    """
 
     number: int
     first: int
@@ -202,6 +204,7 @@ class DedupTask:
     scatter_tasks: int
     folder: str
     run_hash: str
+    upstream: str
     source_of_file: list[int]
 
 
@@ -217,12 +220,8 @@ def dedup_tasks(
     size = sum(result["hash_entries"] for result in scattered) * _ENTRY.itemsize * _LOADED_COPIES
     count = max(1, -(-size // memory))
     cuts = [part * _HASHES // count for part in range(count + 1)]
-    return [
-        DedupTask(
-            n, cuts[n], cuts[n + 1], str(scatter_folder), len(scattered), str(folder), run_hash, sources
-        )
-        for n in range(count)
-    ]
+    same = (str(scatter_folder), len(scattered), str(folder), run_hash, digest_of(scattered), sources)
+    return [DedupTask(n, cuts[n], cuts[n + 1], *same) for n in range(count)]
 
 
 def drops_path(folder: str | Path, number: int) -> Path:
@@ -230,14 +229,15 @@ def drops_path(folder: str | Path, number: int) -> Path:
 
 
 def finished_dedup(task: DedupTask) -> dict[str, Any] | None:
-    """The manifest of a finished task of this run and this range, or None."""
+    """The manifest of a finished task of this run, these results of pass 1 and this range, or None."""
     path = drops_path(task.folder, task.number)
     try:
         manifest: dict[str, Any] = json.loads(path.with_suffix(".json").read_bytes())
-        found = (manifest["run"], manifest["range"], manifest["file_bytes"])
+        found = (manifest["run"], manifest["upstream"], manifest["range"], manifest["file_bytes"])
     except (OSError, ValueError, KeyError):
         return None
-    return manifest if found == (task.run_hash, [task.first, task.stop], size_or_none(path)) else None
+    expected = (task.run_hash, task.upstream, [task.first, task.stop], size_or_none(path))
+    return manifest if found == expected else None
 
 
 def find_duplicates(task: DedupTask) -> dict[str, Any]:
@@ -266,6 +266,7 @@ def find_duplicates(task: DedupTask) -> dict[str, Any]:
         np.save(file, drops, allow_pickle=False)
     manifest = {
         "run": task.run_hash,
+        "upstream": task.upstream,
         "range": [task.first, task.stop],
         "file_bytes": size_or_none(path),
         "entries": looked_through,

@@ -30,13 +30,14 @@ from .text import gather_text
 @dataclass(frozen=True)
 class GatherTask:
     """One shard of pass 2 and all it needs to know. source_of_file: corpus number of every file; vocab_size: 0 for
-    text.
+    text; upstream: names the results of pass 1 that it is made of.
     """
 
     split: str
     shard: int
     shards: int
     run_hash: str
+    upstream: str
     tokenizer_sha256: str
     spill_folder: str
     spills: Sequence[int]
@@ -62,19 +63,20 @@ def counts_path(folder: str | Path, split: str, shard: int) -> Path:
 
 
 def finished_gather(task: GatherTask) -> dict[str, Any] | None:
-    """The manifest of a finished shard, or None: of this run and tokenizer, and its files have the sizes it
-    names.
+    """The manifest of a finished shard, or None: of this run, tokenizer and pass 1, and its files have the
+    sizes it names.
     """
     path = result_path(task.work_folder, task.split, task.shard)
     if not path.exists():
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_bytes())
-        found = (result["shards"], result["run"], result["tokenizer"])
+        found = (result["shards"], result["run"], result["upstream"], result["tokenizer"])
         complete = all(size_or_none(place(name)) == size for name, size in _sizes(task, result).items())
     except (OSError, ValueError, KeyError):
         return None
-    return result if complete and found == (task.shards, task.run_hash, task.tokenizer_sha256) else None
+    expected = (task.shards, task.run_hash, task.upstream, task.tokenizer_sha256)
+    return result if complete and found == expected else None
 
 
 def gather(task: GatherTask) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def gather(task: GatherTask) -> dict[str, Any]:
         "split": task.split,
         "shards": task.shards,
         "run": task.run_hash,
+        "upstream": task.upstream,
         "tokenizer": task.tokenizer_sha256,
         **made,
         **meter.finish(),

@@ -22,6 +22,7 @@ from .errors import DataPrepError, DiskFullError
 from .estimate import NOTHING_LEFT, estimate, refuse_too_little_memory
 from .executor import Executor, RayExecutor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
+from .fingerprint import digest_of
 from .gather import GatherTask, finished_gather, gather
 from .lease import Fence, owned
 from .merge import SpillSet
@@ -98,7 +99,9 @@ def _carry_out(plan: Plan, executor_name: str, fence: Fence, progress: RunProgre
         spills, merged = run_merges(
             plan, tokenizer, scattered, shard_counts, planned.codec, executor, progress
         )
-        gathered = run_gather(plan, tokenizer, spills, shard_counts, len(duplicates), executor, progress)
+        gathered = run_gather(
+            plan, tokenizer, scattered, spills, shard_counts, len(duplicates), executor, progress
+        )
     except DiskFullError as error:
         raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
     finally:
@@ -248,6 +251,7 @@ def _loaded(plan: Plan, tokenizer: dict[str, Any]) -> AnyTokenizer | None:
 def run_gather(
     plan: Plan,
     tokenizer: dict[str, Any],
+    scattered: list[dict[str, Any]],
     spills: SpillSet,
     shard_counts: dict[str, int],
     drops: int,
@@ -258,12 +262,14 @@ def run_gather(
     config = plan.config
     vocab_size = tokenizer["vocab_size"]
     row_bytes = config.shards.row_tokens * token_dtype(vocab_size).itemsize
+    upstream = digest_of(scattered)
     tasks = [
         GatherTask(
             split=split,
             shard=shard,
             shards=shards,
             run_hash=plan.run_hash,
+            upstream=upstream,
             tokenizer_sha256=tokenizer["sha256"],
             spill_folder=spills.folder,
             spills=spills.numbers,
