@@ -216,6 +216,8 @@ def _segment_records(
             done = yield from _with_split(read_lines(file, block, limit, keys_of, book))
             if done is not None:
                 for batch in read_batches(file, block, block + 1, limit):
+                    if done and batch.lines[:1] == ["file_changed"]:  # since the quick way began
+                        raise FileChangedError(f"{file.path}: changed while it was read")
                     skipped = max(0, done - batch.first_record)
                     offsets, lines = batch.offsets[skipped:], batch.lines[skipped:]
                     yield from records_of(RawBatch(batch.block, batch.first_record + skipped, offsets, lines))

@@ -24,7 +24,7 @@ from .keys import key_range
 from .merge import SpillSet, sorted_records
 from .places import is_remote, place
 from .shards import SPLITS, Manifest, ShardEntry
-from .sources import BLOCK_BYTES, InputFile, is_unchanged
+from .sources import BLOCK_BYTES, FileChangedError, InputFile, is_unchanged
 from .spill import Items, Records
 
 _CHUNK_BYTES = 4 * 1024**2
@@ -71,7 +71,8 @@ def read_lines(
     book: dict[str, Any],
 ) -> Generator[Records, None, int | None]:
     """The lines of a block of a plain file as they are; `keys_of(block, first, count)` gives the keys. Keeps the
-    book. Returns None, or the number of the first line of the block that has to take the careful way.
+    book. Returns None, or the number of the first line of the block that has to take the careful way. Raises
+    FileChangedError when the file changed while it was read.
     """
     limit, number = (block + 1) * BLOCK_BYTES, 0
     with open(file.path, "rb", buffering=0) as handle:
@@ -93,6 +94,8 @@ def read_lines(
             if len(records):
                 yield records
             del values, records
+        if not is_unchanged(file, cast(BinaryIO, handle)):
+            raise FileChangedError(f"{file.path}: changed while it was read")
     return None
 
 

@@ -91,6 +91,27 @@ def test_every_line_is_there_once_and_the_quick_way_gives_the_bytes_of_the_caref
     assert prepare(tree_of(tmp_path, "careful", resources=small)).content_hash == manifest.content_hash
 
 
+@pytest.mark.parametrize("last", [b"plain\n", b"odd\r\n"], ids=["quick", "careful at the end"])
+def test_a_file_that_changes_on_the_quick_way_is_lost_whole(tmp_path, monkeypatch, last):
+    """Another program writes to it when the first lines of its only block have been taken."""
+    monkeypatch.setattr(text, "_CHUNK_BYTES", 1500)
+    for name in ("stays", "grows"):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        lines = b"\n".join(line.encode() for line in make_texts(200)) + b"\n" + last
+        (tmp_path / "raw" / f"{name}.txt").write_bytes(lines)
+    original = text._as_they_are
+
+    def and_grows(values, lengths, keys, book):
+        if (tmp_path / "raw" / "stays.txt").stat().st_size == (tmp_path / "raw" / "grows.txt").stat().st_size:
+            with (tmp_path / "raw" / "grows.txt").open("ab") as file:
+                file.write(b"one more\n")
+        return original(values, lengths, keys, book)
+
+    monkeypatch.setattr(text, "_as_they_are", and_grows)
+    (source,) = prepare(tree_of(tmp_path, "out")).sources
+    assert source["quarantined"] == {"file_changed": 1} and source["written"] == 201
+
+
 @pytest.mark.parametrize("forgery", ["gone", "doubled"])
 def test_verify_finds_a_line_that_is_gone_or_doubled_although_every_checksum_agrees(tmp_path, raw, forgery):
     tree = tree_of(tmp_path, "out")
