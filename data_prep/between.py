@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from .books import merge_books
-from .config import records_bytes
 from .dedup import dedup_tasks, find_duplicates, finished_dedup
 from .errors import DataPrepError
 from .estimate import needed_groups
 from .executor import Executor
 from .files import free_bytes, size_or_none
 from .fingerprint import digest_of
+from .memory import records_bytes
 from .merge import MergeTask, SpillSet, finished_merge, merge
 from .places import is_remote
 from .plan import Plan, frame_bytes

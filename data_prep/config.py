@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config_file import ConfigError, Section, load_config
+from .memory import least_worker_bytes
 from .places import is_remote, lost_with_a_ray_package, place
 
 MEBIBYTE = 1024**2
 DEFAULT_WORK = ".work"
-_BATCH_BYTES, _RECORD_COPIES = 112 * MEBIBYTE, 8
 
 
 class CorpusSection(Section):
@@ -309,7 +309,7 @@ class PrepareConfig(Section):
 
     @model_validator(mode="after")
     def _the_largest_record_fits(self) -> PrepareConfig:
-        least = _BATCH_BYTES + _RECORD_COPIES * self.cleaning.max_record_bytes
+        least = least_worker_bytes(self.cleaning.max_record_bytes)
         if self.resources.worker_memory_bytes < least:
             raise ValueError(
                 f"resources.worker_memory_bytes: {self.resources.worker_memory_bytes:,} is too little for records of "
@@ -364,15 +364,6 @@ class PrepareConfig(Section):
         if self.tokenizer.load:
             del tree["tokenizer"]["train"]
         return tree
-
-
-def records_bytes(worker_memory_bytes: int, max_record_bytes: int) -> int:
-    """What a worker may fill with records: its memory without what it takes to read, clean, encode, sort, pack and
-    compress a batch (measured), and the largest record (as bytes, as text, its ids and its words).
-    """
-    return max(
-        worker_memory_bytes - _BATCH_BYTES - _RECORD_COPIES * max_record_bytes, worker_memory_bytes // 8
-    )
 
 
 def load(path: str | Path, overrides: list[str]) -> PrepareConfig:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from .clean import function_identity
-from .config import DEFAULT_WORK, PrepareConfig, records_bytes
+from .config import DEFAULT_WORK, PrepareConfig
 from .errors import DataPrepError
 from .executor import usable_cores
 from .inputs import list_corpus, search_root
+from .memory import records_bytes
 from .places import full_url, is_remote, local_path, place
 from .records import Segment, segment_bytes
 from .shards import FORMAT_VERSION

@@ -17,7 +17,7 @@ from .account import account, compared
 from .adopt import load
 from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_merges, run_missing
 from .books import close_books, describe_run, merge_books, write_quarantine
-from .config import PrepareConfig, records_bytes
+from .config import PrepareConfig
 from .errors import DataPrepError, DiskFullError
 from .estimate import NOTHING_LEFT, estimate, refuse_too_little_memory
 from .executor import Executor, RayExecutor, make_executor
@@ -25,6 +25,7 @@ from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .fingerprint import digest_of
 from .gather import GatherTask, finished_gather, gather
 from .lease import Fence, owned
+from .memory import records_bytes
 from .merge import SpillSet
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
 from .places import is_remote

@@ -18,13 +18,14 @@ import numpy as np
 import xxhash
 
 from .clean import make_cleaner
-from .config import CleaningSection, records_bytes
+from .config import CleaningSection
 from .dedup import HashWriter, hashes_index_path, hashes_path, repeated, selected
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
 from .fingerprint import document_hashes, line_hashes
 from .keys import share_threshold
 from .measure import TaskMeter, boot_id, keep_freed_memory
+from .memory import records_bytes
 from .records import Segment, clean_texts, new_book, record_keys, segment_bytes
 from .shards import SPLITS, token_dtype
 from .sources import FileChangedError, RawBatch, read_batches
