@@ -22,10 +22,11 @@ from .config import PrepareConfig
 from .errors import AuditError
 from .executor import Executor
 from .fingerprint import document_sum
+from .owned import SHARD
 from .places import place
 from .plan import differences
 from .progress import RunProgress
-from .shards import SPECIAL_IDS, Block, Manifest, ShardEntry, ShardError, ShardReader
+from .shards import SPECIAL_IDS, Block, Manifest, ShardEntry, ShardError, ShardReader, index_name
 from .text import verify_text
 from .tokenizer import make_tokenizer, read_model
 
@@ -251,9 +252,9 @@ def _check_listing(manifest: Manifest) -> list[str]:
     """Shards in the folders that the manifest does not know; a reader that goes by names would take them."""
     problems = []
     for split, entry in manifest.splits.items():
-        known = {shard.name for shard in entry.shards}
-        for path in sorted((place(manifest.directory) / split).glob("*.tar")):
-            if path.name not in known:
+        known = {name for shard in entry.shards for name in (shard.name, index_name(shard.name))}
+        for path in sorted((place(manifest.directory) / split).glob("*")):
+            if path.name not in known and (path.name.endswith(".tar") or SHARD.fullmatch(path.name)):
                 problems.append(f"{path}: not a shard of this data set; take it out of the folder")
     return problems
 

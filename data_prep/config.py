@@ -336,6 +336,11 @@ class PrepareConfig(Section):
                         f"corpora.{number}.format: with shards.content=text a text must be one line; take "
                         "cleaning.collapse_whitespace=true, or format: txt with records: line"
                     )
+            if self.cleaning.functions:
+                raise ValueError(
+                    "cleaning.functions: may return line ends, and with shards.content=text a text must be one line; "
+                    "take cleaning.collapse_whitespace=true, which comes after them"
+                )
         return self
 
     @property

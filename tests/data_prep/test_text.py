@@ -91,6 +91,26 @@ def test_every_line_is_there_once_and_the_quick_way_gives_the_bytes_of_the_caref
     assert prepare(tree_of(tmp_path, "careful", resources=small)).content_hash == manifest.content_hash
 
 
+def test_a_function_that_may_return_line_ends_is_refused(tmp_path):
+    tree = tree_of(tmp_path, "out")
+    tree["cleaning"] = _AS_IT_IS | {"functions": ["tests.data_prep.functions:first_line"]}
+    with pytest.raises(
+        ValueError, match="cleaning.functions: may return line ends, .*collapse_whitespace=true"
+    ):
+        PrepareConfig.model_validate(tree)
+    tree["cleaning"]["collapse_whitespace"] = True
+    PrepareConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize("name", ["part-000099.txt.zst", "part-000099.txt", "shard-000099.tar", "other.tar"])
+def test_verify_finds_a_part_that_is_not_of_the_data_set(tmp_path, raw, name):
+    prepare(tree_of(tmp_path, "out"))
+    verify(tmp_path / "out", LocalExecutor(1), RunProgress(None, 60))
+    (tmp_path / "out" / "train" / name).write_bytes(b"a line of somebody else\n")
+    with pytest.raises(AuditError, match=f"{name}: not a shard of this data set; take it out of the folder"):
+        verify(tmp_path / "out", LocalExecutor(1), RunProgress(None, 60))
+
+
 @pytest.mark.parametrize("last", [b"plain\n", b"odd\r\n"], ids=["quick", "careful at the end"])
 def test_a_file_that_changes_on_the_quick_way_is_lost_whole(tmp_path, monkeypatch, last):
     """Another program writes to it when the first lines of its only block have been taken."""
