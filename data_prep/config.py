@@ -185,6 +185,12 @@ class TokenizerSection(Section):
     )
     train: TrainSection = TrainSection()
 
+    @model_validator(mode="after")
+    def _only_a_loaded_model_is_adopted(self) -> TokenizerSection:
+        if self.adopt and not self.load:
+            raise ValueError("adopt: true is for a model that is loaded; give load, or leave adopt out")
+        return self
+
 
 class WordsSection(Section):
     """Word starts, for whole-word masking."""

@@ -62,6 +62,11 @@ def test_names_that_collide_are_refused(tmp_path):
     assert command_line(tree, tmp_path, "plan").returncode == 0
 
 
+def test_adopting_a_model_without_loading_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="adopt: true is for a model that is loaded; give load"):
+        PrepareConfig.model_validate(settings(tmp_path / "out", ["raw"], tokenizer={"adopt": True}))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_paragraphs_of_a_format_that_has_none_are_refused(tmp_path, kind):
     tree = settings(tmp_path / "out", ["raw"])
