@@ -165,7 +165,8 @@ def prepare_tokenizer(plan: Plan, executor: Executor, progress: RunProgress) -> 
 
 def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) -> None:
     config, work = plan.config, plan.work_path / "sample"
-    shares = sample_shares(plan.files, config.tokenizer.train.sample_bytes)
+    weights = [corpus.weight for corpus in config.corpora]
+    shares = sample_shares(plan.files, weights, config.tokenizer.train.sample_bytes)
     tasks = [
         SampleTask(number, segments, str(work), plan.run_hash, config.seed, shares, config.cleaning)
         for number, segments in enumerate(plan.tasks)
