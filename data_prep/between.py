@@ -40,7 +40,7 @@ def run_dedup(
         work / "scatter",
         work / "dedup",
         plan.run_hash,
-        [file.corpus for file in plan.files],
+        plan.file_stops,
         config.resources.worker_memory_bytes,
     )
     with progress.stage("dedup", sum(result["hash_entries"] for result in scattered), len(tasks), "records"):

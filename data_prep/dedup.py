@@ -205,7 +205,7 @@ class DedupTask:
     folder: str
     run_hash: str
     upstream: str
-    source_of_file: list[int]
+    file_stops: list[int]  # Plan.file_stops
 
 
 def dedup_tasks(
@@ -213,14 +213,14 @@ def dedup_tasks(
     scatter_folder: Path,
     folder: Path,
     run_hash: str,
-    sources: list[int],
+    file_stops: list[int],
     memory: int,
 ) -> list[DedupTask]:
     """As few tasks as the memory of a worker allows."""
     size = sum(result["hash_entries"] for result in scattered) * _ENTRY.itemsize * _LOADED_COPIES
     count = max(1, -(-size // memory))
     cuts = [part * _HASHES // count for part in range(count + 1)]
-    same = (str(scatter_folder), len(scattered), str(folder), run_hash, digest_of(scattered), sources)
+    same = (str(scatter_folder), len(scattered), str(folder), run_hash, digest_of(scattered), file_stops)
     return [DedupTask(n, cuts[n], cuts[n + 1], *same) for n in range(count)]
 
 
@@ -270,7 +270,7 @@ def find_duplicates(task: DedupTask) -> dict[str, Any]:
         "range": [task.first, task.stop],
         "file_bytes": size_or_none(path),
         "entries": looked_through,
-        "books": _corrections(gone, np.array(task.source_of_file)),
+        "books": _corrections(gone, task.file_stops),
         "splits": {
             split: {
                 "documents": -int((taken["split"] == number).sum()),
@@ -309,10 +309,10 @@ def _entries(task: DedupTask, moved: Counter[str]) -> Iterator[np.ndarray]:
             ) from None
 
 
-def _corrections(gone: np.ndarray, source_of_file: np.ndarray) -> dict[str, Any]:
+def _corrections(gone: np.ndarray, file_stops: list[int]) -> dict[str, Any]:
     """What the books of pass 1 have to be changed by, for each corpus: copies that are not written after all."""
     books: dict[str, Any] = {}
-    sources = source_of_file[gone["file"]] if len(gone) else np.empty(0, dtype=np.int64)
+    sources = np.searchsorted(file_stops, gone["file"], side="right")
     new_place = np.ones(len(gone), dtype=bool)
     new_place[1:] = np.any(
         [gone[name][1:] != gone[name][:-1] for name in ("high", "low", "file", "block", "record")], axis=0

@@ -29,7 +29,7 @@ from .text import gather_text
 
 @dataclass(frozen=True)
 class GatherTask:
-    """One shard of pass 2 and all it needs to know. source_of_file: corpus number of every file; vocab_size: 0 for
+    """One shard of pass 2 and all it needs to know. file_stops: Plan.file_stops; vocab_size: 0 for
     text; upstream: names the results of pass 1 that it is made of.
     """
 
@@ -43,7 +43,7 @@ class GatherTask:
     spills: Sequence[int]
     output_folder: str
     work_folder: str
-    source_of_file: list[int]
+    file_stops: list[int]
     row_tokens: int
     block_rows: int
     vocab_size: int
@@ -131,15 +131,13 @@ def _gather_tokens(task: GatherTask) -> dict[str, Any]:
 def sorted_documents(task: GatherTask, spills: SpillSet, drops: Drops) -> Iterator[Documents]:
     """The documents of the task's key range in order, but the duplicates, in portions that fit the memory budget."""
     first, stop = key_range(task.shard, task.shards)
-    source_of_file = np.array(task.source_of_file, dtype=np.uint32)
     for records in drops.left_out(
         sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes)
     ):
         origin = [records.columns[name] for name in ORIGIN]
+        source = np.searchsorted(task.file_stops, origin[0], side="right").astype(np.uint32)
         lengths = records.columns["length"].astype(np.int64)
-        yield Documents(
-            records.tokens, records.words, lengths, np.stack([source_of_file[origin[0]], *origin])
-        )
+        yield Documents(records.tokens, records.words, lengths, np.stack([source, *origin]))
 
 
 def _sizes(task: GatherTask, result: dict[str, Any]) -> dict[str, int]:

@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .clean import function_identity
 from .config import DEFAULT_WORK, PrepareConfig
 from .errors import DataPrepError
@@ -69,6 +71,15 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         return int(self.text_bytes * _OUTPUT_SHARE)
+
+    @property
+    def file_stops(self) -> list[int]:
+        """For each corpus, the number of the file after its last one: the files of a corpus lie together, so this tells
+        the corpus of every file, and is small enough to travel with every task.
+        """
+        return np.cumsum(
+            np.bincount([file.corpus for file in self.files], minlength=len(self.config.corpora))
+        ).tolist()
 
     def worker_bytes(self) -> int:
         """Peak memory of one worker: the program, and what the configuration allows, or less where so little text

@@ -264,7 +264,7 @@ def run_gather(
     config = plan.config
     vocab_size = tokenizer["vocab_size"]
     row_bytes = config.shards.row_tokens * token_dtype(vocab_size).itemsize
-    upstream = digest_of(scattered)
+    upstream, file_stops = digest_of(scattered), plan.file_stops
     tasks = [
         GatherTask(
             split=split,
@@ -277,7 +277,7 @@ def run_gather(
             spills=spills.numbers,
             output_folder=config.output_dir if is_remote(config.output_dir) else str(config.output_path),
             work_folder=str(plan.work_path / "gather"),
-            source_of_file=[file.corpus for file in plan.files],
+            file_stops=file_stops,
             row_tokens=config.shards.row_tokens,
             block_rows=max(1, config.shards.block_bytes // row_bytes),
             vocab_size=vocab_size,

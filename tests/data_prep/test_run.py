@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -270,6 +271,32 @@ def test_a_tokenizer_can_be_loaded_and_words_left_out(prepared, tmp_path):
     )
     assert manifest.tokenizer["sha256"] == SplitReader(prepared, "train").manifest.tokenizer["sha256"]
     assert SplitReader(tmp_path / "out", "train").rows(0, 3).word_start_NL is None
+
+
+def test_a_task_that_travels_is_as_small_with_many_files_as_with_few(tmp_path, monkeypatch):
+    sizes = []
+    for count in (2, 300):
+        tasks: list[gather.GatherTask] = []
+        monkeypatch.setattr(
+            run_module, "gather", lambda task, tasks=tasks: tasks.append(task) or gather.gather(task)
+        )
+        for name in "ab":
+            for number in range(count // 2):
+                texts = make_texts(600)[600 * number // (count // 2) : 600 * (number + 1) // (count // 2)]
+                write_jsonl(tmp_path / str(count) / name / f"{number:03d}.jsonl", texts)
+        tree = settings(tmp_path / f"out{count}", [])
+        tree["corpora"] = [{"name": name, "paths": [str(tmp_path / str(count) / name)]} for name in "ab"]
+        prepare(tree)
+        sizes.append(max(len(pickle.dumps(task)) for task in tasks))
+        sources = Counter()
+        reader = SplitReader(tmp_path / f"out{count}", "train")
+        for shard in range(len(reader.manifest.splits["train"].shards)):
+            blocks = reader._reader(shard)
+            for block in range(len(blocks.blocks)):
+                pieces = blocks.read(block).pieces
+                sources.update((pieces[3] == (pieces[4] >= count // 2)).tolist())
+        assert set(sources) == {True}, "a document's corpus is that of its file"
+    assert abs(sizes[1] - sizes[0]) < 50
 
 
 def test_lost_spill_and_unbalanced_books_stop_the_run(tmp_path, monkeypatch):
