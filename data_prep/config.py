@@ -116,7 +116,7 @@ class DeduplicationSection(Section):
 
 
 class QuarantineSection(Section):
-    """How much may be unreadable before a run fails, at the end of pass 1. Changes no byte of the output."""
+    """How much may be unreadable before a run fails, in pass 1. Changes no byte of the output."""
 
     max_record_share: float = Field(
         default=0.01, ge=0, le=1, description="share of the records that may be quarantined"

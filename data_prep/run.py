@@ -32,7 +32,7 @@ from .places import is_remote
 from .plan import PROGRAM_BYTES, Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
-from .quarantine import check_losses
+from .quarantine import check_losses, is_hopeless, lost_records
 from .readable import refuse_unreadable
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
@@ -228,13 +228,22 @@ def run_scatter(
         for number, segments in enumerate(plan.tasks)
     ]
 
+    seen: list[dict[str, Any]] = []
+    sums: Counter[str] = Counter()
+
     def account(result: dict[str, Any]) -> None:
         outcomes: Counter[str] = Counter()
         for book in result["books"].values():
             outcomes["written"] += book["written"]
             outcomes["dropped"] += sum(book["dropped"].values())
             outcomes["quarantined"] += sum(book["quarantined"].values())
+            sums.update(read=book["read"], lost=lost_records(book))
         progress.advance(result["input_bytes"], outcomes)
+        seen.append(result)
+        sums["input"] += result["read_bytes"]
+        if is_hopeless(config, sums["read"], sums["lost"], sums["input"] / plan.input_bytes):
+            write_quarantine(plan, [one["task"] for one in seen])
+            check_losses(config, len(plan.files), merge_books(plan, seen))
 
     with progress.stage("scatter", plan.text_bytes, len(tasks)):
         results = run_missing(tasks, finished_scatter, scatter, executor, account)
