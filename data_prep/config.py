@@ -217,7 +217,7 @@ class ShardsSection(Section):
         default="tokens",
         description="tokens: webdataset shards of ids; text: the cleaned texts, shuffled, a line each",
     )
-    compress_text: bool = Field(default=True, description="content text: zstd frames, or plain text")
+    compress_text: bool = Field(default=True, description="content text: zstd frames of 2 MiB, or plain text")
     row_tokens: int = Field(default=512, ge=8, le=2**20, description="length of a row [tokens]")
     target_bytes: int = Field(
         default=256 * MEBIBYTE,

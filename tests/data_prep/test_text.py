@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 import xxhash
 import zstandard
 
+from data_prep import merge, sources, spill, text
 from data_prep import plan as plan_module
 from data_prep import scatter as scatter_module
-from data_prep import sources, text
 from data_prep.audit import verify
 from data_prep.config import PrepareConfig
+from data_prep.decompress import zstd_frames
 from data_prep.errors import AuditError
 from data_prep.executor import LocalExecutor
 from data_prep.fingerprint import line_sum
@@ -130,6 +132,22 @@ def test_a_file_that_changes_on_the_quick_way_is_lost_whole(tmp_path, monkeypatc
     monkeypatch.setattr(text, "_as_they_are", and_grows)
     (source,) = prepare(tree_of(tmp_path, "out")).sources
     assert source["quarantined"] == {"file_changed": 1} and source["written"] == 201
+
+
+def test_the_bytes_of_a_part_do_not_tell_the_memory_of_its_worker(tmp_path, raw, monkeypatch):
+    monkeypatch.setattr(text, "_FRAME_BYTES", 5000)
+    parts = []
+    for name in ("much", "little"):
+        prepare(tree_of(tmp_path, name))
+        parts.append({path.name: path.read_bytes() for path in (tmp_path / name / "train").iterdir()})
+        monkeypatch.setattr(merge, "_LOADED_SHARE", 1 / 65536)
+        monkeypatch.setattr(spill, "_SORT_BYTES", 700)
+        monkeypatch.setattr("data_prep.run.frame_bytes", lambda plan: 1000)
+    assert len(parts[0]) > 3 and parts[0] == parts[1]
+    path = tmp_path / "much" / "train" / "part-000001.txt.zst"
+    with path.open("rb") as file:
+        frames = zstd_frames(file, path.stat().st_size)
+    assert [after[1] - before[1] for before, after in pairwise(frames)][:3] == [5000] * 3
 
 
 @pytest.mark.parametrize("forgery", ["gone", "doubled"])
