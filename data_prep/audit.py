@@ -9,8 +9,9 @@ pass 1 took before the shuffle.
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from .config import PrepareConfig
 from .errors import AuditError
 from .executor import Executor
 from .fingerprint import document_sum
+from .owned import SHARD
 from .places import place
 from .plan import differences
 from .progress import RunProgress
-from .shards import SPECIAL_IDS, Block, Manifest, ShardEntry, ShardError, ShardReader
+from .shards import SPECIAL_IDS, Block, Manifest, ShardEntry, ShardError, ShardReader, index_name
 from .text import verify_text
 from .tokenizer import make_tokenizer, read_model
 
@@ -40,6 +42,21 @@ class VerifyTask:
     directory: str
     split: str
     shard: int
+
+
+@dataclass
+class _Totals:
+    """Of the shards of a split that have been looked at; token_counts: occurrences of each id, uint64 [V]."""
+
+    token_counts: np.ndarray
+    sums: Counter[str] = field(default_factory=Counter)
+    damaged: bool = False
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.damaged |= bool(result["problems"])
+        self.sums.update({key: result[key] for key in ("rows", "documents", "tokens", "document_sum")})
+        if not self.damaged:
+            self.token_counts += np.frombuffer(result["counts"], dtype="<u8")
 
 
 def verify(
@@ -61,29 +78,28 @@ def verify(
         for split, entry in manifest.splits.items()
         for shard in range(len(entry.shards))
     ]
-    found: dict[str, list[dict[str, Any]]] = {split: [] for split in manifest.splits}
+    totals = {split: _Totals(np.zeros(manifest.vocab_size, dtype=np.uint64)) for split in manifest.splits}
     with progress.stage(
         "verify", sum(entry.tokens for entry in manifest.splits.values()), len(tasks), "tokens"
     ):
         for result in executor.run(verify_shard, tasks):
-            found[result["split"]].append(result)
+            totals[result["split"]].add(result)
             problems += result["problems"]
             progress.advance(result["tokens"])
     for split, entry in manifest.splits.items():
-        if any(result["problems"] for result in found[split]):
+        total = totals[split]
+        if total.damaged:
             continue
         for key in ("rows", "documents", "tokens"):
-            total = sum(result[key] for result in found[split])
-            if total != getattr(entry, key):
+            if total.sums[key] != getattr(entry, key):
                 problems.append(
-                    f"{split}: the manifest counts {getattr(entry, key)} {key}, the shards hold {total}"
+                    f"{split}: the manifest counts {getattr(entry, key)} {key}, the shards hold {total.sums[key]}"
                 )
-        total = sum(result["document_sum"] for result in found[split]) % (1 << 64)
-        if f"{total:016x}" != entry.document_sum:
+        if f"{total.sums['document_sum'] % (1 << 64):016x}" != entry.document_sum:
             problems.append(
                 f"{split}: the documents are not those of pass 1 (lost, doubled or altered; sum differs)"
             )
-    problems += _check_counts(manifest, found["train"])
+    problems += _check_counts(manifest, totals["train"])
     balance(manifest.sources, sum(split.documents for split in manifest.splits.values()), problems)
     if problems:
         raise AuditError("\n".join(problems))
@@ -251,9 +267,9 @@ def _check_listing(manifest: Manifest) -> list[str]:
     """Shards in the folders that the manifest does not know; a reader that goes by names would take them."""
     problems = []
     for split, entry in manifest.splits.items():
-        known = {shard.name for shard in entry.shards}
-        for path in sorted((place(manifest.directory) / split).glob("*.tar")):
-            if path.name not in known:
+        known = {name for shard in entry.shards for name in (shard.name, index_name(shard.name))}
+        for path in sorted((place(manifest.directory) / split).glob("*")):
+            if path.name not in known and (path.name.endswith(".tar") or SHARD.fullmatch(path.name)):
                 problems.append(f"{path}: not a shard of this data set; take it out of the folder")
     return problems
 
@@ -275,16 +291,11 @@ def _check_quarantine(manifest: Manifest) -> list[str]:
     return []
 
 
-def _check_counts(manifest: Manifest, results: list[dict[str, Any]]) -> list[str]:
+def _check_counts(manifest: Manifest, train: _Totals) -> list[str]:
     try:
         expected = manifest.load_token_counts()
     except ShardError as error:
         return [str(error)]
-    if any(result["problems"] for result in results):
+    if train.damaged or np.array_equal(train.token_counts, expected):
         return []
-    counts = np.zeros(manifest.vocab_size, dtype=np.uint64)
-    for result in results:
-        counts += np.frombuffer(result["counts"], dtype="<u8")
-    return (
-        [] if np.array_equal(counts, expected) else ["token_counts.bin: not the counts of the train shards"]
-    )
+    return ["token_counts.bin: not the counts of the train shards"]

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from .books import merge_books
-from .config import records_bytes
 from .dedup import dedup_tasks, find_duplicates, finished_dedup
 from .errors import DataPrepError
 from .estimate import needed_groups
 from .executor import Executor
 from .files import free_bytes, size_or_none
+from .fingerprint import digest_of
+from .memory import records_bytes
 from .merge import MergeTask, SpillSet, finished_merge, merge
 from .places import is_remote
 from .plan import Plan, frame_bytes
@@ -39,7 +40,7 @@ def run_dedup(
         work / "scatter",
         work / "dedup",
         plan.run_hash,
-        [file.corpus for file in plan.files],
+        plan.file_stops,
         config.resources.worker_memory_bytes,
     )
     with progress.stage("dedup", sum(result["hash_entries"] for result in scattered), len(tasks), "records"):
@@ -98,6 +99,7 @@ def run_merges(
     spill_bytes = sum(result["written_bytes"] for result in scattered)
     numbers, runs = range(len(scattered)), sum(result["runs"] for result in scattered)
     results: list[dict[str, Any]] = []
+    latest = scattered
     fan_in = max(2, int(resources.worker_memory_bytes * 0.7) // resources.min_read_bytes)
     while (
         groups := needed_groups(spill_bytes, runs, sum(shard_counts.values()), resources.min_read_bytes)
@@ -106,13 +108,14 @@ def run_merges(
         if groups >= len(numbers) and level:
             break  # as far as the memory of a worker goes
         level, groups = level + 1, min(groups, len(numbers))
-        target = plan.work_path / f"merge-{level}"
+        target, upstream = plan.work_path / f"merge-{level}", digest_of(latest)
         tasks = [
             MergeTask(
                 number=number,
                 spills=SpillSet(str(folder), [int(n) for n in group], *kind),
                 folder=str(target),
                 run_hash=plan.run_hash,
+                upstream=upstream,
                 memory_bytes=records_bytes(
                     resources.worker_memory_bytes, plan.config.cleaning.max_record_bytes
                 ),
@@ -122,9 +125,10 @@ def run_merges(
             for number, group in enumerate(np.array_split(np.arange(len(numbers)), groups))
         ]
         with progress.stage("merge", spill_bytes, len(tasks)):
-            results += run_missing(
+            latest = run_missing(
                 tasks, finished_merge, merge, executor, lambda r: progress.advance(r["read_bytes"])
             )
+        results += latest
         folder, numbers, runs = target, range(groups), groups
     return SpillSet(str(folder), numbers, *kind), results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import socket
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +21,8 @@ from .progress import RunProgress
 from .records import new_book
 from .scatter import quarantine_path
 from .shards import SPECIAL_IDS, SPLITS, Manifest, ShardEntry, SplitEntry, token_dtype
+
+_COPY_BYTES = 1024**2
 
 
 def merge_books(plan: Plan, scattered: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,14 +95,17 @@ def close_books(
     )
 
 
-def write_quarantine(plan: Plan) -> str:
-    """Join what the tasks put aside to OUTPUT/quarantine.jsonl, one line a record; returns its xxh3-128."""
+def write_quarantine(plan: Plan, numbers: Iterable[int] | None = None) -> str:
+    """Join what the tasks (of these numbers; all where None) put aside to OUTPUT/quarantine.jsonl, one line a record;
+    returns its xxh3-128.
+    """
     digest = xxhash.xxh3_128()
     with atomic_file(plan.config.output_path / "quarantine.jsonl") as file:
-        for number in range(len(plan.tasks)):
-            data = quarantine_path(plan.work_path / "scatter", number).read_bytes()
-            digest.update(data)
-            file.write(data)
+        for number in range(len(plan.tasks)) if numbers is None else sorted(numbers):
+            with quarantine_path(plan.work_path / "scatter", number).open("rb") as part:
+                while data := part.read(_COPY_BYTES):
+                    digest.update(data)
+                    file.write(data)
     return digest.hexdigest()
 
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config_file import ConfigError, Section, load_config
-from .places import is_remote, local_path, place
+from .memory import least_worker_bytes
+from .places import is_remote, lost_with_a_ray_package, place
 
 MEBIBYTE = 1024**2
 DEFAULT_WORK = ".work"
-_BATCH_BYTES, _RECORD_COPIES = 112 * MEBIBYTE, 8
 
 
 class CorpusSection(Section):
@@ -37,7 +37,9 @@ class CorpusSection(Section):
         "From a folder only files with a suffix of the format are taken",
     )
     records: Literal["line", "paragraph"] = Field(
-        default="line", description="txt: a record is a line, or the lines between two empty ones"
+        default="line",
+        description="txt: a record is a line, or the lines between two empty ones; other files of the corpus keep "
+        "the records of their format",
     )
     weight: float = Field(
         default=1.0,
@@ -51,6 +53,12 @@ class CorpusSection(Section):
         min_length=1,
         description="jsonl and parquet: the field, or column, that holds the text",
     )
+
+    @model_validator(mode="after")
+    def _only_txt_has_paragraphs(self) -> CorpusSection:
+        if self.records == "paragraph" and self.format in ("jsonl", "parquet"):
+            raise ValueError(f"records: paragraph is for txt, and format is {self.format}; leave it out")
+        return self
 
 
 class CleaningSection(Section):
@@ -108,7 +116,7 @@ class DeduplicationSection(Section):
 
 
 class QuarantineSection(Section):
-    """How much may be unreadable before a run fails, at the end of pass 1. Changes no byte of the output."""
+    """How much may be unreadable before a run fails, in pass 1. Changes no byte of the output."""
 
     max_record_share: float = Field(
         default=0.01, ge=0, le=1, description="share of the records that may be quarantined"
@@ -177,6 +185,12 @@ class TokenizerSection(Section):
     )
     train: TrainSection = TrainSection()
 
+    @model_validator(mode="after")
+    def _only_a_loaded_model_is_adopted(self) -> TokenizerSection:
+        if self.adopt and not self.load:
+            raise ValueError("adopt: true is for a model that is loaded; give load, or leave adopt out")
+        return self
+
 
 class WordsSection(Section):
     """Word starts, for whole-word masking."""
@@ -203,7 +217,7 @@ class ShardsSection(Section):
         default="tokens",
         description="tokens: webdataset shards of ids; text: the cleaned texts, shuffled, a line each",
     )
-    compress_text: bool = Field(default=True, description="content text: zstd frames, or plain text")
+    compress_text: bool = Field(default=True, description="content text: zstd frames of 2 MiB, or plain text")
     row_tokens: int = Field(default=512, ge=8, le=2**20, description="length of a row [tokens]")
     target_bytes: int = Field(
         default=256 * MEBIBYTE,
@@ -301,7 +315,7 @@ class PrepareConfig(Section):
 
     @model_validator(mode="after")
     def _the_largest_record_fits(self) -> PrepareConfig:
-        least = _BATCH_BYTES + _RECORD_COPIES * self.cleaning.max_record_bytes
+        least = least_worker_bytes(self.cleaning.max_record_bytes)
         if self.resources.worker_memory_bytes < least:
             raise ValueError(
                 f"resources.worker_memory_bytes: {self.resources.worker_memory_bytes:,} is too little for records of "
@@ -328,6 +342,11 @@ class PrepareConfig(Section):
                         f"corpora.{number}.format: with shards.content=text a text must be one line; take "
                         "cleaning.collapse_whitespace=true, or format: txt with records: line"
                     )
+            if self.cleaning.functions:
+                raise ValueError(
+                    "cleaning.functions: may return line ends, and with shards.content=text a text must be one line; "
+                    "take cleaning.collapse_whitespace=true, which comes after them"
+                )
         return self
 
     @property
@@ -358,31 +377,17 @@ class PrepareConfig(Section):
         return tree
 
 
-def records_bytes(worker_memory_bytes: int, max_record_bytes: int) -> int:
-    """What a worker may fill with records: its memory without what it takes to read, clean, encode, sort, pack and
-    compress a batch (measured), and the largest record (as bytes, as text, its ids and its words).
-    """
-    return max(
-        worker_memory_bytes - _BATCH_BYTES - _RECORD_COPIES * max_record_bytes, worker_memory_bytes // 8
-    )
-
-
 def load(path: str | Path, overrides: list[str]) -> PrepareConfig:
     """Read and check a configuration. Raises ConfigError with every mistake, one a line."""
     config = load_config(PrepareConfig, path, overrides)
-    problems = _paths_lost_with_a_ray_package(config)
+    problems = lost_with_a_ray_package(_paths(config), os.getcwd())
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return config
 
 
-def _paths_lost_with_a_ray_package(config: PrepareConfig, cwd: str | None = None) -> list[str]:
-    """A Ray job runs in an unpacked copy of --working-dir: relative data paths would be looked for, and
-    lost, there.
-    """
-    folder = cwd or os.getcwd()
-    if not any(part.startswith("_ray_pkg_") or part == "working_dir_files" for part in Path(folder).parts):
-        return []
+def _paths(config: PrepareConfig) -> dict[str, str | None]:
+    """Every path or URL of a configuration by its key."""
     paths = {
         "output_dir": config.output_dir,
         "work_dir": config.work_dir,
@@ -391,9 +396,4 @@ def _paths_lost_with_a_ray_package(config: PrepareConfig, cwd: str | None = None
     for number, corpus in enumerate(config.corpora):
         paths[f"corpora.{number}.root"] = corpus.root
         paths |= {f"corpora.{number}.paths.{i}": path for i, path in enumerate(corpus.paths)}
-    return [
-        f"{key}: {path!r} is relative, but a Ray job runs in a temporary copy of its working directory; "
-        "give an absolute path that every node sees"
-        for key, path in paths.items()
-        if path and not is_remote(path) and not os.path.isabs(os.path.expanduser(local_path(path)))
-    ]
+    return paths

@@ -32,6 +32,23 @@ class ConfigError(ValueError):
 S = TypeVar("S", bound=Section)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section, of which YAML would take the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:  # before `<<` is resolved, whose keys may be given anew
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise yaml.YAMLError(
+                    f"key {key.value!r} stands in line {lines[key.value]} and again in line {line}"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
+        return node
+
+
 def load_config(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read a YAML file, apply `--section.key=value` overrides, validate against `schema`.
 
@@ -40,7 +57,7 @@ def load_config(schema: type[S], path: str | Path, overrides: Sequence[str] = ()
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -56,6 +73,11 @@ def load_config(schema: type[S], path: str | Path, overrides: Sequence[str] = ()
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return config
+
+
+def _parse(text: str) -> Any:
+    """The tree of a YAML document. Raises yaml.YAMLError, also for a key that stands twice."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def _validate(schema: type[S], tree: dict[str, Any]) -> tuple[S, list[Any]]:
@@ -134,7 +156,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     if not equals or not key:
         return f"override {override!r}: expected --section.key=value"
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except yaml.YAMLError:
         return f"override {override!r}: the value is not valid YAML"
     node: Any = tree

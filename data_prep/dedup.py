@@ -24,7 +24,7 @@ import zstandard
 
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
-from .fingerprint import document_sum, line_sum
+from .fingerprint import digest_of, document_sum, line_sum
 from .keys import philox_words, share_threshold, stream_id
 from .measure import TaskMeter
 from .shards import SPLITS
@@ -193,7 +193,9 @@ def selected(
 
 @dataclass(frozen=True)
 class DedupTask:
-    """Find the duplicates among the hashes first .. stop - 1 (their upper 64 bits) of all tasks of pass 1."""
+    """Find the duplicates among the hashes first .. stop - 1 (their upper 64 bits) of all tasks of pass 1, whose
+    results `upstream` names.
+    """
 
     number: int
     first: int
@@ -202,7 +204,8 @@ class DedupTask:
     scatter_tasks: int
     folder: str
     run_hash: str
-    source_of_file: list[int]
+    upstream: str
+    file_stops: list[int]  # Plan.file_stops
 
 
 def dedup_tasks(
@@ -210,19 +213,15 @@ def dedup_tasks(
     scatter_folder: Path,
     folder: Path,
     run_hash: str,
-    sources: list[int],
+    file_stops: list[int],
     memory: int,
 ) -> list[DedupTask]:
     """As few tasks as the memory of a worker allows."""
     size = sum(result["hash_entries"] for result in scattered) * _ENTRY.itemsize * _LOADED_COPIES
     count = max(1, -(-size // memory))
     cuts = [part * _HASHES // count for part in range(count + 1)]
-    return [
-        DedupTask(
-            n, cuts[n], cuts[n + 1], str(scatter_folder), len(scattered), str(folder), run_hash, sources
-        )
-        for n in range(count)
-    ]
+    same = (str(scatter_folder), len(scattered), str(folder), run_hash, digest_of(scattered), file_stops)
+    return [DedupTask(n, cuts[n], cuts[n + 1], *same) for n in range(count)]
 
 
 def drops_path(folder: str | Path, number: int) -> Path:
@@ -230,14 +229,15 @@ def drops_path(folder: str | Path, number: int) -> Path:
 
 
 def finished_dedup(task: DedupTask) -> dict[str, Any] | None:
-    """The manifest of a finished task of this run and this range, or None."""
+    """The manifest of a finished task of this run, these results of pass 1 and this range, or None."""
     path = drops_path(task.folder, task.number)
     try:
         manifest: dict[str, Any] = json.loads(path.with_suffix(".json").read_bytes())
-        found = (manifest["run"], manifest["range"], manifest["file_bytes"])
+        found = (manifest["run"], manifest["upstream"], manifest["range"], manifest["file_bytes"])
     except (OSError, ValueError, KeyError):
         return None
-    return manifest if found == (task.run_hash, [task.first, task.stop], size_or_none(path)) else None
+    expected = (task.run_hash, task.upstream, [task.first, task.stop], size_or_none(path))
+    return manifest if found == expected else None
 
 
 def find_duplicates(task: DedupTask) -> dict[str, Any]:
@@ -266,10 +266,11 @@ def find_duplicates(task: DedupTask) -> dict[str, Any]:
         np.save(file, drops, allow_pickle=False)
     manifest = {
         "run": task.run_hash,
+        "upstream": task.upstream,
         "range": [task.first, task.stop],
         "file_bytes": size_or_none(path),
         "entries": looked_through,
-        "books": _corrections(gone, np.array(task.source_of_file)),
+        "books": _corrections(gone, task.file_stops),
         "splits": {
             split: {
                 "documents": -int((taken["split"] == number).sum()),
@@ -308,10 +309,10 @@ def _entries(task: DedupTask, moved: Counter[str]) -> Iterator[np.ndarray]:
             ) from None
 
 
-def _corrections(gone: np.ndarray, source_of_file: np.ndarray) -> dict[str, Any]:
+def _corrections(gone: np.ndarray, file_stops: list[int]) -> dict[str, Any]:
     """What the books of pass 1 have to be changed by, for each corpus: copies that are not written after all."""
     books: dict[str, Any] = {}
-    sources = source_of_file[gone["file"]] if len(gone) else np.empty(0, dtype=np.int64)
+    sources = np.searchsorted(file_stops, gone["file"], side="right")
     new_place = np.ones(len(gone), dtype=bool)
     new_place[1:] = np.any(
         [gone[name][1:] != gone[name][:-1] for name in ("high", "low", "file", "block", "record")], axis=0

@@ -16,11 +16,11 @@ import numpy as np
 import zstandard
 
 from .clean import make_cleaner
-from .config import records_bytes
 from .errors import DataPrepError
 from .executor import usable_cores
 from .files import write_speed
 from .measure import memory_bytes
+from .memory import records_bytes
 from .plan import Plan, choose_codec
 from .records import Segment, clean_texts, new_book
 from .shards import token_dtype

@@ -1,11 +1,31 @@
-"""The evidence that every document is in the shards exactly once."""
+"""The evidence that every document is in the shards exactly once, and that results of two stages belong together."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xxhash
 
 _MIX = tuple(np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
+
+
+# What results are made of: the documents, the entries for deduplication, and which results they were merged from. Sizes
+# and runs of intermediate files follow from memory and codec, and cannot be seen in what is made of them.
+_MADE_OF = ("task", "books", "splits", "hash_entries", "group", "upstream")
+
+
+def digest_of(results: Sequence[dict[str, Any]]) -> str:
+    """Names what the results of a stage hold, so that what a later stage made of them is taken up with them alone.
+
+    Which duplicates a task of pass 1 drops by itself depends on its memory, and a file may be back that had changed:
+    a task that is done again need not give the result it gave before.
+    """
+    in_order = sorted(results, key=lambda result: int(result["task"]))
+    facts = [[result.get(name) for name in _MADE_OF] for result in in_order]
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 def document_sum(tokens: np.ndarray, lengths: np.ndarray, lineage: np.ndarray) -> int:

@@ -29,20 +29,21 @@ from .text import gather_text
 
 @dataclass(frozen=True)
 class GatherTask:
-    """One shard of pass 2 and all it needs to know. source_of_file: corpus number of every file; vocab_size: 0 for
-    text.
+    """One shard of pass 2 and all it needs to know. file_stops: Plan.file_stops; vocab_size: 0 for
+    text; upstream: names the results of pass 1 that it is made of.
     """
 
     split: str
     shard: int
     shards: int
     run_hash: str
+    upstream: str
     tokenizer_sha256: str
     spill_folder: str
     spills: Sequence[int]
     output_folder: str
     work_folder: str
-    source_of_file: list[int]
+    file_stops: list[int]
     row_tokens: int
     block_rows: int
     vocab_size: int
@@ -62,19 +63,20 @@ def counts_path(folder: str | Path, split: str, shard: int) -> Path:
 
 
 def finished_gather(task: GatherTask) -> dict[str, Any] | None:
-    """The manifest of a finished shard, or None: of this run and tokenizer, and its files have the sizes it
-    names.
+    """The manifest of a finished shard, or None: of this run, tokenizer and pass 1, and its files have the
+    sizes it names.
     """
     path = result_path(task.work_folder, task.split, task.shard)
     if not path.exists():
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_bytes())
-        found = (result["shards"], result["run"], result["tokenizer"])
+        found = (result["shards"], result["run"], result["upstream"], result["tokenizer"])
         complete = all(size_or_none(place(name)) == size for name, size in _sizes(task, result).items())
     except (OSError, ValueError, KeyError):
         return None
-    return result if complete and found == (task.shards, task.run_hash, task.tokenizer_sha256) else None
+    expected = (task.shards, task.run_hash, task.upstream, task.tokenizer_sha256)
+    return result if complete and found == expected else None
 
 
 def gather(task: GatherTask) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def gather(task: GatherTask) -> dict[str, Any]:
         "split": task.split,
         "shards": task.shards,
         "run": task.run_hash,
+        "upstream": task.upstream,
         "tokenizer": task.tokenizer_sha256,
         **made,
         **meter.finish(),
@@ -128,15 +131,13 @@ def _gather_tokens(task: GatherTask) -> dict[str, Any]:
 def sorted_documents(task: GatherTask, spills: SpillSet, drops: Drops) -> Iterator[Documents]:
     """The documents of the task's key range in order, but the duplicates, in portions that fit the memory budget."""
     first, stop = key_range(task.shard, task.shards)
-    source_of_file = np.array(task.source_of_file, dtype=np.uint32)
     for records in drops.left_out(
         sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes)
     ):
         origin = [records.columns[name] for name in ORIGIN]
+        source = np.searchsorted(task.file_stops, origin[0], side="right").astype(np.uint32)
         lengths = records.columns["length"].astype(np.int64)
-        yield Documents(
-            records.tokens, records.words, lengths, np.stack([source_of_file[origin[0]], *origin])
-        )
+        yield Documents(records.tokens, records.words, lengths, np.stack([source, *origin]))
 
 
 def _sizes(task: GatherTask, result: dict[str, Any]) -> dict[str, int]:

@@ -116,10 +116,11 @@ def _describe(number: int, corpus: CorpusSection, path: str, relative: str) -> I
     """An input file with what planning needs to know of its inside, or what is wrong with it."""
     by_name, compression = format_of(path)
     kind = by_name if corpus.format == "auto" else corpus.format
+    records = corpus.records if kind == "txt" else "line"  # paragraphs are known to txt alone
     try:
         size_bytes, stamp = stamp_of(path)
         file = InputFile(
-            number, path, relative, size_bytes, stamp, kind, corpus.text_field, compression, corpus.records
+            number, path, relative, size_bytes, stamp, kind, corpus.text_field, compression, records
         )
         if kind == "parquet":
             with open_to_read(path) as handle:

@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,11 @@ def owned(output: Path, lease_seconds: float, say: Callable[[str], None] = print
         set_fence(None)
         ended.set()
         heart.join()
-        if max(_numbers(folder), default=0) == number:
-            _beat_path(folder, number).write_text("end")
+        with suppress(
+            OSError
+        ):  # what ended the run is to be told; the next one sees that the process is gone
+            if max(_numbers(folder), default=0) == number:
+                _beat_path(folder, number).write_text("end")
 
 
 def _take(folder: Path, lease_seconds: float, say: Callable[[str], None]) -> int:
@@ -105,14 +108,15 @@ def _take(folder: Path, lease_seconds: float, say: Callable[[str], None]) -> int
             if now == "end" or _is_over(folder, latest):
                 break
     number = latest + 1
-    _beat_path(folder, number).write_text("0")
-    try:
-        with disk_errors(folder), open(folder / f"{number:06d}.json", "x") as file:
-            json.dump(_me(), file)
-    except FileExistsError:
-        raise DataPrepError(
-            f"{folder.parent}: another run is at work there ({_describe(folder, number)})"
-        ) from None
+    with disk_errors(folder):
+        _beat_path(folder, number).write_text("0")
+        try:
+            with open(folder / f"{number:06d}.json", "x") as file:
+                json.dump(_me(), file)
+        except FileExistsError:
+            raise DataPrepError(
+                f"{folder.parent}: another run is at work there ({_describe(folder, number)})"
+            ) from None
     for old in _numbers(folder):
         if old < number:
             _beat_path(folder, old).unlink(missing_ok=True)

@@ -182,12 +182,13 @@ def _within(records: Records, first: np.uint64, last: np.uint64) -> tuple[slice,
 
 @dataclass(frozen=True)
 class MergeTask:
-    """Make spill file `number` of `folder` out of a group of others."""
+    """Make spill file `number` of `folder` out of a group of others, which results named by `upstream` belong to."""
 
     number: int
     spills: SpillSet
     folder: str
     run_hash: str
+    upstream: str
     memory_bytes: int
     frame_bytes: int
     codec: str
@@ -198,14 +199,15 @@ def merged_path(folder: str | Path, number: int) -> Path:
 
 
 def finished_merge(task: MergeTask) -> dict[str, Any] | None:
-    """The manifest of a finished merge of this run and this group, or None."""
+    """The manifest of a finished merge of this run and this group of the same results, or None."""
     path = merged_path(task.folder, task.number)
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         sizes = {name: size_or_none(path.with_name(name)) for name in manifest["files"]}
-        mine = (manifest["run"], manifest["group"]) == (task.run_hash, list(task.spills.numbers))
+        found = (manifest["run"], manifest["upstream"], manifest["group"])
     except (OSError, ValueError, KeyError):
         return None
+    mine = found == (task.run_hash, task.upstream, list(task.spills.numbers))
     return manifest if mine and sizes == manifest["files"] else None
 
 
@@ -225,6 +227,7 @@ def merge(task: MergeTask) -> dict[str, Any]:
     manifest = {
         "task": task.number,
         "run": task.run_hash,
+        "upstream": task.upstream,
         "group": list(task.spills.numbers),
         "files": {path.name: path.stat().st_size for path in paths},
         "read_bytes": task.spills.moved["read"],

@@ -30,7 +30,7 @@ _FILES = (
     "tokenizer/vocab.txt",
     "tokenizer/tokenizer.json",
 )
-_SHARD = re.compile(r"shard-\d{6,}\.(tar|index\.json)|part-\d{6,}\.txt(\.zst)?")
+SHARD = re.compile(r"shard-\d{6,}\.(tar|index\.json)|part-\d{6,}\.txt(\.zst)?")
 _TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + "[0-9a-f]{12}$")
 _WORK = re.compile(re.escape(WORK_PREFIX) + "[0-9a-f]{16}")
 
@@ -40,7 +40,7 @@ def adopt_plan(plan: Plan, fresh: bool) -> Plan:
 
     Raises DataPrepError when the folder holds what no run of ours wrote, and when the plans differ.
     """
-    output, identity = plan.config.output_path, plan.identity  # may fail, so before anything is removed
+    output, identity = plan.config.output_path, plan.identity
     path = output / "plan.json"
     saved = _saved_plan(path)
     refuse_strangers(plan.config.output_dir, saved)
@@ -88,7 +88,7 @@ def clear(output: Path, saved: dict[str, Any]) -> None:
         (output / name).unlink(missing_ok=True)
     for split in SPLITS:
         for path in _entries(output / split):
-            if _SHARD.fullmatch(path.name):
+            if SHARD.fullmatch(path.name):
                 path.unlink()
     remove_leftovers(output)
     for folder in ("tokenizer", *SPLITS, DEFAULT_WORK):
@@ -104,7 +104,7 @@ def remove_leftovers(output: Path, work: Path | None = None) -> None:
         inside = "" if folder == output else f"{folder.name}/"
         for path in _entries(folder):
             name = _TEMPORARY.sub("", path.name)
-            ours = f"{inside}{name}" in (*_FILES, "plan.json") or (inside and _SHARD.fullmatch(name))
+            ours = f"{inside}{name}" in (*_FILES, "plan.json") or (inside and SHARD.fullmatch(name))
             if name != path.name and ours:
                 path.unlink(missing_ok=True)
     for path in (path for folder in _entries(work) for path in _entries(folder)) if work else ():

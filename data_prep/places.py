@@ -43,6 +43,20 @@ def local_path(path: str) -> str:
     return re.sub(r"^(file|local)://", "", path)
 
 
+def lost_with_a_ray_package(paths: dict[str, str | None], folder: str) -> list[str]:
+    """A line for each relative path where `folder`, the current one, is the unpacked copy of a Ray job's --working-dir:
+    data would be looked for, and lost, there. paths: by configuration key.
+    """
+    if not any(part.startswith("_ray_pkg_") or part == "working_dir_files" for part in Path(folder).parts):
+        return []
+    return [
+        f"{key}: {path!r} is relative, but a Ray job runs in a temporary copy of its working directory; "
+        "give an absolute path that every node sees"
+        for key, path in paths.items()
+        if path and not is_remote(path) and not os.path.isabs(os.path.expanduser(local_path(path)))
+    ]
+
+
 def full_url(url: str) -> str:
     """A URL as its storage spells it, without a slash at the end, so that two of them can be compared."""
     system, name = file_system(url)

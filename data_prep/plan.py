@@ -19,11 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .clean import function_identity
-from .config import DEFAULT_WORK, PrepareConfig, records_bytes
+from .config import DEFAULT_WORK, PrepareConfig
 from .errors import DataPrepError
 from .executor import usable_cores
 from .inputs import list_corpus, search_root
+from .memory import records_bytes
 from .places import full_url, is_remote, local_path, place
 from .records import Segment, segment_bytes
 from .shards import FORMAT_VERSION
@@ -68,6 +71,15 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         return int(self.text_bytes * _OUTPUT_SHARE)
+
+    @property
+    def file_stops(self) -> list[int]:
+        """For each corpus, the number of the file after its last one: the files of a corpus lie together, so this tells
+        the corpus of every file, and is small enough to travel with every task.
+        """
+        return np.cumsum(
+            np.bincount([file.corpus for file in self.files], minlength=len(self.config.corpora))
+        ).tolist()
 
     def worker_bytes(self) -> int:
         """Peak memory of one worker: the program, and what the configuration allows, or less where so little text

@@ -10,6 +10,8 @@ from .config import PrepareConfig
 from .errors import DataPrepError
 from .sources import FILE_REASONS, InputFile, RawBatch
 
+_FAR_ABOVE = 10
+
 
 def quarantine_line(corpus: str, file: InputFile, batch: RawBatch, position: int, reason: str) -> bytes:
     """One line of quarantine.jsonl: where the record at `position` of a batch lies, why it is lost, how it begins."""
@@ -24,6 +26,18 @@ def quarantine_line(corpus: str, file: InputFile, batch: RawBatch, position: int
         "excerpt": "" if isinstance(line, str) else line[:160].decode(errors="replace"),
     }
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def lost_records(book: dict[str, Any]) -> int:
+    """Records of an account that are lost by themselves, not with the end of a damaged file."""
+    return sum(count for reason, count in book["quarantined"].items() if reason not in FILE_REASONS)
+
+
+def is_hopeless(config: PrepareConfig, read: int, lost: int, input_share: float) -> bool:
+    """Of the records read in this share of the input, are so many lost that the section `quarantine` will forbid it
+    whatever comes? Records may be of other sizes in the rest, hence far above what is allowed.
+    """
+    return lost > _FAR_ABOVE * config.quarantine.max_record_share * read / max(input_share, 1e-9)
 
 
 def check_losses(config: PrepareConfig, files: int, books: list[dict[str, Any]]) -> None:

@@ -17,20 +17,22 @@ from .account import account, compared
 from .adopt import load
 from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_merges, run_missing
 from .books import close_books, describe_run, merge_books, write_quarantine
-from .config import PrepareConfig, records_bytes
+from .config import PrepareConfig
 from .errors import DataPrepError, DiskFullError
 from .estimate import NOTHING_LEFT, estimate, refuse_too_little_memory
 from .executor import Executor, RayExecutor, make_executor
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
+from .fingerprint import digest_of
 from .gather import GatherTask, finished_gather, gather
-from .lease import owned
+from .lease import Fence, owned
+from .memory import records_bytes
 from .merge import SpillSet
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
 from .places import is_remote
 from .plan import PROGRAM_BYTES, Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
-from .quarantine import check_losses
+from .quarantine import check_losses, is_hopeless, lost_records
 from .readable import refuse_unreadable
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
@@ -52,61 +54,71 @@ def run(
     output = config.output_path
     progress = progress or RunProgress(output, config.resources.log_seconds)
     plan = make_plan(config, progress.say)
+    _ = plan.identity  # a tokenizer or function that cannot be loaded is told before a folder is made
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     if plan.ignored:
         progress.say(f"{len(plan.ignored)} file(s) in the input folders are not taken; `plan` lists them")
-    with owned(output, config.resources.lease_seconds, progress.say) as fence, progress.telling_failure():
+    with owned(output, config.resources.lease_seconds, progress.say) as fence:
         plan = adopt_plan(plan, fresh)
-        if (output / "manifest.json").exists():
-            publish(output, config.output_dir)
-            manifest = finished(config)
-            remove_work(plan)
-            progress.say(f"{output} is complete and neither the configuration nor the input has changed")
-            return manifest
-        refuse_unreadable(plan)
-        remove_leftovers(output, plan.work_path)
-        with disk_errors(plan.work_path):
-            plan.work_path.mkdir(parents=True, exist_ok=True)
-        warn_of_a_small_disk(plan, progress)
-        started, begun = time.time(), time.monotonic()
-        executor = make_executor(
-            executor_name, config.resources.workers, fence, plan.worker_bytes(), progress.say
-        )
-        try:
-            if isinstance(executor, RayExecutor):
-                firsts = {file.corpus: file.path for file in reversed(plan.files)}
-                places = [output, plan.work_path]
-                check_storage(executor.on_every_node, places, list(firsts.values()))
-            tokenizer = prepare_tokenizer(plan, executor, progress)
-            planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
-            refuse_too_little_memory(plan, planned)
-            if not planned.kept_share:
-                progress.say(NOTHING_LEFT)
-            scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
-            duplicates = run_dedup(plan, scattered, executor, progress)
-            shard_counts = count_shards(plan, scattered + duplicates, tokenizer["vocab_size"])
-            spills, merged = run_merges(
-                plan, tokenizer, scattered, shard_counts, planned.codec, executor, progress
-            )
-            gathered = run_gather(plan, tokenizer, spills, shard_counts, len(duplicates), executor, progress)
-        except DiskFullError as error:
-            raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
-        finally:
-            executor.close()
-        remove_leftovers(output)  # of workers that were killed while the run went on
-        manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
-        stages = {"scatter": scattered, "dedup": duplicates, "merge": merged, "gather": gathered}
-        seconds = time.monotonic() - begun
-        accounts = account(planned, stages, plan.input_bytes, executor.workers, seconds)
-        write_json(output / "run.json", describe_run(plan, executor, progress, accounts, started))
-        for line in compared(accounts, sum(result["written_bytes"] for result in gathered)):
-            progress.say(line)
-        write_json(output / "manifest.json", manifest.to_json())
-        publish(output, config.output_dir)
-        remove_work(plan)
-        progress.finish()
+        with progress.telling_failure():  # in a folder that is this run's own by now
+            _carry_out(plan, executor_name, fence, progress)
     return Manifest.load(config.output_dir if is_remote(config.output_dir) else output)
+
+
+def _carry_out(plan: Plan, executor_name: str, fence: Fence, progress: RunProgress) -> None:
+    """Do what the plan of an adopted OUTPUT has left to do; nothing when it is complete."""
+    config, output = plan.config, plan.config.output_path
+    if (output / "manifest.json").exists():
+        publish(output, config.output_dir)
+        finished(config)
+        remove_work(plan)
+        progress.say(f"{output} is complete and neither the configuration nor the input has changed")
+        return
+    refuse_unreadable(plan)
+    remove_leftovers(output, plan.work_path)
+    with disk_errors(plan.work_path):
+        plan.work_path.mkdir(parents=True, exist_ok=True)
+    warn_of_a_small_disk(plan, progress)
+    started, begun = time.time(), time.monotonic()
+    executor = make_executor(
+        executor_name, config.resources.workers, fence, plan.worker_bytes(), progress.say
+    )
+    try:
+        if isinstance(executor, RayExecutor):
+            firsts = {file.corpus: file.path for file in reversed(plan.files)}
+            places = [output, plan.work_path]
+            check_storage(executor.on_every_node, places, list(firsts.values()))
+        tokenizer = prepare_tokenizer(plan, executor, progress)
+        planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
+        refuse_too_little_memory(plan, planned)
+        if not planned.kept_share:
+            progress.say(NOTHING_LEFT)
+        scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
+        duplicates = run_dedup(plan, scattered, executor, progress)
+        shard_counts = count_shards(plan, scattered + duplicates, tokenizer["vocab_size"])
+        spills, merged = run_merges(
+            plan, tokenizer, scattered, shard_counts, planned.codec, executor, progress
+        )
+        gathered = run_gather(
+            plan, tokenizer, scattered, spills, shard_counts, len(duplicates), executor, progress
+        )
+    except DiskFullError as error:
+        raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
+    finally:
+        executor.close()
+    remove_leftovers(output)  # of workers that were killed while the run went on
+    manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
+    stages = {"scatter": scattered, "dedup": duplicates, "merge": merged, "gather": gathered}
+    seconds = time.monotonic() - begun
+    accounts = account(planned, stages, plan.input_bytes, executor.workers, seconds)
+    write_json(output / "run.json", describe_run(plan, executor, progress, accounts, started))
+    for line in compared(accounts, sum(result["written_bytes"] for result in gathered)):
+        progress.say(line)
+    write_json(output / "manifest.json", manifest.to_json())
+    publish(output, config.output_dir)
+    remove_work(plan)
+    progress.finish()
 
 
 def warn_of_a_small_disk(plan: Plan, progress: RunProgress) -> None:
@@ -153,7 +165,8 @@ def prepare_tokenizer(plan: Plan, executor: Executor, progress: RunProgress) -> 
 
 def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) -> None:
     config, work = plan.config, plan.work_path / "sample"
-    shares = sample_shares(plan.files, config.tokenizer.train.sample_bytes)
+    weights = [corpus.weight for corpus in config.corpora]
+    shares = sample_shares(plan.files, weights, config.tokenizer.train.sample_bytes)
     tasks = [
         SampleTask(number, segments, str(work), plan.run_hash, config.seed, shares, config.cleaning)
         for number, segments in enumerate(plan.tasks)
@@ -174,7 +187,7 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
     )
     with progress.stage("train tokenizer", 0, 1):
         task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))
-        for result in executor.run(train_tokenizer, [task], memory_bytes=PROGRAM_BYTES + needed):
+        for result in executor.run(train_tokenizer, [task], memory_bytes=PROGRAM_BYTES + needed, apart=True):
             progress.advance(result["input_bytes"])
             if skipped := result["trained_on"]["skipped_sentences"]:
                 progress.say(f"{skipped:,} sentence(s) with a reserved character were left out of training")
@@ -215,13 +228,22 @@ def run_scatter(
         for number, segments in enumerate(plan.tasks)
     ]
 
+    seen: list[dict[str, Any]] = []
+    sums: Counter[str] = Counter()
+
     def account(result: dict[str, Any]) -> None:
         outcomes: Counter[str] = Counter()
         for book in result["books"].values():
             outcomes["written"] += book["written"]
             outcomes["dropped"] += sum(book["dropped"].values())
             outcomes["quarantined"] += sum(book["quarantined"].values())
+            sums.update(read=book["read"], lost=lost_records(book))
         progress.advance(result["input_bytes"], outcomes)
+        seen.append(result)
+        sums["input"] += result["read_bytes"]
+        if is_hopeless(config, sums["read"], sums["lost"], sums["input"] / plan.input_bytes):
+            write_quarantine(plan, [one["task"] for one in seen])
+            check_losses(config, len(plan.files), merge_books(plan, seen))
 
     with progress.stage("scatter", plan.text_bytes, len(tasks)):
         results = run_missing(tasks, finished_scatter, scatter, executor, account)
@@ -240,6 +262,7 @@ def _loaded(plan: Plan, tokenizer: dict[str, Any]) -> AnyTokenizer | None:
 def run_gather(
     plan: Plan,
     tokenizer: dict[str, Any],
+    scattered: list[dict[str, Any]],
     spills: SpillSet,
     shard_counts: dict[str, int],
     drops: int,
@@ -250,18 +273,20 @@ def run_gather(
     config = plan.config
     vocab_size = tokenizer["vocab_size"]
     row_bytes = config.shards.row_tokens * token_dtype(vocab_size).itemsize
+    upstream, file_stops = digest_of(scattered), plan.file_stops
     tasks = [
         GatherTask(
             split=split,
             shard=shard,
             shards=shards,
             run_hash=plan.run_hash,
+            upstream=upstream,
             tokenizer_sha256=tokenizer["sha256"],
             spill_folder=spills.folder,
             spills=spills.numbers,
             output_folder=config.output_dir if is_remote(config.output_dir) else str(config.output_path),
             work_folder=str(plan.work_path / "gather"),
-            source_of_file=[file.corpus for file in plan.files],
+            file_stops=file_stops,
             row_tokens=config.shards.row_tokens,
             block_rows=max(1, config.shards.block_bytes // row_bytes),
             vocab_size=vocab_size,

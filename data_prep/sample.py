@@ -9,7 +9,10 @@ smallest numbers are then taken up to the size asked for. Lines that are not cho
 
 from __future__ import annotations
 
+import heapq
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +40,9 @@ _READ_WHOLE = (".gz", ".bz2", ".xz")
 
 @dataclass(frozen=True)
 class Shares:
-    """Which share of all records is looked at, of all blocks, and of the files that are read whole or not at all."""
+    """Which share of the records of a corpus of weight 1 is looked at (of weight w, w times that, up to all), of all
+    blocks, and of the files that are read whole or not at all.
+    """
 
     records: float
     blocks: float
@@ -67,18 +72,38 @@ class TrainTask:
     output_folder: str
 
 
-def sample_shares(files: Sequence[InputFile], sample_bytes: int) -> Shares:
-    """The shares with which about `sample_bytes` of text come together."""
+def sample_shares(files: Sequence[InputFile], weights: Sequence[float], sample_bytes: int) -> Shares:
+    """The shares with which about `sample_bytes` of text come together. weights: of each corpus."""
     # A fixed guess at compressed sizes: what somebody found out about a file's inside must not change the sample.
     sizes = [file.size_bytes * (COMPRESSION_RATIO if file.compression else 1) for file in files]
     text_bytes = max(1, sum(sizes))
     blocks = min(1.0, max(_READ_FACTOR * sample_bytes, _LEAST_READ_BYTES) / text_bytes)
     whole = sum(file.compression in _READ_WHOLE for file in files)
     return Shares(
-        records=min(1.0, _HEADROOM * sample_bytes / text_bytes),
+        records=_record_share(files, sizes, weights, _HEADROOM * sample_bytes, blocks),
         blocks=blocks,
         files=min(1.0, max(blocks, _LEAST_UNITS / whole)) if whole else 1.0,
     )
+
+
+def _record_share(
+    files: Sequence[InputFile],
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    wanted_bytes: float,
+    most: float,
+) -> float:
+    """The share r for which `wanted_bytes` is the sum of size x min(most, r x weight) over the corpora."""
+    text_bytes: Counter[float] = Counter()
+    for file, size in zip(files, sizes, strict=True):
+        text_bytes[weights[file.corpus]] += size
+    weighted = sum(weight * size for weight, size in text_bytes.items())
+    for weight, size in sorted(text_bytes.items(), reverse=True):
+        if wanted_bytes * weight <= most * weighted:
+            return wanted_bytes / max(1, weighted)
+        # All there is of the heaviest corpus is not enough: the others have to give the rest.
+        wanted_bytes, weighted = wanted_bytes - most * size, weighted - weight * size
+    return math.inf
 
 
 def sample_path(folder: str | Path, number: int) -> Path:
@@ -178,22 +203,30 @@ def _sampled_lines(
             yield (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
 
+def _smallest(task: TrainTask) -> tuple[list[str], int]:
+    """The texts with the smallest numbers, in order, that make up `sample_bytes`, and their size [bytes]. No more than
+    that is held of what was collected.
+    """
+    held: list[tuple[list[float], int, str]] = []  # a heap, the largest number first
+    used_bytes = 0
+    for number in range(task.samples):
+        with zstandard.open(sample_path(task.folder, number), "rt", encoding="utf-8") as file:
+            for line in file:
+                *place, text = json.loads(line)
+                size = len(text.encode())
+                heapq.heappush(held, ([-part for part in place], size, text))
+                used_bytes += size
+                while used_bytes - held[0][1] >= task.section.sample_bytes:
+                    used_bytes -= heapq.heappop(held)[1]
+    return [text for _, _, text in sorted(held, reverse=True)], used_bytes
+
+
 def train_tokenizer(task: TrainTask) -> dict[str, Any]:
     """Train once and write tokenizer.model, then tokenizer.json, whose presence says that it is complete.
 
     Raises DataPrepError when the sample does not support the vocabulary.
     """
-    entries, used_bytes = [], 0
-    for number in range(task.samples):
-        with zstandard.open(sample_path(task.folder, number), "rt", encoding="utf-8") as file:
-            entries += [json.loads(line) for line in file]
-    entries.sort(key=lambda entry: entry[:4])
-    texts: list[str] = []
-    for entry in entries:
-        if used_bytes >= task.section.sample_bytes:
-            break
-        texts.append(entry[4])
-        used_bytes += len(entry[4].encode())
+    texts, used_bytes = _smallest(task)
     needed, free = training_bytes(task.section, used_bytes), available_bytes()
     if needed > free:
         raise DataPrepError(

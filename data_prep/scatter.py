@@ -18,13 +18,14 @@ import numpy as np
 import xxhash
 
 from .clean import make_cleaner
-from .config import CleaningSection, records_bytes
+from .config import CleaningSection
 from .dedup import HashWriter, hashes_index_path, hashes_path, repeated, selected
 from .errors import DataPrepError
 from .files import atomic_file, size_or_none, write_json
 from .fingerprint import document_hashes, line_hashes
 from .keys import share_threshold
 from .measure import TaskMeter, boot_id, keep_freed_memory
+from .memory import records_bytes
 from .records import Segment, clean_texts, new_book, record_keys, segment_bytes
 from .shards import SPLITS, token_dtype
 from .sources import FileChangedError, RawBatch, read_batches
@@ -216,6 +217,8 @@ def _segment_records(
             done = yield from _with_split(read_lines(file, block, limit, keys_of, book))
             if done is not None:
                 for batch in read_batches(file, block, block + 1, limit):
+                    if done and batch.lines[:1] == ["file_changed"]:  # since the quick way began
+                        raise FileChangedError(f"{file.path}: changed while it was read")
                     skipped = max(0, done - batch.first_record)
                     offsets, lines = batch.offsets[skipped:], batch.lines[skipped:]
                     yield from records_of(RawBatch(batch.block, batch.first_record + skipped, offsets, lines))

@@ -24,10 +24,11 @@ from .keys import key_range
 from .merge import SpillSet, sorted_records
 from .places import is_remote, place
 from .shards import SPLITS, Manifest, ShardEntry
-from .sources import BLOCK_BYTES, InputFile, is_unchanged
+from .sources import BLOCK_BYTES, FileChangedError, InputFile, is_unchanged
 from .spill import Items, Records
 
 _CHUNK_BYTES = 4 * 1024**2
+_FRAME_BYTES = 2 * 1024**2  # of text behind zstd
 _LINE_END = 10
 # First bytes of a line that may be white space; of the longer characters the second byte decides.
 _MAY_BE_BLANK = np.zeros(256, dtype=bool)
@@ -71,7 +72,8 @@ def read_lines(
     book: dict[str, Any],
 ) -> Generator[Records, None, int | None]:
     """The lines of a block of a plain file as they are; `keys_of(block, first, count)` gives the keys. Keeps the
-    book. Returns None, or the number of the first line of the block that has to take the careful way.
+    book. Returns None, or the number of the first line of the block that has to take the careful way. Raises
+    FileChangedError when the file changed while it was read.
     """
     limit, number = (block + 1) * BLOCK_BYTES, 0
     with open(file.path, "rb", buffering=0) as handle:
@@ -93,6 +95,8 @@ def read_lines(
             if len(records):
                 yield records
             del values, records
+        if not is_unchanged(file, cast(BinaryIO, handle)):
+            raise FileChangedError(f"{file.path}: changed while it was read")
     return None
 
 
@@ -180,22 +184,26 @@ def gather_text(task: Any) -> dict[str, Any]:
     first, stop = key_range(task.shard, task.shards)
     spills = SpillSet(task.spill_folder, task.spills, "|u1", False, False)
     drops = Drops(task.drops_folder, task.drops, SPLITS.index(task.split))
-    content, file_bytes, lines, size = xxhash.xxh3_128(), 0, 0, 0
-    compressor = zstandard.ZstdCompressor(level=task.zstd_level) if task.zstd_level else None
+    content, lines, size = xxhash.xxh3_128(), 0, 0
     with atomic_file(path) as file:
-        early = _EarlyWriteBack(file)
+        writer = _PartWriter(file, task.zstd_level)
         for records in drops.left_out(
             sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes)
         ):
             content.update(records.tokens.data)
-            data = compressor.compress(records.tokens.data) if compressor else records.tokens.data
-            file.write(data)
-            early.wrote(len(data))
-            lines, size, file_bytes = lines + len(records), size + len(records.tokens), file_bytes + len(data)
-    shard = {"name": path.name, "rows": lines, "documents": lines, "tokens": size, "file_bytes": file_bytes}
+            writer.add(records.tokens.data)
+            lines, size = lines + len(records), size + len(records.tokens)
+        writer.finish()
+    shard = {
+        "name": path.name,
+        "rows": lines,
+        "documents": lines,
+        "tokens": size,
+        "file_bytes": writer.file_bytes,
+    }
     return {
         "shard": shard | {"content": content.hexdigest(), "file_xxh3": "", "index_xxh3": ""},
-        "written_bytes": file_bytes,
+        "written_bytes": writer.file_bytes,
         "read_bytes": spills.moved["read"],
         "dropped_sum": drops.document_sum,
     }
@@ -231,6 +239,38 @@ def verify_text(manifest: Manifest, split: str, shard: ShardEntry) -> dict[str, 
         )
     found = {"rows": lines, "documents": lines, "tokens": size, "document_sum": total, "counts": b""}
     return {"split": split, "problems": problems, **found}
+
+
+class _PartWriter:
+    """Writes a text shard: plain (level 0), or in zstd frames of _FRAME_BYTES of text each. In what portions the text
+    comes follows from the memory of the worker, and must not be seen in the file. A frame's header tells its size, so
+    that several tasks can read the file.
+    """
+
+    def __init__(self, file: BinaryIO, level: int) -> None:
+        self._file, self._early, self.file_bytes = file, _EarlyWriteBack(file), 0
+        self._compressor = zstandard.ZstdCompressor(level=level) if level else None
+        self._held = bytearray()
+
+    def add(self, data: memoryview) -> None:
+        if self._compressor is None:
+            self._write(data)
+            return
+        self._held += data
+        whole = len(self._held) // _FRAME_BYTES * _FRAME_BYTES
+        with memoryview(self._held) as held:
+            for begin in range(0, whole, _FRAME_BYTES):
+                self._write(self._compressor.compress(held[begin : begin + _FRAME_BYTES]))
+        del self._held[:whole]
+
+    def finish(self) -> None:
+        if self._compressor is not None and self._held:
+            self._write(self._compressor.compress(self._held))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._early.wrote(len(data))
+        self.file_bytes += len(data)
 
 
 class _EarlyWriteBack:

@@ -1,8 +1,9 @@
-"""A small corpus and the output of the pipeline over it, shared by the tests."""
+"""A small corpus, the output of the pipeline over it, and a small disk, shared by the tests."""
 
 from __future__ import annotations
 
 import gzip
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,20 @@ def prepared(corpus, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("prepared") / "out"
     prepare(settings(output, [corpus], resources={"task_bytes": 1}))
     return output
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own: (folder, function that gives it another size)."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("a file system cannot be mounted here (it takes root)")
+    yield (
+        folder,
+        lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True),
+    )
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import PrepareConfig, _paths_lost_with_a_ray_package, load
+from data_prep.config import PrepareConfig, _paths, load
 from data_prep.config_file import ConfigError, field_help, to_yaml
+from data_prep.places import lost_with_a_ray_package
 from tests.data_prep.made import ROOT, command_line, make_texts, settings, write_jsonl
 
 
@@ -30,9 +31,9 @@ def test_relative_paths_in_a_ray_job_are_refused(tmp_path, monkeypatch):
     config = PrepareConfig.model_validate(
         settings(Path("out"), ["raw/*.jsonl", "/data/x.jsonl", "s3://raw/y.jsonl", "file:///data/z.jsonl"])
     )
-    assert _paths_lost_with_a_ray_package(config, "/home/me/project") == []
+    assert lost_with_a_ray_package(_paths(config), "/home/me/project") == []
     inside = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
-    problems = _paths_lost_with_a_ray_package(config, str(inside))
+    problems = lost_with_a_ray_package(_paths(config), str(inside))
     assert [problem.split(":")[0] for problem in problems] == ["output_dir", "corpora.0.paths.0"]
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
@@ -59,3 +60,16 @@ def test_names_that_collide_are_refused(tmp_path):
     assert result.returncode == 2 and "same relative name" in result.stderr
     tree["corpora"][0]["root"] = str(tmp_path)
     assert command_line(tree, tmp_path, "plan").returncode == 0
+
+
+def test_adopting_a_model_without_loading_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="adopt: true is for a model that is loaded; give load"):
+        PrepareConfig.model_validate(settings(tmp_path / "out", ["raw"], tokenizer={"adopt": True}))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_paragraphs_of_a_format_that_has_none_are_refused(tmp_path, kind):
+    tree = settings(tmp_path / "out", ["raw"])
+    tree["corpora"][0] |= {"format": kind, "records": "paragraph"}
+    with pytest.raises(ValueError, match=f"records: paragraph is for txt, and format is {kind}"):
+        PrepareConfig.model_validate(tree)

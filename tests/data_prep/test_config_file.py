@@ -80,6 +80,36 @@ def test_a_file_that_is_no_tree_of_sections_gives_one_line(load, text):
     assert len(str(raised.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model: {width: 3}\noutput: x\nmodel: {width: 5}",
+            "key 'model' stands in line 1 and again in line 3",
+        ),
+        ("corpora:\n- name: x\n  share: 0.1\n  'name': y", "key 'name' stands in line 2 and again in line 4"),
+        ("model: {width: 3, width: 5}", "key 'width' stands in line 1 and again in line 1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_its_lines(load, text, message):
+    with pytest.raises(ConfigError, match=f"config.yaml: not valid YAML: {message}$"):
+        load(text)
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused(load):
+    with pytest.raises(ConfigError, match="--model={width: 3, width: 5}': the value is not valid YAML"):
+        load("", "--model={width: 3, width: 5}")
+
+
+def test_a_key_that_is_taken_over_from_an_anchor_may_be_given_anew(load):
+    text = "corpora:\n- &x {name: x, share: 0.1}\n- &y {<<: *x, name: y}\n- {<<: *y, share: 0.2}"
+    assert [(corpus.name, corpus.share) for corpus in load(text).corpora] == [
+        ("x", 0.1),
+        ("y", 0.1),
+        ("y", 0.2),
+    ]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere.yaml: no such config file"):
         load_config(Config, tmp_path / "nowhere.yaml")

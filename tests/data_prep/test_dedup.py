@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import dedup
+from data_prep import dedup, run
 from data_prep.dedup import copies_of
 from data_prep.shards import Manifest
 from data_prep.tokenizer import Tokenizer
 from tests.data_prep.made import command_line, content_files, make_texts, prepare, settings, write_jsonl
+from tests.data_prep.test_owned import KilledError, kill_at
 from tests.data_prep.test_run import documents_of
 
 EXACT = {"method": "exact"}
@@ -49,8 +51,6 @@ def texts_of(output: Path) -> dict[str, list[tuple[tuple[int, int, int], str]]]:
 
 def raw_places(folder: Path, names: list[str]) -> dict[str, tuple[int, int, int]]:
     """The first place of every text, files in the order of the manifest."""
-    import json
-
     places: dict[str, tuple[int, int, int]] = {}
     for number, name in enumerate(names):
         for record, line in enumerate((folder / name).read_text().splitlines()):
@@ -88,6 +88,28 @@ def test_runs_tasks_and_ranges_leave_no_trace(repetitive, tmp_path, monkeypatch,
     prepare(two_corpora(repetitive, tmp_path / "two", weights, resources=resources))
     assert len(made) > 3
     assert content_files(tmp_path / "one") == content_files(tmp_path / "two")
+
+
+@pytest.mark.parametrize("cut", ["run_merges", "gather"])
+@pytest.mark.parametrize("seen_bytes", [(110, 2_000_000), (2_000_000, 110)], ids=["less", "more"])
+def test_resuming_with_other_memory_after_a_power_cut_takes_up_no_stale_result(
+    repetitive, tmp_path, monkeypatch, cut, seen_bytes
+):
+    """Pass 1 is done again and drops other duplicates by itself; drops and shards on the disk are of the first time."""
+    tree = two_corpora(repetitive, tmp_path / "out", (2.5, 0.4), resources={"task_bytes": 1_000_000})
+    monkeypatch.setattr(dedup, "_FRAME_ENTRIES", 7)
+    monkeypatch.setattr(dedup, "_SEEN_BYTES", seen_bytes[0])
+    with monkeypatch.context() as patch:
+        kill_at(patch, run, cut, after=cut == "gather")
+        with pytest.raises(KilledError):
+            prepare(tree)
+    for path in (tmp_path / "out").glob(".work/*/scatter/task-??????.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"boot": "the one before"}))
+    monkeypatch.setattr(dedup, "_SEEN_BYTES", seen_bytes[1])
+    prepare(tree)
+    monkeypatch.undo()
+    prepare(tree | {"output_dir": str(tmp_path / "alone")})
+    assert content_files(tmp_path / "out") == content_files(tmp_path / "alone")
 
 
 def test_weights_repeat_and_thin_out_after_deduplication(repetitive, tmp_path):

@@ -116,23 +116,6 @@ def test_memory_below_the_least_is_refused(prepared, tmp_path):
         assert "Traceback" not in result.stderr
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own: (folder, function that gives it another size)."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)], capture_output=True
-    )
-    if made.returncode:
-        pytest.skip("a file system cannot be mounted here (it takes root)")
-    yield (
-        folder,
-        lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True),
-    )
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("size", ["200k", "600k"])
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
     corpus, prepared, tmp_path, small_disk, size

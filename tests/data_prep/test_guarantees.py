@@ -15,8 +15,9 @@ import pytest
 import yaml
 import zstandard
 
+from data_prep.errors import DataPrepError
 from data_prep.shards import Manifest, ShardError
-from tests.data_prep.made import ROOT, command_line, make_texts, prepare, settings
+from tests.data_prep.made import ROOT, command_line, make_texts, prepare, settings, write_jsonl
 from tests.data_prep.test_run import documents_of
 
 
@@ -114,6 +115,24 @@ def test_losses_above_a_limit_fail_the_run_and_a_higher_limit_goes_on(prepared, 
     assert "7 dropped or quarantined" in again.stderr
     assert "\nquarantined: " in again.stdout and "invalid_utf8 2" in again.stdout
     assert "no document was truncated" in again.stdout
+
+
+def test_a_run_that_loses_far_too_much_stops_early_and_goes_on_with_a_higher_limit(prepared, tmp_path):
+    for number in range(20):
+        write_jsonl(tmp_path / "raw" / f"{number:02d}.jsonl", make_texts(60, seed=number))
+    for number in range(1, 12):  # not the first, which is looked at before
+        (tmp_path / "raw" / f"{number:02d}.jsonl").write_text('{"text": 3}\n' * 60)
+    tree = settings(tmp_path / "out", [tmp_path / "raw"], resources={"task_bytes": 1})
+    tree |= {"quarantine": {"max_record_share": 0.01}}
+    tree["tokenizer"] = {"load": str(prepared / "tokenizer" / "tokenizer.model")}
+    with pytest.raises(DataPrepError, match=r"too much could not be read: .* field_is_not_text"):
+        prepare(tree)
+    done = len(list((tmp_path / "out").glob(".work/*/scatter/task-??????.json")))
+    assert 2 < done < 12
+    assert len((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()) == 60 * (done - 1)
+    manifest = prepare(tree | {"quarantine": {"max_record_share": 0.6}})
+    assert manifest.records["quarantined"] == 660 and manifest.records["written"] == 540
+    assert command_line(tree, tmp_path, "verify").returncode == 0
 
 
 def test_a_file_that_changes_during_the_run_is_lost_alone(prepared, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import pytest
 from data_prep import inputs
 from data_prep.config import CorpusSection
 from data_prep.inputs import list_corpus
+from data_prep.sources import read_batches
 from tests.data_prep.made import command_line, make_texts, settings, write_jsonl
 
 
@@ -38,6 +39,14 @@ def ordinary_user() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+def test_paragraphs_are_those_of_txt_beside_files_of_other_formats(tmp_path):
+    (tmp_path / "books.txt").write_text("one\nline\n\ntwo\n")
+    write_jsonl(tmp_path / "web.jsonl", make_texts(30))
+    files, _, _ = list_corpus(0, CorpusSection(name="x", paths=[str(tmp_path)], records="paragraph"))
+    found = [sum(len(batch.lines) for batch in read_batches(file, 0, None, 10_000)) for file in files]
+    assert [file.relative for file in files] == ["books.txt", "web.jsonl"] and found == [2, 30]
 
 
 def test_linked_folders_are_followed_once(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from data_prep import lease
-from data_prep.errors import DataPrepError, LostLeaseError
+from data_prep.errors import DataPrepError, DiskFullError, LostLeaseError
 from data_prep.files import write_bytes
 from data_prep.lease import owned
 from tests.data_prep.made import ROOT, content_files, make_texts, prepare, settings, write_jsonl
@@ -104,6 +104,32 @@ def test_of_many_that_come_at_once_one_owns(tmp_path):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert (len(inside), len(refused)) == (1, 5)
+
+
+def test_a_number_that_somebody_else_took_meanwhile_is_told_as_another_run(tmp_path, monkeypatch):
+    (tmp_path / "out/.owner").mkdir(parents=True)
+    (tmp_path / "out/.owner/000001.json").write_text('{"host": "other", "process": 7}')
+    monkeypatch.setattr(lease, "_numbers", lambda folder: [])  # as it was a moment before
+    with pytest.raises(DataPrepError, match=r"another run is at work there \(host other, process 7"):
+        with owned(tmp_path / "out", 5):
+            pass
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_as_such(small_disk):
+    folder, _ = small_disk
+    with pytest.raises(OSError):
+        (folder / "filled").write_bytes(bytes(300_000))
+    with pytest.raises(DiskFullError, match=rf"no space left for {folder}/out/.owner .*make room") as told:
+        with owned(folder / "out", 5):
+            pass
+    assert told.value.exit_code == 3
+
+
+def test_a_disk_that_takes_nothing_at_the_end_does_not_hide_what_ended_the_run(small_disk):
+    folder, remount = small_disk
+    with pytest.raises(KeyError, match="the reason"), owned(folder / "out", 5):
+        remount("200k,ro")
+        raise KeyError("the reason")
 
 
 def test_a_writer_that_was_followed_cannot_commit(tmp_path):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
+import pytest
 
+from data_prep import merge
+from data_prep import run as run_module
 from data_prep.merge import _parts_within
 from data_prep.spill import CODECS, FRAME_INDEX, Items, Records, SpillWriter, decode_frame
+from tests.data_prep.made import prepare, settings
+from tests.data_prep.test_owned import KilledError, kill_at
 
 
 def test_frames_of_a_range_are_found_by_halving():
@@ -25,6 +31,17 @@ def test_frames_of_a_range_are_found_by_halving():
             mine = (frames["split"] == split) & (frames["first_key"] <= high) & (frames["last_key"] >= low)
             found = [n for begin, end in _parts_within(frames, split, low, high) for n in range(begin, end)]
             assert found == np.flatnonzero(mine).tolist()
+
+
+def test_a_finished_merge_is_taken_up_with_the_results_it_was_made_of_alone(corpus, tmp_path, monkeypatch):
+    done: list[merge.MergeTask] = []
+    monkeypatch.setattr("data_prep.estimate._FEW_READS", 1)
+    monkeypatch.setattr("data_prep.between.merge", lambda task: done.append(task) or merge.merge(task))
+    kill_at(monkeypatch, run_module, "run_gather")
+    with pytest.raises(KilledError):
+        prepare(settings(tmp_path / "out", [corpus], resources={"min_read_bytes": 10**9, "task_bytes": 1}))
+    assert merge.finished_merge(done[0]) is not None
+    assert merge.finished_merge(replace(done[0], upstream="other")) is None
 
 
 def test_payloads_are_taken_in_any_order_whatever_their_length():

@@ -231,10 +231,33 @@ def test_input_that_is_gone_does_not_cost_the_finished_output(tree, tmp_path):
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "mistake"),
+    [("tokenizer", {"load": "/nowhere.model"}), ("cleaning", {"functions": ["nowhere:f"]})],
+)
+def test_a_mistake_found_at_the_start_leaves_a_folder_that_the_mended_command_can_use(
+    tree, tmp_path, section, mistake
+):
+    with pytest.raises(DataPrepError, match="nowhere"):
+        prepare(tree | {section: tree[section] | mistake})
+    assert not (tmp_path / "out").exists()
+    prepare(tree)
+
+
+def test_a_refused_run_leaves_the_files_of_others_that_are_named_like_its_own(tree, tmp_path):
+    (tmp_path / "out").mkdir()
+    mine = [tmp_path / "out" / name for name in ("progress.json", "metrics.prom")]
+    for path in mine:
+        path.write_text("mine")
+    with pytest.raises(DataPrepError, match=r"holds progress.json, metrics.prom, which no run"):
+        prepare(tree)
+    assert all(path.read_text() == "mine" for path in mine)
+
+
 def data_in(output: Path) -> dict[Path, bytes]:
-    """Every file but those in which a run tells how it is."""
+    """Every file but those that tell who owns the folder."""
     files = [path for path in output.rglob("*") if path.is_file() and ".owner" not in path.parts]
-    return {path: path.read_bytes() for path in files if path.name not in ("progress.json", "metrics.prom")}
+    return {path: path.read_bytes() for path in files}
 
 
 def test_text_that_is_finished_or_half_done_is_not_given_up_for_changed_input(tree, tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -203,6 +205,33 @@ def test_killed_and_started_again_gives_the_same_bytes(corpus, prepared, tmp_pat
     assert not (output / ".work").exists() and not list(output.rglob("*.tmp-*"))
 
 
+def test_an_interrupt_from_the_keyboard_ends_training_at_once(tmp_path):
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(30_000)]
+    source = write_jsonl(tmp_path / "a.jsonl", [" ".join(draw.choices(words, k=60)) for _ in range(15_000)])
+    train = {"model": "unigram", "vocab_size": 8000, "sample_bytes": 100_000_000}
+    tree = settings(tmp_path / "out", [source], tokenizer={"train": train})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "data_prep", "run", "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        while "training takes about" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(1)  # the trainer is at work
+        started = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+        assert time.monotonic() - started < 1.5 and process.returncode == 130
+        assert "Traceback" not in said and "the same command goes on from here" in said
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def test_a_finished_output_is_left_alone_and_a_changed_plan_refused(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(300))
     tree = settings(tmp_path / "out", [source])
@@ -270,6 +299,32 @@ def test_a_tokenizer_can_be_loaded_and_words_left_out(prepared, tmp_path):
     )
     assert manifest.tokenizer["sha256"] == SplitReader(prepared, "train").manifest.tokenizer["sha256"]
     assert SplitReader(tmp_path / "out", "train").rows(0, 3).word_start_NL is None
+
+
+def test_a_task_that_travels_is_as_small_with_many_files_as_with_few(tmp_path, monkeypatch):
+    sizes = []
+    for count in (2, 300):
+        tasks: list[gather.GatherTask] = []
+        monkeypatch.setattr(
+            run_module, "gather", lambda task, tasks=tasks: tasks.append(task) or gather.gather(task)
+        )
+        for name in "ab":
+            for number in range(count // 2):
+                texts = make_texts(600)[600 * number // (count // 2) : 600 * (number + 1) // (count // 2)]
+                write_jsonl(tmp_path / str(count) / name / f"{number:03d}.jsonl", texts)
+        tree = settings(tmp_path / f"out{count}", [])
+        tree["corpora"] = [{"name": name, "paths": [str(tmp_path / str(count) / name)]} for name in "ab"]
+        prepare(tree)
+        sizes.append(max(len(pickle.dumps(task)) for task in tasks))
+        sources = Counter()
+        reader = SplitReader(tmp_path / f"out{count}", "train")
+        for shard in range(len(reader.manifest.splits["train"].shards)):
+            blocks = reader._reader(shard)
+            for block in range(len(blocks.blocks)):
+                pieces = blocks.read(block).pieces
+                sources.update((pieces[3] == (pieces[4] >= count // 2)).tolist())
+        assert set(sources) == {True}, "a document's corpus is that of its file"
+    assert abs(sizes[1] - sizes[0]) < 50
 
 
 def test_lost_spill_and_unbalanced_books_stop_the_run(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_the_sample_is_the_smallest_keys_in_order(tmp_path, monkeypatch):
         expected.append(texts[number])
         size += len(texts[number].encode())
     segments = [segment for task in plan.tasks for segment in task]
-    shares = sample_shares(plan.files, SAMPLE_BYTES)
+    shares = sample_shares(plan.files, [1.0], SAMPLE_BYTES)
     assert len(segments) == 3 and 0.05 < shares.records < 0.9 and shares.blocks == 1
     for name, tasks in (("one", [segments]), ("three", [[s] for s in segments])):
         (tmp_path / name).mkdir()
@@ -117,6 +118,40 @@ def test_only_chosen_blocks_are_read_and_every_record_has_the_same_chance(tmp_pa
     collect_sample(replace(task, number=1, segments=[segment]))
     with zstandard.open(sample_path(tmp_path, 1), "rt", encoding="utf-8") as file:
         assert [json.loads(line) for line in file] == [entry for entry in entries if entry[1] == 1]
+
+
+@pytest.mark.parametrize("weights", [(0.1, 0.1), (20, 20), (1, 20), (0.01, 50)])
+@pytest.mark.parametrize("sample_bytes", [30_000, 150_000])
+def test_what_is_collected_is_what_was_asked_for_whatever_the_weights(tmp_path, weights, sample_bytes):
+    for name, count in (("large", 2500), ("small", 500)):
+        write_jsonl(tmp_path / name / "x.jsonl", make_texts(count))
+    tree = settings(tmp_path / "out", [])
+    tree["corpora"] = [
+        {"name": name, "paths": [str(tmp_path / name)], "weight": weight}
+        for name, weight in zip(("large", "small"), weights, strict=True)
+    ]
+    plan = make_plan(PrepareConfig.model_validate(tree))
+    segments = [segment for task in plan.tasks for segment in task]
+    shares = sample_shares(plan.files, weights, sample_bytes)
+    collect_sample(SampleTask(0, segments, str(tmp_path), "run", 5, shares, CleaningSection()))
+    with zstandard.open(sample_path(tmp_path, 0), "rt", encoding="utf-8") as file:
+        collected = sum(len(json.loads(line)[4].encode()) for line in file)
+    assert sample_bytes < collected < 1.4 * sample_bytes < plan.text_bytes
+
+
+def test_no_more_than_the_sample_is_held_of_what_was_collected(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "raw" / "x.jsonl", make_texts(6000))
+    plan = make_plan(PrepareConfig.model_validate(settings(tmp_path / "out", [tmp_path / "raw"])))
+    sampled_texts(tmp_path, plan.tasks, Shares(1.0, 1.0, 1.0), monkeypatch)
+    tracemalloc.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(
+                TrainTask(str(tmp_path), 1, TrainSection(sample_bytes=SAMPLE_BYTES), str(tmp_path))
+            )
+        assert tracemalloc.get_traced_memory()[1] < 20 * SAMPLE_BYTES < plan.text_bytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_corpus_that_weighs_more_gives_more_of_the_sample(tmp_path):

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import tarfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,26 @@ def test_large_vocabularies_take_four_bytes(prepared, tmp_path):
 
 def test_an_intact_output_passes_the_audit(prepared):
     assert audit(prepared) == ""
+
+
+def test_the_audit_holds_no_more_than_the_sums_of_shards_it_has_looked_at(prepared):
+    """A result has the count of every id, which for thousands of shards is more than a machine has."""
+    made: list[weakref.ref] = []
+    most = []
+
+    class Result(dict):
+        """A dict that can be watched."""
+
+    class Watched(LocalExecutor):
+        def run(self, *arguments, **named):
+            for found in super().run(*arguments, **named):
+                result = Result(found)
+                made.append(weakref.ref(result))
+                most.append(sum(ref() is not None for ref in made))
+                yield result
+
+    verify(prepared, Watched(1), RunProgress(None, 60))
+    assert len(made) > 4 and max(most) <= 2
 
 
 def test_a_flipped_bit_is_noticed_by_reader_and_audit(output):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 import xxhash
 import zstandard
 
+from data_prep import merge, sources, spill, text
 from data_prep import plan as plan_module
 from data_prep import scatter as scatter_module
-from data_prep import sources, text
 from data_prep.audit import verify
 from data_prep.config import PrepareConfig
+from data_prep.decompress import zstd_frames
 from data_prep.errors import AuditError
 from data_prep.executor import LocalExecutor
 from data_prep.fingerprint import line_sum
@@ -89,6 +91,63 @@ def test_every_line_is_there_once_and_the_quick_way_gives_the_bytes_of_the_caref
     monkeypatch.setattr(scatter_module, "is_plain_text", lambda file: False)
     small = {"task_bytes": 1, "worker_memory_bytes": 128 * 1024**2, "spill": "lz4"}
     assert prepare(tree_of(tmp_path, "careful", resources=small)).content_hash == manifest.content_hash
+
+
+def test_a_function_that_may_return_line_ends_is_refused(tmp_path):
+    tree = tree_of(tmp_path, "out")
+    tree["cleaning"] = _AS_IT_IS | {"functions": ["tests.data_prep.functions:first_line"]}
+    with pytest.raises(
+        ValueError, match="cleaning.functions: may return line ends, .*collapse_whitespace=true"
+    ):
+        PrepareConfig.model_validate(tree)
+    tree["cleaning"]["collapse_whitespace"] = True
+    PrepareConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize("name", ["part-000099.txt.zst", "part-000099.txt", "shard-000099.tar", "other.tar"])
+def test_verify_finds_a_part_that_is_not_of_the_data_set(tmp_path, raw, name):
+    prepare(tree_of(tmp_path, "out"))
+    verify(tmp_path / "out", LocalExecutor(1), RunProgress(None, 60))
+    (tmp_path / "out" / "train" / name).write_bytes(b"a line of somebody else\n")
+    with pytest.raises(AuditError, match=f"{name}: not a shard of this data set; take it out of the folder"):
+        verify(tmp_path / "out", LocalExecutor(1), RunProgress(None, 60))
+
+
+@pytest.mark.parametrize("last", [b"plain\n", b"odd\r\n"], ids=["quick", "careful at the end"])
+def test_a_file_that_changes_on_the_quick_way_is_lost_whole(tmp_path, monkeypatch, last):
+    """Another program writes to it when the first lines of its only block have been taken."""
+    monkeypatch.setattr(text, "_CHUNK_BYTES", 1500)
+    for name in ("stays", "grows"):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        lines = b"\n".join(line.encode() for line in make_texts(200)) + b"\n" + last
+        (tmp_path / "raw" / f"{name}.txt").write_bytes(lines)
+    original = text._as_they_are
+
+    def and_grows(values, lengths, keys, book):
+        if (tmp_path / "raw" / "stays.txt").stat().st_size == (tmp_path / "raw" / "grows.txt").stat().st_size:
+            with (tmp_path / "raw" / "grows.txt").open("ab") as file:
+                file.write(b"one more\n")
+        return original(values, lengths, keys, book)
+
+    monkeypatch.setattr(text, "_as_they_are", and_grows)
+    (source,) = prepare(tree_of(tmp_path, "out")).sources
+    assert source["quarantined"] == {"file_changed": 1} and source["written"] == 201
+
+
+def test_the_bytes_of_a_part_do_not_tell_the_memory_of_its_worker(tmp_path, raw, monkeypatch):
+    monkeypatch.setattr(text, "_FRAME_BYTES", 5000)
+    parts = []
+    for name in ("much", "little"):
+        prepare(tree_of(tmp_path, name))
+        parts.append({path.name: path.read_bytes() for path in (tmp_path / name / "train").iterdir()})
+        monkeypatch.setattr(merge, "_LOADED_SHARE", 1 / 65536)
+        monkeypatch.setattr(spill, "_SORT_BYTES", 700)
+        monkeypatch.setattr("data_prep.run.frame_bytes", lambda plan: 1000)
+    assert len(parts[0]) > 3 and parts[0] == parts[1]
+    path = tmp_path / "much" / "train" / "part-000001.txt.zst"
+    with path.open("rb") as file:
+        frames = zstd_frames(file, path.stat().st_size)
+    assert [after[1] - before[1] for before, after in pairwise(frames)][:3] == [5000] * 3
 
 
 @pytest.mark.parametrize("forgery", ["gone", "doubled"])
