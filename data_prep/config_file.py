@@ -16,13 +16,23 @@ from typing import Any, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
     """Base of every config section: unknown keys are refused, values are frozen, defaults are validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would take it for 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = typing.get_args(annotation) or (annotation,)
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError(f"expected a number, found {str(value).lower()}")
+        return value
 
 
 class ConfigError(ValueError):
@@ -33,7 +43,8 @@ S = TypeVar("S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a section, of which YAML would take the last in silence."""
+    """Refuses a key that stands twice in a section, of which YAML would take the last in silence, and leaves texts that
+    YAML 1.1 takes for dates and for numbers to the base 60 (2024-11-29, 12:30) the texts that they are."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -47,6 +58,22 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = line
         return node
+
+
+def _number_or_text(loader: Any, node: Any) -> Any:
+    if ":" in node.value:
+        return loader.construct_scalar(node)
+    kind = "int" if node.tag.endswith("int") else "float"
+    return getattr(yaml.SafeLoader, f"construct_yaml_{kind}")(loader, node)
+
+
+_CONSTRUCTORS: dict[str, Any] = {
+    "timestamp": yaml.SafeLoader.construct_yaml_str,
+    "int": _number_or_text,
+    "float": _number_or_text,
+}
+for _kind, _constructor in _CONSTRUCTORS.items():
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _constructor)
 
 
 def load_config(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
@@ -77,7 +104,10 @@ def load_config(schema: type[S], path: str | Path, overrides: Sequence[str] = ()
 
 def _parse(text: str) -> Any:
     """The tree of a YAML document. Raises yaml.YAMLError, also for a key that stands twice."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ValueError as error:  # what looks like a number and is none, such as 0b_
+        raise yaml.YAMLError(str(error)) from None
 
 
 def _validate(schema: type[S], tree: dict[str, Any]) -> tuple[S, list[Any]]:

@@ -134,3 +134,35 @@ def test_help_lists_every_key_with_type_default_and_meaning():
     assert "corpora[].name  (str, required)  what it is called" in text
     assert "model.width  (int, = 3)  features" in text
     assert "model.activation  (relu|gelu, = 'relu')" in text
+
+
+class Run(Section):
+    folder: str = "runs"
+    steps: int = 1
+    rate: float | None = None
+    fast: bool = False
+
+
+@pytest.mark.parametrize("text", ["2024-11-29", "12:30", "1:30.5"])
+def test_dates_and_clock_times_are_texts(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"folder: {text}")
+    assert load_config(Run, file).folder == text
+    assert load_config(Run, file, [f"--folder={text}"]).folder == text
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("--steps=true", "steps: expected a number, found true"),
+        ("--rate=true", "rate: expected a number, found true"),
+        ("--steps=12:30", "steps: input should be a valid integer"),
+        ("--steps=0b_", "the value is not valid YAML"),
+    ],
+)
+def test_what_is_no_number_is_refused(tmp_path, override, expected):
+    file = tmp_path / "run.yaml"
+    file.write_text("fast: true")
+    with pytest.raises(ConfigError, match=expected):
+        load_config(Run, file, [override])
+    assert load_config(Run, file, ["--steps=1_000", "--rate=1.5"]).steps == 1000
