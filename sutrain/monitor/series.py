@@ -35,7 +35,7 @@ class Series:
 
 
 STEP = (
-    Series("step", "gauge", "steps", "Optimizer updates done so far"),
+    Series("step", "gauge", "steps", "Steps done so far, those whose update was skipped or refused included"),
     Series(
         "samples_consumed_total", "counter", "samples", "Training samples (rows) consumed, the run's position"
     ),

@@ -15,6 +15,7 @@ import numpy as np
 from .log import RunLog
 from .progress import duration
 
+WITHOUT_UPDATE = 0.02  # share of the steps whose update was skipped, or refused
 DATA_BOUND_SHARE = 0.1  # of a step's time spent waiting for data
 THROUGHPUT_DROP = 0.8  # last tenth of the run over the whole run
 OVERFIT = 1.02  # validation loss now over its best, medians of three evaluations
@@ -51,7 +52,7 @@ def verdicts(run: RunLog) -> list[Verdict]:
 def headline(run: RunLog) -> str:
     """One line for a picture's title: the last validation accuracy, or the loss without evaluations."""
     _, accuracy = run.series("validation_accuracy", "evaluations")
-    steps = f"{run.steps[-1]['step']:,} updates"
+    steps = f"{run.steps[-1]['step']:,} steps"
     if len(accuracy):
         return f"{accuracy[-1]:.1%} of masked tokens right after {steps}"
     return f"loss {_edges(run.series('loss')[1])[1]:.3f} after {steps}"
@@ -67,24 +68,29 @@ def _edges(values: np.ndarray) -> tuple[float, float]:
 
 
 def _completeness(run: RunLog) -> list[Verdict]:
-    last = run.steps[-1]["step"]
+    last, record = run.steps[-1]["step"], run.steps[-1]
     total = next((header["total_steps"] for header in reversed(run.runs) if "total_steps" in header), None)
     resumed = [header["step"] for header in run.runs if header["step"] > 0]
-    text = f"{last:,} updates done"
-    level: Literal["good", "note"] = "good"
+    text = f"{last:,} steps done"
+    level: Literal["good", "note", "bad"] = "good"
     if total is not None:
-        text = f"All {total:,} updates done" if last >= total else f"{last:,} of {total:,} updates done"
+        text = f"All {total:,} steps done" if last >= total else f"{last:,} of {total:,} steps done"
         level = "good" if last >= total else "note"
-    if "tokens_total" in run.steps[-1]:
-        text += f", {run.steps[-1]['tokens_total']:,.0f} tokens"
+    text += f", {run.updates_applied:,} updates applied"
+    if "tokens_total" in record:
+        text += f", {record['tokens_total']:,.0f} tokens"
     if resumed:
         text += f"; resumed at step {', '.join(f'{step:,}' for step in resumed)}"
     found = [Verdict(level, text + ".")]
-    skipped = run.steps[-1].get("skipped_steps_total", 0)
-    if skipped:
-        share = skipped / last
-        text = f"{skipped:,} updates ({share:.1%}) were skipped because a gradient was not finite."
-        found.append(Verdict("bad" if share > 0.02 else "note", text))
+    for key, words in (
+        ("skipped_steps_total", "skipped because a gradient was not finite"),
+        ("refused_steps_total", "refused because loss or gradient stood out too far (acting.skip_sigmas)"),
+    ):
+        count = record.get(key, 0)
+        if count:
+            share = count / last
+            level = "bad" if share > WITHOUT_UPDATE else "note"
+            found.append(Verdict(level, f"{count:,} updates ({share:.1%}) were {words}."))
     return found
 
 

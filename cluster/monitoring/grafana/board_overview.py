@@ -13,7 +13,7 @@ def overview() -> Rows:
         (
             "How does it stand?",
             [
-                figure("Updates", "Optimizer updates done.", "locale", f"sutrain_step{{{RUN}}}"),
+                figure("Steps", "Steps done, skipped and refused ones included.", "locale", f"sutrain_step{{{RUN}}}"),
                 figure("Tokens", "Training tokens consumed.", "short", f"sutrain_tokens_total{{{RUN}}}", 2),
                 figure(
                     "Loss", "Training loss of the last step, nats per predicted token.", "none",
