@@ -177,7 +177,9 @@ class Run:
             piece.values().copy_(read(checkpoints.MASTER, piece.name, piece.offset, piece.length))
         self.fragments.refresh_model_weights()
         counters = checkpoint.counters
-        self.optimizer.load_state_by_name(checkpoint.replicated(), counters["optimizer"], read)
+        state = (checkpoint.replicated(), counters["optimizer"], read, checkpoint.contents())
+        for line in self.optimizer.load_state_by_name(*state):
+            self.say(line)
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))

@@ -22,6 +22,8 @@ class UpdateGuard:
         self._limit, self._window = limit, window
         self._names = names
         self._history = torch.zeros(len(names), device=device)
+        self.begun_after = 0
+        """Updates that the run had made when the guard was turned on; the window is counted from there."""
 
     def factor(self, update_square_sum: Tensor, learning_rate: float, updates: int) -> Tensor:
         """min(1, k · history / size) for every tensor, [T]; takes the sizes into the history.
@@ -30,7 +32,7 @@ class UpdateGuard:
         """
         if learning_rate == 0:  # piecewise_linear begins with it: nothing moves, and nothing is learnt
             return torch.ones_like(update_square_sum)
-        size = update_square_sum.sqrt() / learning_rate
+        size, updates = update_square_sum.sqrt() / learning_rate, updates - self.begun_after
         known = self._history > 0
         factor = torch.ones_like(size)
         if updates > self._window:
