@@ -92,7 +92,7 @@ class Optimizer(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled, multiplied by the learning rate")
     clip_global_norm: float | None = Field(
-        None, gt=0, description="limit on the global gradient norm; none: off"
+        None, gt=0, description="limit on the global gradient norm; null: off"
     )
     settings: dict[str, Any] = Field(
         default_factory=dict,
@@ -116,10 +116,7 @@ class Optimizer(Section):
             for key, value in self.arguments().items()
             if key not in ("per_tensor", "logical_tensors")
         }
-        try:
-            build_optimizer(self.name, [("probe", torch.nn.Parameter(torch.zeros(1)))], **settings)
-        except TypeError as error:
-            raise ValueError(f"settings: a value of the wrong type ({error})") from None
+        build_optimizer(self.name, [("probe", torch.nn.Parameter(torch.zeros(1)))], **settings)
         return self
 
     def arguments(self) -> dict[str, Any]:
@@ -192,7 +189,7 @@ class Memory(Section):
         None,
         gt=0,
         description="limit on what a micro-batch's layers keep for the backward pass, MiB a rank; as many layers as "
-        "needed are computed again; none: none is",
+        "needed are computed again; null: none is",
     )
 
 
@@ -217,7 +214,7 @@ class Monitor(Section):
     port: int = Field(9700, ge=0, le=65535, description="port of /metrics on rank 0; 0: off")
     progress_seconds: float = Field(10.0, gt=0, description="seconds between progress lines in a log")
     probe_every_steps: int | None = Field(
-        None, ge=0, description="updates between probes (docs/monitoring.md); 0: never; none: by probe_share"
+        None, ge=0, description="updates between probes (docs/monitoring.md); 0: never; null: by probe_share"
     )
     probe_share: float = Field(0.02, gt=0, lt=1, description="share of the time that probes may take")
     probe_sequences: int = Field(
@@ -241,13 +238,13 @@ class Acting(Section):
         None,
         gt=0,
         description="refuse an update whose loss or gradient norm is so many robust standard deviations above its "
-        "history; none: never",
+        "history; null: never",
     )
     stop_after_broken_steps: int | None = Field(
         None,
         ge=1,
         description="stop, with a dump, after so many steps in a row without a finite loss or without an update; "
-        "none: go on",
+        "null: go on",
     )
 
 

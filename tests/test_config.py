@@ -70,7 +70,7 @@ def test_small_numbers_may_be_written_without_a_dot(write_config):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("--optimizer.settings.epsilon_scale=[1]", "wrong type"),
+        ("--optimizer.settings.epsilon_scale=[1]", r"epsilon_scale is \[1\], expected a number"),
         ("--optimizer.settings.weight_decay=0.5", "weight_decay belongs one level up"),
         ("--optimizer.learning_rate=.inf", "learning_rate: input should be a finite number"),
         (f"--seed={2**64}", "seed: input should be less than"),

@@ -69,14 +69,14 @@ class FragmentOptimizer(torch.optim.Optimizer):
             {
                 f"learning_rate is {learning_rate!r}, expected 0 or more": learning_rate >= 0,
                 f"weight_decay is {weight_decay!r}, expected 0 or more": weight_decay >= 0,
-                f"clip_global_norm is {clip_global_norm!r}, expected a positive number or None": (
+                f"clip_global_norm is {clip_global_norm!r}, expected a positive number, or null: off": (
                     clip_global_norm is None or clip_global_norm > 0
                 ),
-                f"update_guard is {update_guard!r}, expected a number above 1 or None": (
+                f"update_guard is {update_guard!r}, expected a number above 1, or null: off": (
                     update_guard is None or update_guard > 1
                 ),
                 f"guard_window is {guard_window!r}, expected a whole number, 1 or more": (
-                    guard_window == int(guard_window) and guard_window >= 1
+                    math.isfinite(guard_window) and guard_window == int(guard_window) and guard_window >= 1
                 ),
                 f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}": kernels in KERNELS,
             }

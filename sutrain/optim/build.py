@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def build_optimizer(
     """The optimizer `name` for model.named_parameters(); frozen parameters are left out.
 
     Settings are the arguments of its class and of FragmentOptimizer; AdaFactor also takes `preset`, one of
-    adafactor.PRESETS. Raises ValueError with every unknown name and what is near it.
+    adafactor.PRESETS. Raises ValueError with every unknown name and what is near it, and every value of a wrong type.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer {name!r} is unknown, expected one of {', '.join(OPTIMIZERS)}")
@@ -40,12 +41,42 @@ def build_optimizer(
         near = get_close_matches(unknown, known, 2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
         problems.append(f"{name}: unknown setting {unknown!r}; {hint}")
+    problems += [f"{name}: {line}" for line in _of_wrong_type(kind, settings)]
     if problems:
         raise ValueError("\n".join(problems))
     try:
         return kind(named_parameters, **(settings_of_preset(settings) if kind is AdaFactor else settings))
     except ValueError as error:
         raise ValueError(f"{name}: " + str(error).replace("\n", f"\n{name}: ")) from None
+
+
+def _of_wrong_type(kind: type[FragmentOptimizer], settings: Mapping[str, Any]) -> list[str]:
+    """What is not of the type its argument is annotated with, a line each: in YAML `no` is false but `none` a word."""
+    hints = {**get_type_hints(FragmentOptimizer.__init__), **get_type_hints(kind.__init__)}
+    problems = []
+    for key, value in settings.items():
+        valid, expected = _TYPES.get(hints.get(key), (lambda _: True, ""))
+        if not valid(value):
+            problems.append(f"{key} is {value!r}, expected {expected}")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_two_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+_TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (lambda value: _is_number(value) and math.isfinite(value) and value == int(value), "a whole number"),
+    float: (_is_number, "a number"),
+    float | None: (lambda value: value is None or _is_number(value), "a number, or null: off"),
+    tuple[float, float]: (_are_two_numbers, "two numbers"),
+}
+"""Annotation -> whether a value is of that type, and how the type is called."""
 
 
 def settings_of(name: str) -> list[str]:

@@ -383,6 +383,27 @@ def test_masters_are_loaded_from_any_overlapping_range():
         ("adamw", {"per_tensor": {"cube": {"decay": 0}}}, "unknown 'decay'"),
         ("adamw", {"per_tensor": {"cube": {"weight_decay": -1}}}, "'cube': weight_decay is -1"),
         ("lamb", {"clip_global_norm": 0}, "clip_global_norm is 0"),
+        *(
+            ("adafactor", {key: "flase"}, f"{key} is 'flase', expected true or false")
+            for key in (
+                "parameter_scale",
+                "relative_step",
+                "inverse_sqrt_cap",
+                "skip_nonfinite",
+                "statistics",
+            )
+        ),
+        (
+            "adamw",
+            {"bias_correction": 1, "skip_nonfinite": "no"},
+            "correction is 1.*\nadamw: skip_nonfinite is",
+        ),
+        ("egd", {"normalise": None}, "normalise is None, expected true or false"),
+        ("lamb", {"guard_window": math.inf}, "guard_window is inf, expected a whole number"),
+        ("adafactor", {"clip_threshold": "none"}, "'none', expected a number, or null: off"),
+        ("adafactor", {"momentum": True}, "momentum is True, expected a number"),
+        ("adafactor", {"preset": ["paper"]}, "is unknown"),
+        ("lamb", {"betas": 0.9}, "betas is 0.9, expected two numbers"),
         ("lamb", {"weight_decay": -1}, "weight_decay is -1"),
     ],
 )
