@@ -24,7 +24,7 @@ from torch import Tensor
 from .bucket import Bucket
 from .columns import STATISTICS
 from .fragments import Fragment, FragmentError, FragmentMap, is_optimized, whole_shape
-from .guard import UpdateGuard
+from .guard import GUARD_WINDOW, UpdateGuard, valid_guard
 from .kernels import KERNELS, CompiledKernels, EagerKernels
 from .logical import Parts, rows_of_parts, shapes_of_parts
 from .per_tensor import choices_per_tensor, refuse_unless
@@ -50,7 +50,7 @@ class FragmentOptimizer(torch.optim.Optimizer):
         per_tensor: Mapping[str, Mapping[str, Any]] | None = None,
         logical_tensors: Mapping[str, Parts] | None = None,
         update_guard: float | None = None,
-        guard_window: int = 100,
+        guard_window: int = GUARD_WINDOW,
         kernels: str = "auto",
         statistics: bool = True,
     ):
@@ -72,12 +72,7 @@ class FragmentOptimizer(torch.optim.Optimizer):
                 f"clip_global_norm is {clip_global_norm!r}, expected a positive number, or null: off": (
                     clip_global_norm is None or clip_global_norm > 0
                 ),
-                f"update_guard is {update_guard!r}, expected a number above 1, or null: off": (
-                    update_guard is None or update_guard > 1
-                ),
-                f"guard_window is {guard_window!r}, expected a whole number, 1 or more": (
-                    math.isfinite(guard_window) and guard_window == int(guard_window) and guard_window >= 1
-                ),
+                **valid_guard(update_guard, guard_window),
                 f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}": kernels in KERNELS,
             }
         )

@@ -10,8 +10,26 @@ The sizes come from sums over all ranks, so every rank decides the same; nothing
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+GUARD_WINDOW = 100
+"""Updates; the default."""
+
+
+def valid_guard(limit: float | None, window: int) -> dict[str, bool]:
+    """Conditions on update_guard and guard_window, for refuse_unless."""
+    return {
+        f"update_guard is {limit!r}, expected a number above 1, or null: off": limit is None or limit > 1,
+        f"guard_window is {window!r}, expected a whole number, 1 or more": (
+            math.isfinite(window) and window == int(window) and window >= 1
+        ),
+        "guard_window has no effect without update_guard: leave it out": (
+            limit is not None or window == GUARD_WINDOW
+        ),
+    }
 
 
 class UpdateGuard:

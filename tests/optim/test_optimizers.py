@@ -399,6 +399,7 @@ def test_masters_are_loaded_from_any_overlapping_range():
             "correction is 1.*\nadamw: skip_nonfinite is",
         ),
         ("egd", {"normalise": None}, "normalise is None, expected true or false"),
+        ("lamb", {"guard_window": 10}, "guard_window has no effect without update_guard: leave it out"),
         ("lamb", {"guard_window": math.inf}, "guard_window is inf, expected a whole number"),
         ("adafactor", {"clip_threshold": "none"}, "'none', expected a number, or null: off"),
         ("adafactor", {"momentum": True}, "momentum is True, expected a number"),
