@@ -10,14 +10,14 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.config_file import ConfigError, Section
 from sutrain.data import BatchPlan
 from sutrain.models.configuration import EncoderConfig, EncoderConfigError
 from sutrain.models.depth import resolve_auto
-from sutrain.optim import Schedule, ScheduleError, build_optimizer, build_schedule
+from sutrain.optim import Schedule, ScheduleError, build_schedule
+from sutrain.optim.build import check_settings
 from sutrain.precision import resolve as resolve_precision
 
 
@@ -103,20 +103,14 @@ class Optimizer(Section):
     @classmethod
     def _numbers(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """YAML 1.1 reads 1e-3 (without a dot) as text; people write small numbers that way."""
-        return {key: _as_number(value) for key, value in settings.items()}
+        return _as_number(settings)
 
     @model_validator(mode="after")
     def _settings_exist(self) -> Optimizer:
         twice = sorted({"learning_rate", "weight_decay", "clip_global_norm"} & set(self.settings))
         if twice:
             raise ValueError(f"settings: {', '.join(twice)} belongs one level up, beside name")
-        # These two name tensors of the real model, and are checked when that is built.
-        settings = {
-            key: value
-            for key, value in self.arguments().items()
-            if key not in ("per_tensor", "logical_tensors")
-        }
-        build_optimizer(self.name, [("probe", torch.nn.Parameter(torch.zeros(1)))], **settings)
+        check_settings(self.name, self.arguments())
         return self
 
     def arguments(self) -> dict[str, Any]:
@@ -336,6 +330,10 @@ class PretrainConfig(Section):
 
 
 def _as_number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_number(item) for item in value]
     if not isinstance(value, str):
         return value
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,8 +25,9 @@ from sutrain.engine import deepspeed_config
 from sutrain.launch import check_model_fits_data
 from sutrain.models.configuration import flops_per_token, parameter_count
 from sutrain.monitor.probe_interval import planned_interval
+from sutrain.objectives.training_model import TrainingModel
 from sutrain.optim.adafactor import settings_of_preset
-from sutrain.optim.build import whole_state_tensors
+from sutrain.optim.build import build_optimizer, whole_state_tensors
 from sutrain.optim.schedule import RelativeStep
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -71,6 +73,7 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
     """Everything that follows from a configuration on `ranks` ranks. Raises ConfigError or DataError."""
     manifest = open_manifest(config.data)
     check_model_fits_data(config.model, manifest, config.data.dir)
+    check_settings_of_tensors(config)
     plan = batch_plan(config, manifest.row_tokens, ranks, 0)
     parameters = parameter_count(config.model)
     flops = flops_per_token(config.model, manifest.row_tokens, config.masking.predict_share)
@@ -102,6 +105,19 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
     table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps))
     table.add_row("", learning_rate_in_words(config))
     return table
+
+
+def check_settings_of_tensors(config: PretrainConfig) -> None:
+    """Raises ValueError unless the settings that choose tensors by globs fit the model, as training will see it."""
+    if not {"per_tensor", "logical_tensors"} & set(config.optimizer.settings):
+        return  # everything else was checked with the configuration, and a thousand layers take seconds
+    model = TrainingModel.on(torch.device("meta"), config.model)
+    try:
+        build_optimizer(config.optimizer.name, model.named_parameters(), **config.optimizer.arguments())
+    except ValueError as error:
+        raise ValueError(
+            "optimizer.settings: " + str(error).replace("\n", "\noptimizer.settings: ")
+        ) from None
 
 
 def micro_batches_in_words(plan: BatchPlan) -> str:

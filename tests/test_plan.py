@@ -8,7 +8,13 @@ import pytest
 from data_prep.config_file import load_config
 from sutrain.config import PretrainConfig
 from sutrain.optim import build_schedule
-from sutrain.plan import draw_picture, drawn, learning_rate_by_update, learning_rate_in_words
+from sutrain.plan import (
+    check_settings_of_tensors,
+    draw_picture,
+    drawn,
+    learning_rate_by_update,
+    learning_rate_in_words,
+)
 
 
 def load(path):
@@ -56,6 +62,19 @@ def test_without_adafactor_the_schedule_is_all(write_config):
     rate = learning_rate_by_update(config)
     assert [rate(update) for update in (0, 4, 6, 9)] == pytest.approx([0, 1e-3, 0.75e-3, 0.5e-3])
     assert "size of each tensor" not in learning_rate_in_words(config)
+
+
+def test_globs_over_tensors_are_held_against_the_model(write_config):
+    settings = {"per_tensor": {"*nrom*": {"adapt": False}}, "logical_tensors": {"*query*": 7}}
+    with pytest.raises(ValueError, match="'\\*query\\*': 7 does not divide"):
+        check_settings_of_tensors(load(write_config(optimizer={"settings": settings})))
+    del settings["logical_tensors"]
+    with pytest.raises(
+        ValueError, match=r"settings: adafactor: per_tensor pattern '\*nrom\*' matches no tensor"
+    ):
+        check_settings_of_tensors(load(write_config(optimizer={"settings": settings})))
+    settings["per_tensor"] = {"*query*": {"adapt": False}}
+    check_settings_of_tensors(load(write_config(optimizer={"settings": settings})))
 
 
 def test_picture_files(tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor
 
 from .adafactor import NEVER_FACTORED, AdaFactor, settings_of_preset
@@ -15,6 +16,8 @@ from .adamw import AdamW
 from .base import FragmentOptimizer
 from .egd import Egd
 from .lamb import Lamb
+from .logical import mistakes_in_parts
+from .per_tensor import is_number, mistakes_per_tensor
 
 OPTIMIZERS: dict[str, type[FragmentOptimizer]] = {
     "adafactor": AdaFactor,
@@ -50,6 +53,19 @@ def build_optimizer(
         raise ValueError(f"{name}: " + str(error).replace("\n", f"\n{name}: ")) from None
 
 
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError with every mistake that shows without the model: all but whether globs match its tensors."""
+    rest = dict(settings)
+    problems = mistakes_per_tensor(rest.pop("per_tensor", None) or {})
+    problems += mistakes_in_parts(rest.pop("logical_tensors", None) or {})
+    try:
+        build_optimizer(name, [("probe", torch.nn.Parameter(torch.zeros(1)))], **rest)
+    except ValueError as error:
+        problems += str(error).splitlines()
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 def _of_wrong_type(kind: type[FragmentOptimizer], settings: Mapping[str, Any]) -> list[str]:
     """What is not of the type its argument is annotated with, a line each: in YAML `no` is false but `none` a word."""
     hints = {**get_type_hints(FragmentOptimizer.__init__), **get_type_hints(kind.__init__)}
@@ -61,19 +77,15 @@ def _of_wrong_type(kind: type[FragmentOptimizer], settings: Mapping[str, Any]) -
     return problems
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _are_two_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
 
 
 _TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
-    int: (lambda value: _is_number(value) and math.isfinite(value) and value == int(value), "a whole number"),
-    float: (_is_number, "a number"),
-    float | None: (lambda value: value is None or _is_number(value), "a number, or null: off"),
+    int: (lambda value: is_number(value) and math.isfinite(value) and value == int(value), "a whole number"),
+    float: (is_number, "a number"),
+    float | None: (lambda value: value is None or is_number(value), "a number, or null: off"),
     tuple[float, float]: (_are_two_numbers, "two numbers"),
 }
 """Annotation -> whether a value is of that type, and how the type is called."""
