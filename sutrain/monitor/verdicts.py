@@ -19,6 +19,7 @@ WITHOUT_UPDATE = 0.02  # share of the steps whose update was skipped, or refused
 DATA_BOUND_SHARE = 0.1  # of a step's time spent waiting for data
 THROUGHPUT_DROP = 0.8  # last tenth of the run over the whole run
 OVERFIT = 1.02  # validation loss now over its best, medians of three evaluations
+MINIMUM_STEPS = 20  # before a run's curves are judged: medians over its ends are then single steps
 MINIMUM_SLOPES = 20  # tables of layers before a slope over depth is spoken of
 SLOPE_RISE = 0.5  # of log update against log depth, over its lowest: as the alarm SutrainUpdateDrift
 MODEL_UPDATE_GROWTH = 3.0  # last probes over the first half
@@ -103,6 +104,8 @@ def _loss(run: RunLog) -> list[Verdict]:
                 "bad", f"The loss was not finite on {len(broken):,} step(s), first on step {broken[0]:,.0f}."
             )
         ]
+    if len(loss) < MINIMUM_STEPS:
+        return [Verdict("note", f"{len(loss):,} step(s) are too few to judge the loss.")]
     first, last = _edges(loss)
     lowest = float(loss.min())
     text = f"Training loss went from {first:.3f} to {last:.3f} nats per predicted token"
@@ -216,7 +219,7 @@ def _depth(run: RunLog) -> list[Verdict]:
     found = []
     for part in ("mixer", "feed_forward"):
         _, layers, values = run.heat_map("update_norm", part)
-        if len(layers) < 3:
+        if len(layers) < 3 or len(run.steps) < MINIMUM_STEPS:
             continue
         tail = values[:, -max(1, values.shape[1] // 4) :]
         mean = np.array(

@@ -144,14 +144,17 @@ def test_words_for_trouble(run, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_that_has_just_begun_can_be_reported(tmp_path, steps):
-    groups = groups_of(2)
+    groups = groups_of(3)
     sums = np.ones((len(groups.names), len(COLUMNS)))
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         for step in range(1, steps + 1):
-            sums[:, 2] = 0 if step == 1 else np.nan
+            sums[:, 2] = 1 if step == 1 else np.nan
             log.step({"step": step, "loss": 2.0}, groups.table(sums, COLUMNS))
     assert main([str(tmp_path), "--picture", str(tmp_path / "p.png")]) == 0
     assert (tmp_path / "report.html").exists()
+    found = verdicts(read_run(tmp_path))
+    assert f"{steps} step(s) are too few to judge the loss." in [verdict.text for verdict in found]
+    assert not [verdict for verdict in found if verdict.level == "bad" or "moved most" in verdict.text]
 
 
 def test_a_torn_line_is_tolerated_and_said(run, tmp_path):
