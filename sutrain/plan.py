@@ -69,8 +69,9 @@ def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size:
     )
 
 
-def plan_table(config: PretrainConfig, ranks: int) -> Table:
-    """Everything that follows from a configuration on `ranks` ranks. Raises ConfigError or DataError."""
+def plan_table(config: PretrainConfig, ranks: int, columns: int = 80) -> Table:
+    """Everything that follows from a configuration on `ranks` ranks, for a terminal of so many columns. Raises
+    ConfigError or DataError."""
     manifest = open_manifest(config.data)
     check_model_fits_data(config.model, manifest, config.data.dir)
     check_settings_of_tensors(config)
@@ -102,7 +103,8 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
         "arithmetic", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e15:,.3g} PFLOP in all"
     )
     table.add_row("probes", probes_in_words(config, -(-plan.global_sequences // ranks), manifest))
-    table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps))
+    width = min(56, max(1, columns - 32))  # 22 are the table's frame and first column, 10 the axis
+    table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps, width))
     table.add_row("", learning_rate_in_words(config))
     return table
 
@@ -175,7 +177,7 @@ def learning_rate_in_words(config: PretrainConfig) -> str:
     return ", ".join(words)
 
 
-def drawn(learning_rate: Callable[[int], float], steps: int, width: int = 56, height: int = 6) -> str:
+def drawn(learning_rate: Callable[[int], float], steps: int, width: int, height: int = 6) -> str:
     """A curve over all updates as lines of block characters, with the largest value and both ends of the time axis."""
     width = min(width, steps)
     updates = [round(i * (steps - 1) / max(1, 32 * width - 1)) for i in range(32 * width)]
@@ -233,7 +235,7 @@ def main() -> None:
         if options.ranks < 1:
             raise ValueError(f"--ranks: {options.ranks}, expected at least 1")
         config = load_config(PretrainConfig, options.config, overrides)
-        table = plan_table(config, options.ranks)
+        table = plan_table(config, options.ranks, console.width)
         if options.show:
             console.print(to_yaml(config))
             plan = batch_plan(config, open_manifest(config.data).row_tokens, options.ranks, 0)
@@ -242,7 +244,7 @@ def main() -> None:
         if options.picture is not None:
             words = learning_rate_in_words(config)
             draw_picture(learning_rate_by_update(config), config.steps, words, options.picture)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

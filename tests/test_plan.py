@@ -14,6 +14,7 @@ from sutrain.plan import (
     drawn,
     learning_rate_by_update,
     learning_rate_in_words,
+    main,
 )
 
 
@@ -41,7 +42,7 @@ def test_the_picture_in_the_terminal():
 
 
 def test_a_run_of_one_update_can_be_drawn():
-    assert "█" in drawn(lambda update: 1.0, 1)
+    assert "█" in drawn(lambda update: 1.0, 1, width=50)
 
 
 def test_what_adafactor_makes_of_the_learning_rate_is_in_it(write_config):
@@ -83,3 +84,19 @@ def test_picture_files(tmp_path):
     assert root.tag.endswith("svg")
     with pytest.raises(ValueError, match=r"neither \.png nor \.svg"):
         draw_picture(lambda update: 1.0, 20, "a title", tmp_path / "rate.pdf")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_curve_fits_the_terminal_and_a_picture_that_cannot_be_written_is_one_line(
+    dataset, write_config, tmp_path, monkeypatch, capsys, columns
+):
+    path = write_config(data={"dir": str(dataset)}, steps=1000, schedule={"warmup_steps": 100})
+    picture = tmp_path / "no folder" / "rate.svg"
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.argv", ["plan", f"--config={path}", f"--picture={picture}"])
+    with pytest.raises(SystemExit, match="error: .*no folder"):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if "┤" in line)
+    assert all("┤" in line for line in lines[first : first + 6]) and "└1" in lines[first + 6]
+    assert lines[first + 6].rstrip(" │").endswith("1,000")
