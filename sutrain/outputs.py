@@ -35,8 +35,8 @@ _INTERNAL = ("step_tokens", "stop_requested")
 
 class RunOutputs:
     """Opens everything. `resumed_from` is the step of the checkpoint that the run goes on from, None at a start;
-    `facts` (world_size, train_rows, skipped: updates skipped before that checkpoint, …) go into the first record of
-    metrics.jsonl; `board` has the ranks' states.
+    `facts` (world_size, train_rows, totals_before: samples, tokens, … of that checkpoint, …) go into the first record
+    of metrics.jsonl; `board` has the ranks' states.
 
     Raises ValueError when the endpoint cannot listen, naming the setting, or when a library for `monitor.also` is
     not installed. An error while something is written is raised by one of the next calls.
@@ -72,7 +72,7 @@ class RunOutputs:
             folder,
             config.checkpoint.every_steps,
             steps_done,
-            facts.get("skipped", 0),
+            facts.get("totals_before"),
         )
         self.exporter.board = board
         if config.monitor.port:

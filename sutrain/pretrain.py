@@ -224,7 +224,7 @@ class Run:
         if self.rank == 0:
             shapes = self.optimizer.fragments.shapes  # of logical tensors
             facts: dict[str, Any] = {"world_size": self.world_size, "train_rows": self.samples.rows_per_epoch}
-            facts["changes"], facts["skipped"] = self.changes, self.skipped
+            facts["changes"], facts["totals_before"] = self.changes, self.totals()
             since = self.steps_done if resumed else None
             self.outputs = RunOutputs(
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
@@ -339,16 +339,22 @@ class Run:
         self.tokens += tokens
         return self.gate.as_record(self.samples_consumed, sequences) | {
             "step": self.steps_done,
-            "samples_consumed_total": self.samples_consumed,
-            "tokens_total": self.tokens,
+            **self.totals(),
             "step_tokens": tokens,
             "loss": loss_sum.item() / max(predicted, 1),
             "learning_rate": learning_rate,
             "loss_scale": self.fragments.loss_scale,
             "batch_fingerprint": f"{fingerprint % FINGERPRINT_MODULUS:012x}",
+            "stop_requested": stop_requested,
+        }
+
+    def totals(self) -> dict[str, int]:
+        """What the run has counted so far."""
+        return {
+            "samples_consumed_total": self.samples_consumed,
+            "tokens_total": self.tokens,
             "skipped_steps_total": self.skipped,
             "refused_steps_total": self.gate.refused,
-            "stop_requested": stop_requested,
         }
 
     def evaluate(self) -> float:

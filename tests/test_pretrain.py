@@ -115,6 +115,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(straight, tmp_path):
     # Probes were on in the one and are off in the other: they touch nothing of the training.
     output = train(config, 2, f"--run_dir={copied}", "--monitor.probe_every_steps=0")
     assert "resumed at step 6 of 12" in output
+    before = records(copied, "run")[6]["totals_before"]
+    assert (
+        before == {key: records(copied)[6][key] for key in before} and before["samples_consumed_total"] == 72
+    )
     before, after = records(run_dir), records(copied)
     assert sorted(after) == list(range(1, 13))
     for step in range(7, 13):
