@@ -235,6 +235,17 @@ class Run:
         begun = "resumed at" if resumed else "starting"
         self.say(f"{begun} step {self.steps_done} of {config.steps} in {config.run_dir}")
         self.training = True
+        try:
+            self.loop(resumed)
+        except BaseException:
+            with contextlib.suppress(Exception):  # what failed first is what is told
+                self.close()
+            raise
+        self.close()
+
+    def loop(self, resumed: bool) -> None:
+        """Train from the position that the run has to its last step."""
+        config = self.config
         if not resumed:
             self.evaluate()
         ahead = (config.steps - self.steps_done, config.data.prefetch_updates, config.data.workers)
@@ -280,6 +291,9 @@ class Run:
         if self.steps_done == config.steps:
             self.writer.wait()
         batches.close()
+
+    def close(self) -> None:
+        """Write what is still waiting; leave terminal, log and ports in order."""
         self.clock.close()
         if self.rank == 0:
             self.outputs.close()
