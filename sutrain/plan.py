@@ -79,7 +79,7 @@ def plan_table(config: PretrainConfig, ranks: int, columns: int = 80) -> Table:
     parameters = parameter_count(config.model)
     flops = flops_per_token(config.model, manifest.row_tokens, config.masking.predict_share)
     rows = manifest.splits["train"].rows
-    samples = config.steps * plan.global_sequences
+    samples = plan.samples_after(config.steps)
     tokens = samples * manifest.row_tokens
 
     table = Table(title=f"{config.run_dir} on {ranks} ranks", show_header=False, title_justify="left")

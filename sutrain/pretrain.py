@@ -355,6 +355,7 @@ class Run:
             "step": self.steps_done,
             **self.totals(),
             "step_tokens": tokens,
+            "row_tokens": self.plan.tokens_at(self.samples_consumed - sequences) or self.manifest.row_tokens,
             "loss": loss_sum.item() / max(predicted, 1),
             "learning_rate": learning_rate,
             "loss_scale": self.fragments.loss_scale,
