@@ -102,7 +102,7 @@ class RunOutputs:
                 "flops_per_token": self.flops_per_token(manifest.row_tokens),
             },
         )
-        self.sinks: list[Sink] = open_sinks(config.monitor.also, folder)
+        self.sinks: list[Sink] = open_sinks(config.monitor.also, folder, resumed_from)
         self.progress = Progress(
             config.steps, steps_done, plain_every_seconds=config.monitor.progress_seconds
         )
