@@ -71,7 +71,7 @@ def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size:
 
 def plan_table(config: PretrainConfig, ranks: int, columns: int = 80) -> Table:
     """Everything that follows from a configuration on `ranks` ranks, for a terminal of so many columns. Raises
-    ConfigError or DataError."""
+    ValueError (ConfigError, DataError, or of settings that do not fit the model)."""
     manifest = open_manifest(config.data)
     check_model_fits_data(config.model, manifest, config.data.dir)
     check_settings_of_tensors(config)
