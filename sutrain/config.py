@@ -10,14 +10,14 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.config_file import ConfigError, Section
 from sutrain.data import BatchPlan
 from sutrain.models.configuration import EncoderConfig, EncoderConfigError
 from sutrain.models.depth import resolve_auto
-from sutrain.optim import Schedule, ScheduleError, build_optimizer, build_schedule
+from sutrain.optim import Schedule, ScheduleError, build_schedule
+from sutrain.optim.build import check_settings
 from sutrain.precision import resolve as resolve_precision
 
 
@@ -92,7 +92,7 @@ class Optimizer(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled, multiplied by the learning rate")
     clip_global_norm: float | None = Field(
-        None, gt=0, description="limit on the global gradient norm; none: off"
+        None, gt=0, description="limit on the global gradient norm; null: off"
     )
     settings: dict[str, Any] = Field(
         default_factory=dict,
@@ -103,23 +103,14 @@ class Optimizer(Section):
     @classmethod
     def _numbers(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """YAML 1.1 reads 1e-3 (without a dot) as text; people write small numbers that way."""
-        return {key: _as_number(value) for key, value in settings.items()}
+        return _as_number(settings)
 
     @model_validator(mode="after")
     def _settings_exist(self) -> Optimizer:
         twice = sorted({"learning_rate", "weight_decay", "clip_global_norm"} & set(self.settings))
         if twice:
             raise ValueError(f"settings: {', '.join(twice)} belongs one level up, beside name")
-        # These two name tensors of the real model, and are checked when that is built.
-        settings = {
-            key: value
-            for key, value in self.arguments().items()
-            if key not in ("per_tensor", "logical_tensors")
-        }
-        try:
-            build_optimizer(self.name, [("probe", torch.nn.Parameter(torch.zeros(1)))], **settings)
-        except TypeError as error:
-            raise ValueError(f"settings: a value of the wrong type ({error})") from None
+        check_settings(self.name, self.arguments())
         return self
 
     def arguments(self) -> dict[str, Any]:
@@ -192,7 +183,7 @@ class Memory(Section):
         None,
         gt=0,
         description="limit on what a micro-batch's layers keep for the backward pass, MiB a rank; as many layers as "
-        "needed are computed again; none: none is",
+        "needed are computed again; null: none is",
     )
 
 
@@ -217,7 +208,7 @@ class Monitor(Section):
     port: int = Field(9700, ge=0, le=65535, description="port of /metrics on rank 0; 0: off")
     progress_seconds: float = Field(10.0, gt=0, description="seconds between progress lines in a log")
     probe_every_steps: int | None = Field(
-        None, ge=0, description="updates between probes (docs/monitoring.md); 0: never; none: by probe_share"
+        None, ge=0, description="updates between probes (docs/monitoring.md); 0: never; null: by probe_share"
     )
     probe_share: float = Field(0.02, gt=0, lt=1, description="share of the time that probes may take")
     probe_sequences: int = Field(
@@ -241,13 +232,13 @@ class Acting(Section):
         None,
         gt=0,
         description="refuse an update whose loss or gradient norm is so many robust standard deviations above its "
-        "history; none: never",
+        "history; null: never",
     )
     stop_after_broken_steps: int | None = Field(
         None,
         ge=1,
         description="stop, with a dump, after so many steps in a row without a finite loss or without an update; "
-        "none: go on",
+        "null: go on",
     )
 
 
@@ -339,6 +330,10 @@ class PretrainConfig(Section):
 
 
 def _as_number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_number(item) for item in value]
     if not isinstance(value, str):
         return value
     try:

@@ -323,6 +323,17 @@ class BatchPlan:
         """Rows of the update that starts at `samples_consumed`, over all ranks."""
         return _stage_at(self.size_warmup, samples_consumed) or self.global_sequences
 
+    def samples_after(self, updates: int) -> int:
+        """Rows that the first `updates` updates of a run read, over all ranks."""
+        samples, stages = 0, self.size_warmup or ((0, 0),)
+        for number, (_, size) in enumerate(stages):
+            sequences, made = size or self.global_sequences, updates
+            if number + 1 < len(stages):  # the last one has no end
+                to_go = stages[number + 1][0] - samples
+                made = min(updates, max(0, -(-to_go // sequences)))
+            samples, updates = samples + made * sequences, updates - made
+        return samples
+
     def tokens_at(self, samples_consumed: int) -> int | None:
         """Tokens that rows are cut to in that update; None: whole rows."""
         return _stage_at(self.length_warmup, samples_consumed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ from sutrain.monitor.statistics import GroupTable, TensorGroups
 from sutrain.monitor.worker import HostCopy, Worker
 from sutrain.optim import STATISTICS
 
-_INTERNAL = ("step_tokens", "stop_requested")
+_INTERNAL = ("step_tokens", "row_tokens", "stop_requested")
 
 
 class RunOutputs:
     """Opens everything. `resumed_from` is the step of the checkpoint that the run goes on from, None at a start;
-    `facts` (world_size, train_rows, skipped: updates skipped before that checkpoint, …) go into the first record of
-    metrics.jsonl; `board` has the ranks' states.
+    `facts` (world_size, train_rows, totals_before: samples, tokens, … of that checkpoint, …) go into the first record
+    of metrics.jsonl; `board` has the ranks' states.
 
     Raises ValueError when the endpoint cannot listen, naming the setting, or when a library for `monitor.also` is
     not installed. An error while something is written is raised by one of the next calls.
@@ -72,7 +73,7 @@ class RunOutputs:
             folder,
             config.checkpoint.every_steps,
             steps_done,
-            facts.get("skipped", 0),
+            facts.get("totals_before"),
         )
         self.exporter.board = board
         if config.monitor.port:
@@ -81,8 +82,8 @@ class RunOutputs:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps(environment(facts["world_size"]), indent=1))
-        self.flops_per_token = flops_per_token(
-            config.model, facts["row_tokens"], config.masking.predict_share
+        self.flops_per_token = partial(
+            flops_per_token, config.model, masked_share=config.masking.predict_share
         )
         self.peak_flops = peak.flops_per_second * facts["world_size"]
         # What was logged after the checkpoint that the run goes on from is dropped; without one, everything.
@@ -94,9 +95,14 @@ class RunOutputs:
         self.spike_watch = SpikeWatch(self.groups)
         self.spike_watch.restore(last_steps(folder / FILE_NAME, WINDOW_STEPS + 1))
         self.metrics.run(
-            steps_done, {**facts, "mfu_reference": peak.source, "flops_per_token": self.flops_per_token}
+            steps_done,
+            {
+                **facts,
+                "mfu_reference": peak.source,
+                "flops_per_token": self.flops_per_token(manifest.row_tokens),
+            },
         )
-        self.sinks: list[Sink] = open_sinks(config.monitor.also, folder)
+        self.sinks: list[Sink] = open_sinks(config.monitor.also, folder, resumed_from)
         self.progress = Progress(
             config.steps, steps_done, plain_every_seconds=config.monitor.progress_seconds
         )
@@ -114,11 +120,12 @@ class RunOutputs:
     def _step(self, record: dict[str, Any], statistics: HostCopy, seconds: float, waited: float) -> None:
         table = self.groups.table(statistics.numbers(), STATISTICS, record["learning_rate"])
         tokens_per_second = record["step_tokens"] / seconds
+        flops = self.flops_per_token(record["row_tokens"])  # fewer while a length warm-up cuts the rows
         full = {
             "refused_steps_total": 0,
             **{key: value for key, value in record.items() if key not in _INTERNAL},
             "tokens_per_second": tokens_per_second,
-            "mfu_ratio": mfu_ratio(self.flops_per_token, tokens_per_second, self.peak_flops),
+            "mfu_ratio": mfu_ratio(flops, tokens_per_second, self.peak_flops),
             "step_seconds": seconds,
             "data_wait_seconds": waited,
         }

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,8 +25,9 @@ from sutrain.engine import deepspeed_config
 from sutrain.launch import check_model_fits_data
 from sutrain.models.configuration import flops_per_token, parameter_count
 from sutrain.monitor.probe_interval import planned_interval
+from sutrain.objectives.training_model import TrainingModel
 from sutrain.optim.adafactor import settings_of_preset
-from sutrain.optim.build import whole_state_tensors
+from sutrain.optim.build import build_optimizer, whole_state_tensors
 from sutrain.optim.schedule import RelativeStep
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -67,15 +69,17 @@ def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size:
     )
 
 
-def plan_table(config: PretrainConfig, ranks: int) -> Table:
-    """Everything that follows from a configuration on `ranks` ranks. Raises ConfigError or DataError."""
+def plan_table(config: PretrainConfig, ranks: int, columns: int = 80) -> Table:
+    """Everything that follows from a configuration on `ranks` ranks, for a terminal of so many columns. Raises
+    ValueError (ConfigError, DataError, or of settings that do not fit the model)."""
     manifest = open_manifest(config.data)
     check_model_fits_data(config.model, manifest, config.data.dir)
+    check_settings_of_tensors(config)
     plan = batch_plan(config, manifest.row_tokens, ranks, 0)
     parameters = parameter_count(config.model)
     flops = flops_per_token(config.model, manifest.row_tokens, config.masking.predict_share)
     rows = manifest.splits["train"].rows
-    samples = config.steps * plan.global_sequences
+    samples = plan.samples_after(config.steps)
     tokens = samples * manifest.row_tokens
 
     table = Table(title=f"{config.run_dir} on {ranks} ranks", show_header=False, title_justify="left")
@@ -99,9 +103,23 @@ def plan_table(config: PretrainConfig, ranks: int) -> Table:
         "arithmetic", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e15:,.3g} PFLOP in all"
     )
     table.add_row("probes", probes_in_words(config, -(-plan.global_sequences // ranks), manifest))
-    table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps))
+    width = min(56, max(1, columns - 32))  # 22 are the table's frame and first column, 10 the axis
+    table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps, width))
     table.add_row("", learning_rate_in_words(config))
     return table
+
+
+def check_settings_of_tensors(config: PretrainConfig) -> None:
+    """Raises ValueError unless the settings that choose tensors by globs fit the model, as training will see it."""
+    if not {"per_tensor", "logical_tensors"} & set(config.optimizer.settings):
+        return  # everything else was checked with the configuration, and a thousand layers take seconds
+    model = TrainingModel.on(torch.device("meta"), config.model)
+    try:
+        build_optimizer(config.optimizer.name, model.named_parameters(), **config.optimizer.arguments())
+    except ValueError as error:
+        raise ValueError(
+            "optimizer.settings: " + str(error).replace("\n", "\noptimizer.settings: ")
+        ) from None
 
 
 def micro_batches_in_words(plan: BatchPlan) -> str:
@@ -159,7 +177,7 @@ def learning_rate_in_words(config: PretrainConfig) -> str:
     return ", ".join(words)
 
 
-def drawn(learning_rate: Callable[[int], float], steps: int, width: int = 56, height: int = 6) -> str:
+def drawn(learning_rate: Callable[[int], float], steps: int, width: int, height: int = 6) -> str:
     """A curve over all updates as lines of block characters, with the largest value and both ends of the time axis."""
     width = min(width, steps)
     updates = [round(i * (steps - 1) / max(1, 32 * width - 1)) for i in range(32 * width)]
@@ -217,7 +235,7 @@ def main() -> None:
         if options.ranks < 1:
             raise ValueError(f"--ranks: {options.ranks}, expected at least 1")
         config = load_config(PretrainConfig, options.config, overrides)
-        table = plan_table(config, options.ranks)
+        table = plan_table(config, options.ranks, console.width)
         if options.show:
             console.print(to_yaml(config))
             plan = batch_plan(config, open_manifest(config.data).row_tokens, options.ranks, 0)
@@ -226,7 +244,7 @@ def main() -> None:
         if options.picture is not None:
             words = learning_rate_in_words(config)
             draw_picture(learning_rate_by_update(config), config.steps, words, options.picture)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

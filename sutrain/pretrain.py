@@ -177,7 +177,9 @@ class Run:
             piece.values().copy_(read(checkpoints.MASTER, piece.name, piece.offset, piece.length))
         self.fragments.refresh_model_weights()
         counters = checkpoint.counters
-        self.optimizer.load_state_by_name(checkpoint.replicated(), counters["optimizer"], read)
+        state = (checkpoint.replicated(), counters["optimizer"], read, checkpoint.contents())
+        for line in self.optimizer.load_state_by_name(*state):
+            self.say(line)
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
@@ -223,7 +225,7 @@ class Run:
         if self.rank == 0:
             shapes = self.optimizer.fragments.shapes  # of logical tensors
             facts: dict[str, Any] = {"world_size": self.world_size, "train_rows": self.samples.rows_per_epoch}
-            facts["changes"], facts["skipped"] = self.changes, self.skipped
+            facts["changes"], facts["totals_before"] = self.changes, self.totals()
             since = self.steps_done if resumed else None
             self.outputs = RunOutputs(
                 config, self.manifest, shapes, self.peak, since, facts, self.clock.board
@@ -234,6 +236,17 @@ class Run:
         begun = "resumed at" if resumed else "starting"
         self.say(f"{begun} step {self.steps_done} of {config.steps} in {config.run_dir}")
         self.training = True
+        try:
+            self.loop(resumed)
+        except BaseException:
+            with contextlib.suppress(Exception):  # what failed first is what is told
+                self.close()
+            raise
+        self.close()
+
+    def loop(self, resumed: bool) -> None:
+        """Train from the position that the run has to its last step."""
+        config = self.config
         if not resumed:
             self.evaluate()
         elif (
@@ -283,6 +296,9 @@ class Run:
         if self.steps_done == config.steps:
             self.writer.wait()
         batches.close()
+
+    def close(self) -> None:
+        """Write what is still waiting; leave terminal, log and ports in order."""
         self.clock.close()
         if self.rank == 0:
             self.outputs.close()
@@ -342,16 +358,23 @@ class Run:
         self.tokens += tokens
         return self.gate.as_record(self.samples_consumed, sequences) | {
             "step": self.steps_done,
-            "samples_consumed_total": self.samples_consumed,
-            "tokens_total": self.tokens,
+            **self.totals(),
             "step_tokens": tokens,
+            "row_tokens": self.plan.tokens_at(self.samples_consumed - sequences) or self.manifest.row_tokens,
             "loss": loss_sum.item() / max(predicted, 1),
             "learning_rate": learning_rate,
             "loss_scale": self.fragments.loss_scale,
             "batch_fingerprint": f"{fingerprint % FINGERPRINT_MODULUS:012x}",
+            "stop_requested": stop_requested,
+        }
+
+    def totals(self) -> dict[str, int]:
+        """What the run has counted so far."""
+        return {
+            "samples_consumed_total": self.samples_consumed,
+            "tokens_total": self.tokens,
             "skipped_steps_total": self.skipped,
             "refused_steps_total": self.gate.refused,
-            "stop_requested": stop_requested,
         }
 
     def evaluate(self) -> float:

@@ -67,10 +67,25 @@ def test_small_numbers_may_be_written_without_a_dot(write_config):
     )
 
 
+def test_small_numbers_may_be_nested_in_settings(write_config):
+    settings = {"betas": [0.9, "1e-3"], "per_tensor": {"*bias*": {"learning_rate_scale": "1e-2"}}}
+    read = load(write_config(optimizer={"name": "adamw", "settings": settings})).optimizer.settings
+    assert read == {"betas": [0.9, 0.001], "per_tensor": {"*bias*": {"learning_rate_scale": 0.01}}}
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("--optimizer.settings.epsilon_scale=[1]", "wrong type"),
+        ("--optimizer.settings.per_tensor={'*': 0.1}", r"per_tensor '\*': 0.1, expected \{setting: value\}"),
+        ("--optimizer.settings.per_tensor=[a]", r"per_tensor is \['a'\], expected \{glob"),
+        (
+            "--optimizer.settings.per_tensor={'*': {weight_decay: no}}",
+            "weight_decay is False, expected a number",
+        ),
+        ("--optimizer.settings.per_tensor={'*': {adapt: 1}}", "adapt is 1, expected true or false"),
+        ("--optimizer.settings.logical_tensors=3", "logical_tensors is 3, expected"),
+        ("--optimizer.settings.logical_tensors={a: 0}", "'a': 0, expected a number of parts"),
+        ("--optimizer.settings.epsilon_scale=[1]", r"epsilon_scale is \[1\], expected a number"),
         ("--optimizer.settings.weight_decay=0.5", "weight_decay belongs one level up"),
         ("--optimizer.learning_rate=.inf", "learning_rate: input should be a finite number"),
         (f"--seed={2**64}", "seed: input should be less than"),

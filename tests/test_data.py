@@ -1,6 +1,7 @@
 """Samples by number: every row once an epoch, any cut gives the same, shared out without overlap."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -145,6 +146,10 @@ def test_warm_ups_change_the_size_of_updates_and_the_length_of_rows_but_not_what
         read.append(sum(len(batch.inputs_NL.ravel()) for batch in batches) // samples.manifest.row_tokens)
         lengths.append(batches[0].inputs_NL.shape[1])
     assert read == [8, 8, 12, 12, 24, 24] and position == sum(read)
+    assert [plan.samples_after(updates) for updates in range(7)] == [0, *itertools.accumulate(read)]
+    assert dataclasses.replace(plan, size_warmup=()).samples_after(10**9) == 24 * 10**9
+    skipped = dataclasses.replace(plan, size_warmup=((0, 100), (16, 12), (40, 8), (120, 0)))
+    assert [skipped.samples_after(updates) for updates in range(6)] == [0, 100, 108, 116, 124, 148]
     assert lengths == [8, 8, 8, 16, 16, 32]
     whole, cut = samples.batch(3, 4), samples.batch(3, 4).cut(8)
     assert (cut.labels_NL.reshape(4, -1) == whole.labels_NL).all() and cut.fingerprint == whole.fingerprint

@@ -8,7 +8,14 @@ import pytest
 from data_prep.config_file import load_config
 from sutrain.config import PretrainConfig
 from sutrain.optim import build_schedule
-from sutrain.plan import draw_picture, drawn, learning_rate_by_update, learning_rate_in_words
+from sutrain.plan import (
+    check_settings_of_tensors,
+    draw_picture,
+    drawn,
+    learning_rate_by_update,
+    learning_rate_in_words,
+    main,
+)
 
 
 def load(path):
@@ -35,7 +42,7 @@ def test_the_picture_in_the_terminal():
 
 
 def test_a_run_of_one_update_can_be_drawn():
-    assert "█" in drawn(lambda update: 1.0, 1)
+    assert "█" in drawn(lambda update: 1.0, 1, width=50)
 
 
 def test_what_adafactor_makes_of_the_learning_rate_is_in_it(write_config):
@@ -58,9 +65,38 @@ def test_without_adafactor_the_schedule_is_all(write_config):
     assert "size of each tensor" not in learning_rate_in_words(config)
 
 
+def test_globs_over_tensors_are_held_against_the_model(write_config):
+    settings = {"per_tensor": {"*nrom*": {"adapt": False}}, "logical_tensors": {"*query*": 7}}
+    with pytest.raises(ValueError, match="'\\*query\\*': 7 does not divide"):
+        check_settings_of_tensors(load(write_config(optimizer={"settings": settings})))
+    del settings["logical_tensors"]
+    with pytest.raises(
+        ValueError, match=r"settings: adafactor: per_tensor pattern '\*nrom\*' matches no tensor"
+    ):
+        check_settings_of_tensors(load(write_config(optimizer={"settings": settings})))
+    settings["per_tensor"] = {"*query*": {"adapt": False}}
+    check_settings_of_tensors(load(write_config(optimizer={"settings": settings})))
+
+
 def test_picture_files(tmp_path):
     draw_picture(lambda update: math.exp(-update), 20, "a title", tmp_path / "rate.svg")
     root = ElementTree.parse(tmp_path / "rate.svg").getroot()
     assert root.tag.endswith("svg")
     with pytest.raises(ValueError, match=r"neither \.png nor \.svg"):
         draw_picture(lambda update: 1.0, 20, "a title", tmp_path / "rate.pdf")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_curve_fits_the_terminal_and_a_picture_that_cannot_be_written_is_one_line(
+    dataset, write_config, tmp_path, monkeypatch, capsys, columns
+):
+    path = write_config(data={"dir": str(dataset)}, steps=1000, schedule={"warmup_steps": 100})
+    picture = tmp_path / "no folder" / "rate.svg"
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.argv", ["plan", f"--config={path}", f"--picture={picture}"])
+    with pytest.raises(SystemExit, match="error: .*no folder"):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if "┤" in line)
+    assert all("┤" in line for line in lines[first : first + 6]) and "└1" in lines[first + 6]
+    assert lines[first + 6].rstrip(" │").endswith("1,000")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -115,6 +116,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(straight, tmp_path):
     # Probes were on in the one and are off in the other: they touch nothing of the training.
     output = train(config, 2, f"--run_dir={copied}", "--monitor.probe_every_steps=0")
     assert "resumed at step 6 of 12" in output
+    before = records(copied, "run")[6]["totals_before"]
+    assert (
+        before == {key: records(copied)[6][key] for key in before} and before["samples_consumed_total"] == 72
+    )
     before, after = records(run_dir), records(copied)
     assert sorted(after) == list(range(1, 13))
     for step in range(7, 13):
@@ -298,9 +303,8 @@ def test_damaged_checkpoints_are_named(straight, tmp_path):
     assert "no intact checkpoint left" in only_error_line(config, f"--run_dir={copied}")
 
 
-def test_what_only_one_rank_meets_is_said_and_ends_the_run(dataset, tmp_path):
-    """The third block of 64 rows is first read by rank 1, in the eleventh update of 2 x 6 rows."""
-    damaged = tmp_path / "data"
+def damaged_copy(dataset, damaged):
+    """The data set with a wrong bit in the third block of 64 rows, first read in the eleventh update of 12 rows."""
     shutil.copytree(dataset, damaged)
     shard = damaged / "train/shard-000000.tar"
     block = json.loads(shard.with_name("shard-000000.index.json").read_text())["blocks"][2]
@@ -308,11 +312,38 @@ def test_what_only_one_rank_meets_is_said_and_ends_the_run(dataset, tmp_path):
     content = bytearray(shard.read_bytes())
     content[block["tokens"][0] + block["tokens"][1] // 2] ^= 1
     shard.write_bytes(content)
+    return damaged
+
+
+def test_what_only_one_rank_meets_is_said_and_ends_the_run(dataset, tmp_path):
+    """That update's second half is rank 1's."""
+    damaged = damaged_copy(dataset, tmp_path / "data")
     process = launch(write_run(tmp_path, damaged), 2, launcher=True)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert f"error (rank 1 on {socket.gethostname()}):" in output and "block 2 is damaged" in output, output
     assert "Traceback" not in output, output
+    assert max(records(tmp_path / "run")) == 10
+
+
+def test_a_failure_leaves_terminal_and_log_in_order(dataset, tmp_path):
+    config = write_run(tmp_path, damaged_copy(dataset, tmp_path / "data"))
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "sutrain/pretrain.py", "--config", str(config)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(TERM="xterm"), stdout=its_end, stderr=its_end
+    )
+    os.close(its_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal without a process says that it is at its end
+        while piece := os.read(terminal, 65536):
+            shown += piece
+    os.close(terminal)
+    assert process.wait(timeout=60) == pretrain.EXIT_FAILURE, shown.decode()
+    hidden, visible, error = (
+        shown.rfind(text) for text in (b"\x1b[?25l", b"\x1b[?25h", b"block 2 is damaged")
+    )
+    assert 0 <= hidden < visible < error, shown.decode()
     assert max(records(tmp_path / "run")) == 10
 
 

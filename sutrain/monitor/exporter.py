@@ -36,6 +36,7 @@ from .series import (
     GLOBAL,
     LAYERED,
     OVER_DEPTH,
+    POSITION,
     PROBE,
     PROBE_LAYERED,
     STEP,
@@ -77,10 +78,11 @@ class Exporter(Collector):
 
     `port` 0 takes any free port (`.port` says which).  `run_info` are labels of `sutrain_run_info` (`run`,
     `mfu_reference`).  `start()` raises ValueError, naming the setting, if the address cannot be listened on.
-    Counters of spikes start at zero with the process, as Prometheus counters do; `rate` and `increase` cope.
+    Counters start at zero with the process, as Prometheus counters do: a run that goes on from an older checkpoint
+    repeats steps, and a counter that goes back would be taken for one that began anew, all of it as an increase.
     `folder` is the run's, for the free space of its disk; `checkpoint_every_steps` as configured. `started_at_step` and
-    `skipped_before` are of the checkpoint that the run goes on from. `board`, once set,
-    has the states of the ranks; above `MAX_RANKS` ranks only the most conspicuous are shown.
+    `totals_before`, by the keys of the counters of series.STEP, are of the checkpoint that the run goes on from.
+    `board`, once set, has the states of the ranks; above `MAX_RANKS` ranks only the most conspicuous are shown.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Exporter(Collector):
         folder: Path | str = ".",
         checkpoint_every_steps: int = 0,
         started_at_step: int = 0,
-        skipped_before: int = 0,
+        totals_before: Mapping[str, float] | None = None,
     ) -> None:
         self.board: RankBoard | None = None
         self._folder, self._checkpoint_every_steps = folder, checkpoint_every_steps
@@ -114,7 +116,8 @@ class Exporter(Collector):
         }
         now, none = time.time(), np.zeros(len(groups), dtype=np.int64)
         parts = {part: 0 for _, part in groups.keys}
-        scalars = {"skipped_steps_total": float(skipped_before)} if skipped_before else {}
+        self._totals_before = dict(totals_before or {})
+        scalars = {series.key: 0.0 for series in STEP if series.kind == "counter"}
         self._snapshot = _Snapshot(
             scalars, None, none, parts, 0, 0, now, {}, {}, None, (started_at_step, now)
         )
@@ -153,16 +156,15 @@ class Exporter(Collector):
 
     def step(self, record: Mapping[str, Any], table: GroupTable, spikes: Spikes | None = None) -> None:
         """Show a finished training step: scalars by the keys of series.STEP, others are left alone."""
-        known = {series.key for series in STEP}
         with self._writing:
             last = self._snapshot
-            scalars = {**last.scalars, **{key: float(value) for key, value in record.items() if key in known}}
+            scalars = {**last.scalars, **self._scalars(record)}
             scalars |= {f"global_{key}": value for key, value in table.global_norms.items()}
             peaks = [scalars.get(series.key.removesuffix("_max"), math.nan) for series in WINDOW]
             # Prometheus has no maximum of NaN, and a loss that is none has an alarm of its own.
             peaks_W = self._maxima.add(np.where(np.isnan(peaks), np.nan, peaks))
             scalars |= {series.key: float(peak) for series, peak in zip(WINDOW, peaks_W, strict=True)}
-            skipped = scalars.get("skipped_steps_total", 0) > last.scalars.get("skipped_steps_total", 0)
+            skipped = scalars["skipped_steps_total"] > last.scalars["skipped_steps_total"]
             update_spikes_G = last.update_spikes_G
             if spikes is not None and len(spikes.updates):
                 update_spikes_G = update_spikes_G.copy()
@@ -178,6 +180,13 @@ class Exporter(Collector):
                 skipped_in_a_row=last.skipped_in_a_row + 1 if skipped else 0,
                 heartbeat=time.time(),
             )
+
+    def _scalars(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """STEP, with counters from the start of the process, and POSITION, of the run."""
+        before = self._totals_before
+        found = {s.key: float(record[s.key]) - before.get(s.key, 0) for s in STEP if s.key in record}
+        totals = {series.key: f"{series.key.removeprefix('run_')}_total" for series in POSITION}
+        return found | {key: float(record[total]) for key, total in totals.items() if total in record}
 
     def _counted(self, before: Mapping[str, int], spikes: Spikes | None) -> Mapping[str, int]:
         found = {self._groups.keys[g][1] for g in spikes.directions} if spikes is not None else set()
@@ -212,7 +221,7 @@ class Exporter(Collector):
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus-client for every scrape."""
         now = self._snapshot
-        for series in (*STEP, *PROBE, *EVALUATION, *GLOBAL, *WINDOW):
+        for series in (*STEP, *POSITION, *PROBE, *EVALUATION, *GLOBAL, *WINDOW):
             if series.key in now.scalars:
                 yield _family(series, [((), now.scalars[series.key])])
         yield _family(contract.LOSS_SPIKES, [((), now.loss_spikes)])
@@ -295,7 +304,7 @@ def series_count(
     parts = len(groups.layer_groups)
     hidden = parts if groups.layers > max_layers else 0
     all_parts = len({part for _, part in groups.keys})
-    single = all_parts + len((*STEP, *PROBE, *EVALUATION, *GLOBAL, *WINDOW, *contract.STORAGE)) + 4
+    single = all_parts + len((*STEP, *POSITION, *PROBE, *EVALUATION, *GLOBAL, *WINDOW, *contract.STORAGE)) + 4
     columns = 4 + optimizer_columns
     quantiles = parts * ((columns + 1) * len(QUANTILES) + 2)  # with the ratio per rate; slope and dead layers
     return single + (columns + 3) * shown + hidden + quantiles + probed * len(chosen)

@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a line, appended while the run goes on; writer and reader side by side.
 
-Every line begins with `kind` and `step` (optimizer updates done), then what belongs to the kind:
+Every line begins with `kind` and `step` (steps done, also those whose update was skipped or refused), then what
+belongs to the kind:
 
     run         what is running: written at every start (`step` 0, or the step resumed from)
     step        the numbers of one step; `layers` holds the table of norms per layer and part, by columns;
@@ -173,6 +174,12 @@ class RunLog:
     probes: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tables: Tables = field(default_factory=Tables)
+
+    @property
+    def updates_applied(self) -> int:
+        """Of the steps done, those that changed the weights: neither skipped nor refused."""
+        last = self.steps[-1]
+        return last["step"] - last.get("skipped_steps_total", 0) - last.get("refused_steps_total", 0)
 
     def series(self, key: str, kind: str = "steps") -> tuple[np.ndarray, np.ndarray]:
         """(step, value) of one scalar over all lines of a kind that hold it."""

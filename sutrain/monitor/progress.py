@@ -153,11 +153,12 @@ def _fields(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens/s", "tokens_per_second", "{:,.0f}"),
         ("MFU", "mfu_ratio", "{:.1%}"), ("grad norm", "grad_norm", "{:.3g}"),
         ("waiting for data", "data_wait_share", "{:.0%}"), ("skipped", "skipped_steps_total", "{:,}"),
+        ("refused", "refused_steps_total", "{:,}"),
     )  # fmt: skip
     values = dict(record)
     if values.get("step_seconds") and "data_wait_seconds" in values:
         values["data_wait_share"] = values["data_wait_seconds"] / values["step_seconds"]
-    hidden_when_zero = ("data_wait_share", "skipped_steps_total")
+    hidden_when_zero = ("data_wait_share", "skipped_steps_total", "refused_steps_total")
     return [
         (name, form.format(values[key]))
         for name, key, form in shown

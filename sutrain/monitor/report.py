@@ -124,7 +124,8 @@ def _last(run: RunLog, key: str, kind: str = "steps", edge: bool = False) -> flo
 
 # What the table of final numbers shows: label, value of a run, format.
 _NUMBERS = (
-    ("updates", lambda run: run.steps[-1]["step"], "{:,.0f}"),
+    ("steps", lambda run: run.steps[-1]["step"], "{:,.0f}"),
+    ("updates applied", lambda run: run.updates_applied, "{:,.0f}"),
     ("tokens", lambda run: _last(run, "tokens_total"), "{:,.0f}"),
     ("training loss, end (nats/token)", lambda run: _last(run, "loss", edge=True), "{:.4f}"),
     ("validation loss (nats/token)", lambda run: _last(run, "validation_loss", "evaluations"), "{:.4f}"),
@@ -138,6 +139,7 @@ _NUMBERS = (
     ("update ÷ weight, end", lambda run: _last(run, "update_ratio", edge=True), "{:.3g}"),
     ("weight norm", lambda run: _last(run, "weight_norm"), "{:.4g}"),
     ("skipped updates", lambda run: _last(run, "skipped_steps_total"), "{:,.0f}"),
+    ("refused updates", lambda run: _last(run, "refused_steps_total"), "{:,.0f}"),
     ("loss spikes", lambda run: sum("loss_spike" in line for line in run.steps), "{:,.0f}"),
     ("steps with update spikes", lambda run: sum("update_spikes" in line for line in run.steps), "{:,.0f}"),
 )

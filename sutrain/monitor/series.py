@@ -2,7 +2,8 @@
 
 `metrics.jsonl`, the Prometheus endpoint, the dashboards, the alert rules and docs/monitoring.md all name the
 same quantities. This file is where the names, units and meanings are written down; tests hold the others to
-it. A key of `metrics.jsonl` is the name of its series without the prefix `sutrain_`.
+it. A key of `metrics.jsonl` is the name of its series without the prefix `sutrain_`; what is counted, is counted there
+from the start of the run, here from the start of the process.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class Series:
 
 
 STEP = (
-    Series("step", "gauge", "steps", "Optimizer updates done so far"),
+    Series("step", "gauge", "steps", "Steps done so far, those whose update was skipped or refused included"),
     Series(
-        "samples_consumed_total", "counter", "samples", "Training samples (rows) consumed, the run's position"
+        "samples_consumed_total", "counter", "samples", "Training samples (rows) consumed by this process"
     ),
-    Series("tokens_total", "counter", "tokens", "Training tokens consumed, padding excluded"),
+    Series("tokens_total", "counter", "tokens", "Training tokens consumed by this process, padding excluded"),
     Series(
         "loss", "gauge", "nats/token", "Training loss of the last step: mean over its global predicted tokens"
     ),
@@ -51,14 +52,24 @@ STEP = (
     Series("step_seconds", "gauge", "s", "Wall time of the last step"),
     Series("data_wait_seconds", "gauge", "s", "Part of the last step spent waiting for data"),
     Series("loss_scale", "gauge", "", "Loss scale (1 unless fp16)"),
-    Series("skipped_steps_total", "counter", "steps", "Updates skipped because a gradient was not finite"),
+    Series(
+        "skipped_steps_total",
+        "counter",
+        "steps",
+        "Updates that this process skipped because a gradient was not finite",
+    ),
     Series(
         "refused_steps_total",
         "counter",
         "steps",
-        "Updates not made because loss or gradient stood out too far (acting.skip_sigmas)",
+        "Updates that this process did not make because loss or gradient stood out too far (acting.skip_sigmas)",
     ),
 )
+POSITION = (
+    Series("run_samples_consumed", "gauge", "samples", "Training samples (rows) that the run has consumed"),
+    Series("run_tokens", "gauge", "tokens", "Training tokens that the run has consumed, padding excluded"),
+)
+"""The run's own totals, which go back when it goes on from a checkpoint, as no counter may."""
 PROBE = (
     Series(
         "model_update",
@@ -228,7 +239,7 @@ RUN_INFO = Series(
 )
 
 ALL: tuple[Series, ...] = (
-    *STEP, *PROBE, *PROBE_LAYERED, *EVALUATION, *EVALUATION_BY, *GLOBAL, *LAYERED, PARAMETERS, *OVER_DEPTH,
+    *STEP, *POSITION, *PROBE, *PROBE_LAYERED, *EVALUATION, *EVALUATION_BY, *GLOBAL, *LAYERED, PARAMETERS, *OVER_DEPTH,
     WINDOW_LAYERED, *WINDOW, DEAD_LAYERS, DEPTH_SLOPE, UPDATE_SPIKES, DIRECTION_SPIKES, LOSS_SPIKES, SKIPPED_IN_A_ROW,
     *RANK, *STORAGE, HEARTBEAT, RUN_INFO,
 )  # fmt: skip

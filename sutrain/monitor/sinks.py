@@ -5,6 +5,7 @@ Neither is a dependency. Whole-model numbers go there on every step, tables of l
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,23 +33,29 @@ class Sink(Protocol):
         """Write what is still waiting."""
 
 
-def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
-    """The sinks of `monitor.also`. Raises SinkError."""
-    kinds: dict[str, Callable[[Path], Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-    return [kinds[name](run_dir) for name in dict.fromkeys(names)]
+def open_sinks(names: Sequence[str], run_dir: Path, resumed_from: int | None = None) -> list[Sink]:
+    """The sinks of `monitor.also`; `resumed_from` is the step of the checkpoint that the run goes on from, None at a
+    start. Raises SinkError."""
+    kinds: dict[str, Callable[[Path, int | None], Sink]] = {
+        "tensorboard": TensorBoard,
+        "wandb": WeightsAndBiases,
+    }
+    return [kinds[name](run_dir, resumed_from) for name in dict.fromkeys(names)]
 
 
 class TensorBoard:
-    """Event files in RUN_DIR/tensorboard: `tensorboard --logdir RUN_DIR`."""
+    """Event files in RUN_DIR/tensorboard: `tensorboard --logdir RUN_DIR`. Steps that are done again replace those of
+    before."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, resumed_from: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise SinkError(
                 "monitor.also: tensorboard is not installed; pip install tensorboard, or leave it out"
             ) from None
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        again = None if resumed_from is None else resumed_from + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=again)
 
     def step(self, record: Mapping[str, Any], table: GroupTable) -> None:
         self.values(record["step"], {**record, **table.global_norms, **dict(_over_depth(table))})
@@ -62,16 +69,21 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project that WANDB_PROJECT names; WANDB_MODE=offline keeps it in RUN_DIR/wandb."""
+    """A run of the project that WANDB_PROJECT names; WANDB_MODE=offline keeps it in RUN_DIR/wandb. Its id is kept in
+    RUN_DIR/wandb_id, so that a run that goes on is the same run there."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, resumed_from: int | None) -> None:
         try:
             import wandb
         except ImportError:
             raise SinkError(
                 "monitor.also: wandb is not installed; pip install wandb, or leave it out"
             ) from None
-        self._run = wandb.init(dir=str(run_dir), name=run_dir.name, resume="allow")
+        kept = run_dir / "wandb_id"
+        if resumed_from is None or not kept.exists():
+            kept.write_text(secrets.token_hex(8), encoding="utf-8")
+        name = kept.read_text(encoding="utf-8")
+        self._run = wandb.init(dir=str(run_dir), name=run_dir.name, id=name, resume="allow")
 
     def step(self, record: Mapping[str, Any], table: GroupTable) -> None:
         self.values(record["step"], {**record, **table.global_norms, **dict(_over_depth(table))})

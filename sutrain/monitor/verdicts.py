@@ -15,9 +15,11 @@ import numpy as np
 from .log import RunLog
 from .progress import duration
 
+WITHOUT_UPDATE = 0.02  # share of the steps whose update was skipped, or refused
 DATA_BOUND_SHARE = 0.1  # of a step's time spent waiting for data
 THROUGHPUT_DROP = 0.8  # last tenth of the run over the whole run
 OVERFIT = 1.02  # validation loss now over its best, medians of three evaluations
+MINIMUM_STEPS = 20  # before a run's curves are judged: medians over its ends are then single steps
 MINIMUM_SLOPES = 20  # tables of layers before a slope over depth is spoken of
 SLOPE_RISE = 0.5  # of log update against log depth, over its lowest: as the alarm SutrainUpdateDrift
 MODEL_UPDATE_GROWTH = 3.0  # last probes over the first half
@@ -51,7 +53,7 @@ def verdicts(run: RunLog) -> list[Verdict]:
 def headline(run: RunLog) -> str:
     """One line for a picture's title: the last validation accuracy, or the loss without evaluations."""
     _, accuracy = run.series("validation_accuracy", "evaluations")
-    steps = f"{run.steps[-1]['step']:,} updates"
+    steps = f"{run.steps[-1]['step']:,} steps"
     if len(accuracy):
         return f"{accuracy[-1]:.1%} of masked tokens right after {steps}"
     return f"loss {_edges(run.series('loss')[1])[1]:.3f} after {steps}"
@@ -67,24 +69,29 @@ def _edges(values: np.ndarray) -> tuple[float, float]:
 
 
 def _completeness(run: RunLog) -> list[Verdict]:
-    last = run.steps[-1]["step"]
+    last, record = run.steps[-1]["step"], run.steps[-1]
     total = next((header["total_steps"] for header in reversed(run.runs) if "total_steps" in header), None)
     resumed = [header["step"] for header in run.runs if header["step"] > 0]
-    text = f"{last:,} updates done"
-    level: Literal["good", "note"] = "good"
+    text = f"{last:,} steps done"
+    level: Literal["good", "note", "bad"] = "good"
     if total is not None:
-        text = f"All {total:,} updates done" if last >= total else f"{last:,} of {total:,} updates done"
+        text = f"All {total:,} steps done" if last >= total else f"{last:,} of {total:,} steps done"
         level = "good" if last >= total else "note"
-    if "tokens_total" in run.steps[-1]:
-        text += f", {run.steps[-1]['tokens_total']:,.0f} tokens"
+    text += f", {run.updates_applied:,} updates applied"
+    if "tokens_total" in record:
+        text += f", {record['tokens_total']:,.0f} tokens"
     if resumed:
         text += f"; resumed at step {', '.join(f'{step:,}' for step in resumed)}"
     found = [Verdict(level, text + ".")]
-    skipped = run.steps[-1].get("skipped_steps_total", 0)
-    if skipped:
-        share = skipped / last
-        text = f"{skipped:,} updates ({share:.1%}) were skipped because a gradient was not finite."
-        found.append(Verdict("bad" if share > 0.02 else "note", text))
+    for key, words in (
+        ("skipped_steps_total", "skipped because a gradient was not finite"),
+        ("refused_steps_total", "refused because loss or gradient stood out too far (acting.skip_sigmas)"),
+    ):
+        count = record.get(key, 0)
+        if count:
+            share = count / last
+            level = "bad" if share > WITHOUT_UPDATE else "note"
+            found.append(Verdict(level, f"{count:,} updates ({share:.1%}) were {words}."))
     return found
 
 
@@ -97,6 +104,8 @@ def _loss(run: RunLog) -> list[Verdict]:
                 "bad", f"The loss was not finite on {len(broken):,} step(s), first on step {broken[0]:,.0f}."
             )
         ]
+    if len(loss) < MINIMUM_STEPS:
+        return [Verdict("note", f"{len(loss):,} step(s) are too few to judge the loss.")]
     first, last = _edges(loss)
     lowest = float(loss.min())
     text = f"Training loss went from {first:.3f} to {last:.3f} nats per predicted token"
@@ -210,7 +219,7 @@ def _depth(run: RunLog) -> list[Verdict]:
     found = []
     for part in ("mixer", "feed_forward"):
         _, layers, values = run.heat_map("update_norm", part)
-        if len(layers) < 3:
+        if len(layers) < 3 or len(run.steps) < MINIMUM_STEPS:
             continue
         tail = values[:, -max(1, values.shape[1] // 4) :]
         mean = np.array(

@@ -101,7 +101,7 @@ class AdaFactor(FragmentOptimizer):
                     relative_step or not warmup_initialisation
                 ),
                 f"epsilon_scale is {epsilon_scale!r}, expected 0 or more": epsilon_scale >= 0,
-                f"clip_threshold is {clip_threshold!r}, expected a positive number or None": (
+                f"clip_threshold is {clip_threshold!r}, expected a positive number, or null: off": (
                     clip_threshold is None or clip_threshold > 0
                 ),
                 f"momentum is {momentum!r}, expected 0 <= momentum < 1": 0 <= momentum < 1,
@@ -233,7 +233,7 @@ def settings_of_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Replace `preset` by what it stands for; settings given beside it win. Raises ValueError."""
     given = dict(settings)
     preset = given.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and preset not in list(PRESETS):
         raise ValueError(f"preset {preset!r} is unknown, expected one of {', '.join(PRESETS)}")
     return {**PRESETS.get(preset, {}), **given}
 

@@ -1,8 +1,6 @@
-"""What all fragment optimizers share: attaching to fragments, clipping, statistics, counters and state by
-name.
+"""What all fragment optimizers share: attaching to fragments, clipping, statistics, counters and state by name.
 
-An update has two rounds. Round one sums Σθ² and Σg² of every tensor (and AdaFactor's row and column sums)
-over all
+An update has two rounds. Round one sums Σθ² and Σg² of every tensor (and AdaFactor's row and column sums) over all
 fragments: from it come the global gradient norm, the clip factor and the decision whether to apply the update
 at all, the same on every rank. Round two sums what the size of the update depends on. Each round is one
 all-reduce of a few numbers per tensor. No tensor is gathered, and no statistic is taken from a slice alone.
@@ -17,7 +15,7 @@ update are taken with the first part and shared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +24,11 @@ from torch import Tensor
 from .bucket import Bucket
 from .columns import STATISTICS
 from .fragments import Fragment, FragmentError, FragmentMap, is_optimized, whole_shape
-from .guard import UpdateGuard
+from .guard import GUARD_WINDOW, UpdateGuard, valid_guard
 from .kernels import KERNELS, CompiledKernels, EagerKernels
 from .logical import Parts, rows_of_parts, shapes_of_parts
 from .per_tensor import choices_per_tensor, refuse_unless
-from .state import OptimizerState, ReadSlice, StateError
+from .state import STARTS_AT_ZERO, OptimizerState, ReadSlice, StateError, changes, kind_of, refuse_other_state
 
 
 class FragmentOptimizer(torch.optim.Optimizer):
@@ -52,7 +50,7 @@ class FragmentOptimizer(torch.optim.Optimizer):
         per_tensor: Mapping[str, Mapping[str, Any]] | None = None,
         logical_tensors: Mapping[str, Parts] | None = None,
         update_guard: float | None = None,
-        guard_window: int = 100,
+        guard_window: int = GUARD_WINDOW,
         kernels: str = "auto",
         statistics: bool = True,
     ):
@@ -71,15 +69,10 @@ class FragmentOptimizer(torch.optim.Optimizer):
             {
                 f"learning_rate is {learning_rate!r}, expected 0 or more": learning_rate >= 0,
                 f"weight_decay is {weight_decay!r}, expected 0 or more": weight_decay >= 0,
-                f"clip_global_norm is {clip_global_norm!r}, expected a positive number or None": (
+                f"clip_global_norm is {clip_global_norm!r}, expected a positive number, or null: off": (
                     clip_global_norm is None or clip_global_norm > 0
                 ),
-                f"update_guard is {update_guard!r}, expected a number above 1 or None": (
-                    update_guard is None or update_guard > 1
-                ),
-                f"guard_window is {guard_window!r}, expected a whole number, 1 or more": (
-                    guard_window == int(guard_window) and guard_window >= 1
-                ),
+                **valid_guard(update_guard, guard_window),
                 f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}": kernels in KERNELS,
             }
         )
@@ -332,8 +325,10 @@ class FragmentOptimizer(torch.optim.Optimizer):
 
     def _all_replicated(self) -> dict[str, Tensor]:
         own = {key: value for part in self._parts for key, value in part._replicated().items()}
-        guards = [part._guard.state_by_name() for part in self._parts if part._guard is not None]
-        return own | {key: value for guard in guards for key, value in guard.items()}
+        return own | {k: value for guard in self._guards() for k, value in guard.state_by_name().items()}
+
+    def _guards(self) -> list[UpdateGuard]:
+        return [part._guard for part in self._parts if part._guard is not None]
 
     def _all_sliced(self) -> list[tuple[str, Fragment, Tensor]]:
         """(state key, fragment, its values) of all parts."""
@@ -348,49 +343,49 @@ class FragmentOptimizer(torch.optim.Optimizer):
         """Views of the state, as a checkpoint stores it; independent of world size and ZeRO stage."""
         sliced = [(key, *fragment.stored, values) for key, fragment, values in self._all_sliced()]
         counters: dict[str, float] = {"updates": self.updates, "skipped_updates": self.skipped_updates}
+        for guard in self._guards():
+            counters["guard_begun_after"] = guard.begun_after
         scaler = self.fragments.around.loss_scaler
         counters |= scaler.numbers() if scaler is not None else {}
         return OptimizerState(self._all_replicated(), sliced if self.fragments.writes else [], counters)
 
     def load_state_by_name(
-        self, replicated: Mapping[str, Tensor], counters: Mapping[str, float], read: ReadSlice
-    ) -> None:
-        """Take over saved state, of any world size and stage. Raises StateError, before any change.
+        self,
+        replicated: Mapping[str, Tensor],
+        counters: Mapping[str, float],
+        read: ReadSlice,
+        kept: Collection[tuple[str, str]],
+    ) -> list[str]:
+        """Take saved state of any world size and stage into a new optimizer. Raises StateError before any change.
 
-        A loss scale is taken over if both runs have a dynamic one.
+        kept: (state key, tensor) of all that `read` finds. A loss scale is taken over if both runs have a dynamic one.
+        Returns a line for each state of STARTS_AT_ZERO that begins anew or is dropped.
         """
-        own = self._all_replicated()
-        problems = [f"missing {key}" for key in own if key not in replicated]
-        problems += [f"unexpected {key}" for key in replicated if key not in own]
-        problems += [
-            f"{key} has shape {tuple(replicated[key].shape)}, expected {tuple(value.shape)}"
-            for key, value in own.items()
-            if key in replicated and replicated[key].shape != value.shape
-        ]
-        problems += [
-            f"missing counter {key}" for key in ("updates", "skipped_updates") if key not in counters
-        ]
-        if problems:
-            raise StateError(
-                "the saved state does not fit this optimizer's settings:\n  " + "\n  ".join(problems)
-            )
-        loaded = [
-            (values, read(key, *fragment.stored, fragment.length))
-            for key, fragment, values in self._all_sliced()
-        ]
-        for values, saved in loaded:
-            values.copy_(saved)
+        own, slices = self._all_replicated(), self._all_sliced()
+        here = {*map(kind_of, own), *(key for part in self._parts for key in part._sliced)}
+        there = {*map(kind_of, replicated), *(key for key, _ in kept)}
+        begun, dropped = STARTS_AT_ZERO & (here - there), STARTS_AT_ZERO & (there - here)
+        own = {key: value for key, value in own.items() if kind_of(key) not in begun}
+        slices = [(key, fragment, values) for key, fragment, values in slices if key not in begun]
+        saved = {key: value for key, value in replicated.items() if kind_of(key) not in dropped}
+        missing = {(key, fragment.stored[0]) for key, fragment, _ in slices} - set(kept)
+        refuse_other_state(own, saved, ["|".join(names) for names in sorted(missing)], counters)
+        loaded = [(values, read(key, *fragment.stored, fragment.length)) for key, fragment, values in slices]
+        for values, content in loaded:
+            values.copy_(content)
         for key, value in own.items():
-            value.copy_(replicated[key])
+            value.copy_(saved[key])
         self.updates, self.skipped_updates = int(counters["updates"]), int(counters["skipped_updates"])
+        guard_begun = counters.get("guard_begun_after", self.updates if "update_history" in begun else 0)
+        for guard in self._guards():
+            guard.begun_after = int(guard_begun)
         if self.fragments.around.loss_scaler is not None:
             self.fragments.around.loss_scaler.load(counters)
+        return changes(begun, dropped)
 
     def state_dict(self) -> dict[str, Any]:
         """Refused: a torch state dict of flat slices fits one world size only."""
-        raise StateError(
-            "this optimizer saves its state by tensor name: use state_by_name() instead of state_dict()"
-        )
+        raise StateError("this optimizer saves its state by tensor name: use state_by_name()")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refused, as state_dict() is."""

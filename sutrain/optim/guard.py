@@ -10,8 +10,26 @@ The sizes come from sums over all ranks, so every rank decides the same; nothing
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+GUARD_WINDOW = 100
+"""Updates; the default."""
+
+
+def valid_guard(limit: float | None, window: int) -> dict[str, bool]:
+    """Conditions on update_guard and guard_window, for refuse_unless."""
+    return {
+        f"update_guard is {limit!r}, expected a number above 1, or null: off": limit is None or limit > 1,
+        f"guard_window is {window!r}, expected a whole number, 1 or more": (
+            math.isfinite(window) and window == int(window) and window >= 1
+        ),
+        "guard_window has no effect without update_guard: leave it out": (
+            limit is not None or window == GUARD_WINDOW
+        ),
+    }
 
 
 class UpdateGuard:
@@ -22,6 +40,8 @@ class UpdateGuard:
         self._limit, self._window = limit, window
         self._names = names
         self._history = torch.zeros(len(names), device=device)
+        self.begun_after = 0
+        """Updates that the run had made when the guard was turned on; the window is counted from there."""
 
     def factor(self, update_square_sum: Tensor, learning_rate: float, updates: int) -> Tensor:
         """min(1, k · history / size) for every tensor, [T]; takes the sizes into the history.
@@ -30,7 +50,7 @@ class UpdateGuard:
         """
         if learning_rate == 0:  # piecewise_linear begins with it: nothing moves, and nothing is learnt
             return torch.ones_like(update_square_sum)
-        size = update_square_sum.sqrt() / learning_rate
+        size, updates = update_square_sum.sqrt() / learning_rate, updates - self.begun_after
         known = self._history > 0
         factor = torch.ones_like(size)
         if updates > self._window:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -24,19 +25,14 @@ def rows_of_parts(spec: Mapping[str, Parts], shapes: Mapping[str, torch.Size]) -
 
     Raises ValueError, one line a mistake, for a glob without a match and for rows that do not add up.
     """
-    rows, problems = {}, []
-    for pattern, parts in spec.items():
-        matching = [name for name in shapes if fnmatchcase(name, pattern)]
+    rows, problems = {}, mistakes_in_parts(spec)
+    for pattern, parts in spec.items() if not problems else ():
+        matching = [name for name in shapes if fnmatchcase(name, str(pattern))]
         if not matching:
             example = next(iter(shapes), "none")
             problems.append(
                 f"logical_tensors pattern {pattern!r} matches no tensor; names are like {example}"
             )
-        if not _sensible(parts):
-            problems.append(
-                f"logical_tensors {pattern!r}: {parts!r}, expected a number of parts or a list of rows, 1 or more"
-            )
-            continue
         for name in matching:
             total = shapes[name][0] if len(shapes[name]) else 1
             cut = [total // parts] * parts if isinstance(parts, int) else list(parts)
@@ -48,6 +44,17 @@ def rows_of_parts(spec: Mapping[str, Parts], shapes: Mapping[str, torch.Size]) -
     if problems:
         raise ValueError("\n".join(problems))
     return {name: cut for name, cut in rows.items() if len(cut) > 1}
+
+
+def mistakes_in_parts(spec: Any) -> list[str]:
+    """What is wrong with `logical_tensors` whatever the parameters are, a line each."""
+    if not isinstance(spec, Mapping):
+        return [f"logical_tensors is {spec!r}, expected {{glob over parameter names: parts}}"]
+    return [
+        f"logical_tensors {pattern!r}: {parts!r}, expected a number of parts or a list of rows, 1 or more"
+        for pattern, parts in spec.items()
+        if not _sensible(parts)
+    ]
 
 
 def shapes_of_parts(
@@ -77,7 +84,7 @@ def runs_of_parts(
     return found
 
 
-def _sensible(parts: Parts) -> bool:
+def _sensible(parts: Any) -> bool:
     counts = [parts] if isinstance(parts, int) else parts
     if isinstance(counts, str) or not isinstance(counts, Sequence) or not counts:
         return False

@@ -156,7 +156,15 @@ class RelativeStep:
         return min(1e-6 * update if self.warmup else 1e-2, 1.0 / math.sqrt(update))
 
 
-SHAPES = ("constant", "linear", "cosine", "inverse_sqrt", "stable_decay", "piecewise_linear")
+_SETTINGS_OF: dict[str, tuple[str, ...]] = {
+    "constant": ("warmup_steps",),
+    "linear": ("warmup_steps", "final_share"),
+    "cosine": ("warmup_steps", "final_share"),
+    "inverse_sqrt": ("warmup_steps",),
+    "stable_decay": ("warmup_steps", "final_share", "decay_steps"),
+    "piecewise_linear": ("points",),
+}
+SHAPES = tuple(_SETTINGS_OF)
 
 
 def build_schedule(
@@ -168,7 +176,30 @@ def build_schedule(
     decay_steps: int | None = None,
     points: Mapping[int, float] | None = None,
 ) -> Schedule:
-    """The schedule of that name (one of SHAPES) for a run of total_steps updates. Raises ScheduleError."""
+    """The schedule of that name (one of SHAPES) for a run of total_steps updates. Raises ScheduleError, also for a
+    setting that has no effect on it, and for a warm-up that does not end within the run."""
+    if shape not in SHAPES:
+        raise ScheduleError(f"schedule {shape!r} is unknown, expected one of {', '.join(SHAPES)}")
+    if shape == "piecewise_linear" and warmup_steps:
+        raise ScheduleError("piecewise_linear: warmup_steps is set too; put the warm-up into points")
+    given = {
+        "warmup_steps": warmup_steps,
+        "final_share": final_share,
+        "decay_steps": decay_steps,
+        "points": points,
+    }
+    _check(
+        shape,
+        *(
+            (not value or name in _SETTINGS_OF[shape], f"{name} has no effect: leave it out")
+            for name, value in given.items()
+        ),
+    )
+    if shape in (
+        "constant",
+        "inverse_sqrt",
+    ):  # the others, which end with the run, look at its length themselves
+        _check(shape, _longer(total_steps, warmup_steps))
     if shape == "constant":
         return Constant(warmup_steps)
     if shape == "linear":
@@ -179,11 +210,7 @@ def build_schedule(
         return InverseSquareRoot(warmup_steps)
     if shape == "stable_decay":
         return StableDecay(total_steps, decay_steps or 0, warmup_steps, final_share)
-    if shape == "piecewise_linear":
-        if warmup_steps:
-            raise ScheduleError("piecewise_linear: warmup_steps is set too; put the warm-up into points")
-        return PiecewiseLinear(points or {})
-    raise ScheduleError(f"schedule {shape!r} is unknown, expected one of {', '.join(SHAPES)}")
+    return PiecewiseLinear(points or {})
 
 
 def _warmup(update: int, warmup_steps: int) -> float:
@@ -199,13 +226,15 @@ def _natural(name: str, value: int) -> tuple[bool, str]:
     return value == int(value) and value >= 0, f"{name} is {value}, expected a whole number, 0 or more"
 
 
+def _longer(total_steps: int, warmup_steps: int) -> tuple[bool, str]:
+    text = f"total_steps is {total_steps}, expected more than warmup_steps {warmup_steps}"
+    return total_steps > warmup_steps, text
+
+
 def _decaying(total_steps: int, warmup_steps: int, final_share: float) -> list[tuple[bool, str]]:
     return [
         _natural("warmup_steps", warmup_steps),
-        (
-            total_steps > warmup_steps,
-            f"total_steps is {total_steps}, expected more than warmup_steps {warmup_steps}",
-        ),
+        _longer(total_steps, warmup_steps),
         (0.0 <= final_share <= 1.0, f"final_share is {final_share}, expected 0..1"),
     ]
 

@@ -1,6 +1,7 @@
 """The files for containers, Ray clusters and Slurm: linters, schemas, and promises they make."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,25 @@ def test_everything_the_dockerfile_copies_is_there():
         if line.startswith("COPY"):
             sources = [word for word in line.split()[1:-1] if not word.startswith("--")]
             assert all((ROOT / source).exists() for source in sources), line
+
+
+def test_a_change_of_the_sources_does_not_set_the_image_up_again(tmp_path):
+    """What is copied before the set-up is what it needs, and not the rest."""
+    before = (ROOT / "docker/Dockerfile").read_text().partition("RUN make setup")[0]
+    for line in before.splitlines():
+        if line.startswith("COPY"):
+            *sources, place = [word for word in line.split()[1:] if not word.startswith("--")]
+            (tmp_path / place).mkdir(exist_ok=True)
+            for source in sources:
+                shutil.copy(ROOT / source, tmp_path / place)  # single files: a folder cannot be copied so
+    wanted = subprocess.run(["make", "--dry-run", "setup"], cwd=tmp_path, capture_output=True, text=True)
+    assert wanted.returncode == 0 and "-m sutrain.build_extension" in wanted.stdout, wanted.stderr
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+    alone = "import data_prep, sutrain.build_extension as built; print(built.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", alone], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "sutrain/build_extension.py"), done.stderr
 
 
 def test_shell_scripts_have_no_findings():

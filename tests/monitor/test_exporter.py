@@ -92,13 +92,25 @@ def test_spikes_and_skips_are_counted():
             assert scrape(exporter)["sutrain_skipped_steps_in_a_row",] == expected
 
 
-def test_steps_skipped_before_the_checkpoint_are_not_in_a_row_with_the_first_one():
+def test_after_a_resume_counters_begin_at_zero_and_the_position_is_the_runs():
     record, table, _ = next(made_up_run(layers=1))
-    with Exporter("127.0.0.1", 0, groups_of(1), skipped_before=3) as exporter:
-        assert scrape(exporter)["sutrain_skipped_steps_total",] == 3
-        for total, expected in ((3, 0), (4, 1)):
-            exporter.step({**record, "skipped_steps_total": total}, table)
-            assert scrape(exporter)["sutrain_skipped_steps_in_a_row",] == expected
+    before = {
+        "skipped_steps_total": 3,
+        "refused_steps_total": 31,
+        "samples_consumed_total": 512,
+        "tokens_total": 9000,
+    }
+    counters = [f"sutrain_{key}" for key in before]
+    with Exporter("127.0.0.1", 0, groups_of(1), started_at_step=5, totals_before=before) as exporter:
+        found = scrape(exporter)
+        assert [found[name,] for name in counters] == [0, 0, 0, 0]
+        for skipped, in_a_row in ((0, 0), (1, 1)):
+            step = {key: total + 10 for key, total in before.items()}
+            exporter.step({**record, **step, "skipped_steps_total": 3 + skipped}, table)
+            found = scrape(exporter)
+            assert [found[name,] for name in counters] == [skipped, 10, 10, 10]
+            assert found["sutrain_skipped_steps_in_a_row",] == in_a_row
+    assert found["sutrain_run_samples_consumed",] == 522 and found["sutrain_run_tokens",] == 9010
 
 
 @pytest.mark.parametrize(("layers", "cap"), [(5, 8), (8, 8), (200, 8), (30, 1), (1000, MAX_LAYERS)])

@@ -45,6 +45,14 @@ def test_a_terminal_gets_a_bar_with_the_most_conspicuous_layers():
     assert "validation" in shown
 
 
+def test_updates_that_were_not_made_are_said_and_none_is_not():
+    stream = io.StringIO()
+    record = {"step": 9, "loss": 2.0, "skipped_steps_total": 0, "refused_steps_total": 3}
+    with Progress(9, stream=stream) as progress:
+        progress.step(record, None)
+    assert "refused 3" in stream.getvalue() and "skipped" not in stream.getvalue()
+
+
 def test_remaining_time_by_hand():
     assert remaining_seconds(elapsed_seconds=30, steps_done=10, steps_left=100) == 300
     assert math.isnan(remaining_seconds(1, 0, 10))

@@ -58,7 +58,7 @@ def test_final_numbers_are_those_of_the_log(run, made):
     log = read_run(run)
     root = ElementTree.fromstring(made[0].removeprefix("<!DOCTYPE html>\n"))
     table = {row[0].text: row[1].text for row in root.iter("tr") if len(row) == 2 and row[0].tag == "td"}
-    assert table["updates"] == "200"
+    assert table["steps"] == table["updates applied"] == "200"
     assert table["tokens"] == f"{200 * 16 * 128:,}"
     assert table["validation loss (nats/token)"] == f"{log.evaluations[-1]['validation_loss']:.4f}"
     assert table["unigram baseline"] == "6.20%"
@@ -84,7 +84,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 def test_words_for_a_good_run(run):
     found = texts(run)
-    assert "All 200 updates done" in found and "409,600 tokens" in found
+    assert "All 200 steps done, 200 updates applied, 409,600 tokens" in found
     assert re.search(r"Training loss went from 7\.\d+ to 4\.\d+", found)
     assert "7.2 times the unigram baseline of 6.2%" in found
     assert "Updates spiked on 1 step(s) (step 120)" in found
@@ -127,6 +127,7 @@ def test_words_for_trouble(run, tmp_path):
         if record["kind"] == "run":
             record["total_steps"] = 1000
         record["skipped_steps_total"] = 7
+        record["refused_steps_total"] = 4
 
     found = rewritten(tmp_path / "a", run, not_finite)
     assert "not finite on 51 step(s), first on step 150" in found
@@ -136,20 +137,24 @@ def test_words_for_trouble(run, tmp_path):
     assert "it did not fall" in rewritten(tmp_path / "d", run, flat)
     assert "Validation loss is rising" in rewritten(tmp_path / "e", run, overfit)
     found = rewritten(tmp_path / "f", run, stopped)
-    assert "200 of 1,000 updates done" in found and "7 updates (3.5%) were skipped" in found
+    assert "200 of 1,000 steps done, 189 updates applied" in found
+    assert "7 updates (3.5%) were skipped" in found and "4 updates (2.0%) were refused" in found
     assert data_uri(curves(read_runs([tmp_path / "a"])))  # and a broken loss can be drawn
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_that_has_just_begun_can_be_reported(tmp_path, steps):
-    groups = groups_of(2)
+    groups = groups_of(3)
     sums = np.ones((len(groups.names), len(COLUMNS)))
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         for step in range(1, steps + 1):
-            sums[:, 2] = 0 if step == 1 else np.nan
+            sums[:, 2] = 1 if step == 1 else np.nan
             log.step({"step": step, "loss": 2.0}, groups.table(sums, COLUMNS))
     assert main([str(tmp_path), "--picture", str(tmp_path / "p.png")]) == 0
     assert (tmp_path / "report.html").exists()
+    found = verdicts(read_run(tmp_path))
+    assert f"{steps} step(s) are too few to judge the loss." in [verdict.text for verdict in found]
+    assert not [verdict for verdict in found if verdict.level == "bad" or "moved most" in verdict.text]
 
 
 def test_a_torn_line_is_tolerated_and_said(run, tmp_path):

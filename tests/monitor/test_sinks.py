@@ -1,6 +1,7 @@
 """The optional libraries: really written where they are there, one clear line where they are not."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,3 +39,29 @@ def test_tensorboard_reads_back_what_was_written(tmp_path):
     )
     assert events.Scalars("update_ratio/mixer/max")[-1].value > 0
     assert events.Scalars("attention_entropy/1")[0].value == 2.0
+
+
+def test_tensorboard_shows_a_step_that_is_done_again_once(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    for resumed_from, steps in ((None, range(1, 9)), (5, range(6, 11))):
+        (sink,) = open_sinks(["tensorboard"], tmp_path, resumed_from)
+        for step in steps:
+            sink.values(step, {"loss": float(step if resumed_from else -step)})
+        sink.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    expected = [(step, step if step > 5 else -step) for step in range(1, 11)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+def test_a_run_that_goes_on_is_the_same_one_at_weights_and_biases(tmp_path, monkeypatch):
+    """Its library is not among the dependencies; what it is asked for is looked at."""
+    asked = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: asked.append(settings)))
+    for resumed_from in (None, 5, 7, None):
+        open_sinks(["wandb"], tmp_path, resumed_from)
+    first, second, third, anew = (settings["id"] for settings in asked)
+    assert first == second == third != anew
+    assert {settings["resume"] for settings in asked} == {"allow"}

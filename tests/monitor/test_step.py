@@ -40,7 +40,8 @@ def run(monkeypatch):
     run.engine, run.device, run.gate = Engine(), torch.device("cpu"), StepGate(8.0)
     run.clock = RankClock(0, 1, run.device)
     run.rank, run.world_size, run.stop_requested, run.save_requested = 0, 1, False, False
-    run.plan, run.schedule = SimpleNamespace(sequences_at=lambda _: 4), lambda _: 1.0
+    run.plan = SimpleNamespace(sequences_at=lambda _: 4, tokens_at=lambda samples: 2 if samples < 4 else None)
+    run.manifest, run.schedule = SimpleNamespace(row_tokens=4), lambda _: 1.0
     run.optimizer = SimpleNamespace(param_groups=[{}], updates=0, statistics=torch.zeros(1))
     run.fragments = SimpleNamespace(loss_scale=1.0)
     run.steps_done = run.samples_consumed = run.tokens = run.skipped = 0
@@ -71,6 +72,10 @@ def test_an_update_that_the_gate_was_not_asked_for_is_skipped_and_not_refused(ru
     record = run.step(micro_batches())
     assert record["skipped_steps_total"] == 1 and "refused" not in record
     assert record["refused_steps_total"] == 1
+
+
+def test_a_step_says_how_long_its_rows_were(run):
+    assert [run.step(micro_batches())["row_tokens"] for _ in range(2)] == [2, 4]
 
 
 def test_waiting_for_others_is_no_part_of_a_rank_s_forward_time(run, monkeypatch):

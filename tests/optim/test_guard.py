@@ -97,7 +97,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name):
         for key in SHAPES:
             other[key].copy_(own[key])
     resumed.load_state_by_name(
-        replicated, state.counters, lambda key, tensor, at, n: sliced[key, tensor][at : at + n]
+        replicated, state.counters, lambda key, tensor, at, n: sliced[key, tensor][at : at + n], sliced
     )
     first = run(whole, own, range(9, SPIKE + 3), spike=("vector", "matrix"))
     second = run(resumed, other, range(9, SPIKE + 3), spike=("vector", "matrix"))

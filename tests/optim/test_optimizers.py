@@ -259,13 +259,53 @@ def test_state_goes_round(name):
     whole = {(key, tensor): values.clone() for key, tensor, _, values in saved.sliced}
     replicated = {key: value.clone() for key, value in saved.replicated.items()}
     other = standalone(name, parameters(), **({"momentum": 0.9} if name == "adafactor" else {}))
-    other.load_state_by_name(
-        replicated, saved.counters, lambda key, tensor, at, n: whole[key, tensor][at : at + n]
+    assert (
+        other.load_state_by_name(
+            replicated, saved.counters, lambda key, tensor, at, n: whole[key, tensor][at : at + n], whole
+        )
+        == []
     )
     again = other.state_by_name()
     assert again.counters == {"updates": 3, "skipped_updates": 0}
     assert all(torch.equal(again.replicated[key], value) for key, value in replicated.items())
     assert all(torch.equal(values, whole[key, tensor]) for key, tensor, _, values in again.sliced)
+
+
+def resumed(name, settings, new_settings):
+    """(an optimizer with the new settings that took over the state after 3 updates, its weights, what it said)."""
+    own = parameters()
+    optimizer = standalone(name, own, **settings)
+    run(optimizer, own, 3)
+    saved = optimizer.state_by_name()
+    whole = {(key, tensor): values for key, tensor, _, values in saved.sliced}
+    other = standalone(name, own, **new_settings)
+    said = other.load_state_by_name(
+        saved.replicated, saved.counters, lambda key, tensor, at, n: whole[key, tensor][at : at + n], whole
+    )
+    return other, own, said
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "state"),
+    [
+        ("adafactor", {"momentum": 0.9}, "momentum"),
+        *((name, {"update_guard": 2.0, "guard_window": 4}, "update_history") for name in OPTIMIZERS),
+    ],
+)
+def test_momentum_and_guard_may_be_turned_on_and_off_when_a_run_goes_on(name, setting, state):
+    optimizer, own, said = resumed(name, {}, setting)
+    assert said == [f"the optimizer's {state} begins at zero"] and optimizer.updates == 3
+    run(optimizer, own, 2)
+    optimizer, own, said = resumed(name, setting, {})
+    assert said == [f"the optimizer's {state} is not wanted any more: dropped"] and optimizer.updates == 3
+    run(optimizer, own, 2)
+
+
+def test_a_guard_that_is_turned_on_later_limits_nothing_within_its_window():
+    optimizer, own, _ = resumed("adamw", {}, {"update_guard": 1.0001, "guard_window": 5})
+    run(optimizer, own, 5)
+    assert (column(optimizer, "guard_factor") == 1).all()
+    assert optimizer.state_by_name().counters["guard_begun_after"] == 3
 
 
 def test_state_of_other_settings_is_refused():
@@ -275,15 +315,28 @@ def test_state_of_other_settings_is_refused():
     replicated["row_mean|matrix"] = torch.zeros(5, 1)
     replicated["row_mean|other"] = replicated.pop("row_mean|square")
     with pytest.raises(StateError) as raised:
-        optimizer.load_state_by_name(replicated, {"updates": 3}, lambda *where: torch.zeros(where[3]))
+        optimizer.load_state_by_name(
+            replicated, {"updates": 3}, lambda *where: torch.zeros(where[3]), [("second_moment", "no such")]
+        )
     for line in (
-        "missing row_mean|square",
-        "unexpected row_mean|other",
-        "shape (5, 1)",
-        "counter skipped_updates",
+        "missing: row_mean|square, second_moment|",
+        "unexpected: row_mean|other",
+        "another shape: row_mean|matrix (5, 1)",
+        "missing counter: skipped_updates",
     ):
         assert line in str(raised.value)
     assert optimizer.updates == 1
+
+
+def test_state_that_is_missing_altogether_is_a_few_names_and_a_count():
+    own = [(f"layers.{i}.weight", torch.nn.Parameter(torch.ones(3))) for i in range(100)]
+    optimizer = build_optimizer("adamw", own)
+    optimizer.attach(FragmentMap.whole(own))
+    with pytest.raises(
+        StateError, match=r"missing: first_moment\|layers.0.weight, .* and 197 more"
+    ) as raised:
+        optimizer.load_state_by_name({}, {"updates": 3, "skipped_updates": 0}, lambda *_: torch.zeros(3), [])
+    assert len(str(raised.value).splitlines()) == 2
 
 
 def test_masters_are_loaded_from_any_overlapping_range():
@@ -330,6 +383,28 @@ def test_masters_are_loaded_from_any_overlapping_range():
         ("adamw", {"per_tensor": {"cube": {"decay": 0}}}, "unknown 'decay'"),
         ("adamw", {"per_tensor": {"cube": {"weight_decay": -1}}}, "'cube': weight_decay is -1"),
         ("lamb", {"clip_global_norm": 0}, "clip_global_norm is 0"),
+        *(
+            ("adafactor", {key: "flase"}, f"{key} is 'flase', expected true or false")
+            for key in (
+                "parameter_scale",
+                "relative_step",
+                "inverse_sqrt_cap",
+                "skip_nonfinite",
+                "statistics",
+            )
+        ),
+        (
+            "adamw",
+            {"bias_correction": 1, "skip_nonfinite": "no"},
+            "correction is 1.*\nadamw: skip_nonfinite is",
+        ),
+        ("egd", {"normalise": None}, "normalise is None, expected true or false"),
+        ("lamb", {"guard_window": 10}, "guard_window has no effect without update_guard: leave it out"),
+        ("lamb", {"guard_window": math.inf}, "guard_window is inf, expected a whole number"),
+        ("adafactor", {"clip_threshold": "none"}, "'none', expected a number, or null: off"),
+        ("adafactor", {"momentum": True}, "momentum is True, expected a number"),
+        ("adafactor", {"preset": ["paper"]}, "is unknown"),
+        ("lamb", {"betas": 0.9}, "betas is 0.9, expected two numbers"),
         ("lamb", {"weight_decay": -1}, "weight_decay is -1"),
     ],
 )

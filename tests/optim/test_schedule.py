@@ -57,7 +57,9 @@ def test_relative_step_of_the_paper():
 
 def test_no_schedule_leaves_its_range():
     for shape in ("constant", "linear", "cosine", "inverse_sqrt", "stable_decay"):
-        schedule = build_schedule(shape, 50, warmup_steps=7, decay_steps=10)
+        schedule = build_schedule(
+            shape, 50, warmup_steps=7, decay_steps=10 if shape == "stable_decay" else None
+        )
         assert all(0 <= schedule(update) <= 1 for update in range(80)), shape
 
 
@@ -75,6 +77,20 @@ def test_no_schedule_leaves_its_range():
         (("piecewise_linear", 10), "points is empty"),
         (("piecewise_linear", 10, {"points": {-5: 1, 4: -1}}), "update -5 .*\n.*multiplier -1 at 4"),
         (("piecewise_linear", 10, {"points": {4: 1}, "warmup_steps": 4}), "put the warm-up into points"),
+        *(
+            ((shape, 10, {**needed, name: value}), f"{shape}: {name} has no effect: leave it out")
+            for name, value, shapes in (
+                ("points", {4: 1}, ("constant", "linear", "cosine", "inverse_sqrt", "stable_decay")),
+                ("decay_steps", 3, ("constant", "linear", "cosine", "inverse_sqrt", "piecewise_linear")),
+                ("final_share", 0.1, ("constant", "inverse_sqrt", "piecewise_linear")),
+            )
+            for shape in shapes
+            for needed in (
+                {"stable_decay": {"decay_steps": 3}, "piecewise_linear": {"points": {4: 1}}}.get(shape, {}),
+            )
+        ),
+        (("constant", 10, {"warmup_steps": 10}), "more than warmup_steps 10"),
+        (("inverse_sqrt", 10, {"warmup_steps": 12}), "more than warmup_steps 12"),
     ],
 )
 def test_meaningless_settings_are_refused(arguments, message):

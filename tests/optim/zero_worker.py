@@ -202,7 +202,11 @@ def moved(case, saved, from_world, to_engine, optimizer_name, save_at):
         k[len(prefix) :]: torch.from_numpy(stores[0][k]) for k in stores[0].files if k.startswith(prefix)
     }
     counters = json.loads(str(stores[0]["counters"]))
-    optimizer.load_state_by_name(replicated, counters, lambda key, *where: read(f"state|{key}", *where))
+    kept = {tuple(k.split("|")[1:3]) for store in stores for k in store.files if k.startswith("state|")}
+    said = optimizer.load_state_by_name(
+        replicated, counters, lambda key, *where: read(f"state|{key}", *where), kept
+    )
+    assert said == []
     for name, shape in PARAMETERS.items():  # as a checkpoint does: whole tensors to every rank
         fragments.load_master(name, 0, read("master", name, 0, int(np.prod(shape))))
     fragments.refresh_model_weights()

@@ -13,8 +13,8 @@ def overview() -> Rows:
         (
             "How does it stand?",
             [
-                figure("Updates", "Optimizer updates done.", "locale", f"sutrain_step{{{RUN}}}"),
-                figure("Tokens", "Training tokens consumed.", "short", f"sutrain_tokens_total{{{RUN}}}", 2),
+                figure("Steps", "Steps done, skipped and refused ones included.", "locale", f"sutrain_step{{{RUN}}}"),
+                figure("Tokens", "Training tokens consumed by the run.", "short", f"sutrain_run_tokens{{{RUN}}}", 2),
                 figure(
                     "Loss", "Training loss of the last step, nats per predicted token.", "none",
                     f"sutrain_loss{{{RUN}}}", 3,
@@ -105,8 +105,8 @@ def overview() -> Rows:
                     "updates that acting.skip_sigmas held back.",
                     "short",
                     query(f"sutrain_skipped_steps_in_a_row{{{RUN}}}", "skipped in a row {{instance}}"),
-                    query(f"sutrain_skipped_steps_total{{{RUN}}}", "skipped in all {{instance}}"),
-                    query(f"sutrain_refused_steps_total{{{RUN}}}", "refused in all {{instance}}"),
+                    query(f"sutrain_skipped_steps_total{{{RUN}}}", "skipped since the start {{instance}}"),
+                    query(f"sutrain_refused_steps_total{{{RUN}}}", "refused since the start {{instance}}"),
                     query(f"sutrain_loss_scale{{{RUN}}}", "loss scale {{instance}}"),
                 ),
                 curve(
