@@ -249,9 +249,7 @@ class Run:
         config = self.config
         if not resumed:
             self.evaluate()
-        elif (
-            self.other_basis
-        ):  # the best checkpoint stays the best until these weights are bettered on the new basis
+        elif self.other_basis:  # the best checkpoint stays the best until something betters this
             self.best_loss = self.evaluate()
         ahead = (config.steps - self.steps_done, config.data.prefetch_updates, config.data.workers)
         batches = prefetch(self.samples, self.plan, self.samples_consumed, *ahead)
