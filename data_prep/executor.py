@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import islice
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from .errors import DataPrepError
@@ -43,6 +46,7 @@ class Executor(Protocol):
         descriptions: Sequence[Any],
         finished: Finished | None = None,
         memory_bytes: int | None = None,
+        apart: bool = False,
     ) -> Iterator[dict[str, Any]]: ...
 
     def close(self) -> None: ...
@@ -84,18 +88,19 @@ def call(fence: Any, function: Task, description: Any, finished: Finished | None
 
 
 class LocalExecutor:
-    """Spawned processes on this machine; with one worker, this process itself."""
+    """Spawned processes on this machine; with one worker, this process itself, but for tasks that go `apart`."""
 
     name = "local"
 
     def __init__(self, workers: int, fence: Any = None) -> None:
         self.workers, self._fence = workers, fence
         self._pool: ProcessPoolExecutor | None = None
+        self._leash: Connection | None = None  # workers end when it is closed
+        # A server process imports once and then forks; it has no threads, so that is safe. It begins at once, and
+        # imports while this process looks at the tokenizer and the disk.
+        forkserver.set_forkserver_preload(["data_prep.gather", "data_prep.scatter"])
         if workers > 1:
-            # A server process imports once and then forks; it has no threads, so that is safe. It begins at once, and
-            # imports while this process looks at the tokenizer and the disk.
-            forkserver.set_forkserver_preload(["data_prep.gather", "data_prep.scatter"])
-            forkserver.ensure_running()
+            _start_server()
 
     def run(
         self,
@@ -103,21 +108,28 @@ class LocalExecutor:
         descriptions: Sequence[Any],
         finished: Finished | None = None,
         memory_bytes: int | None = None,
+        apart: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """Raises what a task raises, DataPrepError when a worker process dies. Asks nobody what is `finished`, and
-        leaves memory to whoever chose the workers.
+        leaves memory to whoever chose the workers. `apart`: never in this process, which could not be interrupted
+        while a library is at work for minutes.
         """
-        if self.workers == 1 or len(descriptions) == 1:
+        if not apart and (self.workers == 1 or len(descriptions) == 1):
             yield from map(function, descriptions)
             return
         if self._pool is None:
+            _start_server()
             context = multiprocessing.get_context("forkserver")
-            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
+            end, self._leash = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(
+                self.workers, context, initializer=_begin_worker, initargs=(end,)
+            )
         waiting = iter(descriptions)
-        running = {
-            self._pool.submit(call, self._fence, function, task) for task in islice(waiting, 2 * self.workers)
-        }
         try:
+            running = {
+                self._pool.submit(call, self._fence, function, task)
+                for task in islice(waiting, 2 * self.workers)
+            }
             while running:
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in ended:
@@ -130,11 +142,15 @@ class LocalExecutor:
                 "a worker process was killed, most often for want of memory: lower resources.workers or "
                 "resources.worker_memory_bytes, then run the same command again; finished tasks are kept"
             ) from None
+        except KeyboardInterrupt:
+            if self._leash is not None:
+                self._leash.close()  # a task may take minutes, and may be given up at any time
+            raise
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+            self._pool = self._leash = None
 
 
 class RayExecutor:
@@ -176,8 +192,11 @@ class RayExecutor:
         descriptions: Sequence[Any],
         finished: Finished | None = None,
         memory_bytes: int | None = None,
+        apart: bool = False,
     ) -> Iterator[dict[str, Any]]:
-        """Raises what a task raises. A task that is repeated because its worker died is asked for with `finished`."""
+        """Raises what a task raises. A task that is repeated because its worker died is asked for with `finished`. All
+        tasks run apart.
+        """
         ray, memory = self._ray, memory_bytes or self._memory_bytes
         remote = ray.remote(num_cpus=1, memory=memory, max_retries=3)(call)
         waiting, looked = iter(descriptions), -math.inf
@@ -293,13 +312,26 @@ def _knock(address: str) -> None:
             pass
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks for ever; let it end instead."""
-    parent = multiprocessing.parent_process()
+def _start_server() -> None:
+    """Start the process that workers are forked from, unless it runs. An interrupt from the keyboard reaches the whole
+    group, and is for this process alone to act on: the others inherit that it is blocked.
+    """
+    resource_tracker.ensure_running()  # which the server needs, and whose own start would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(end: Connection) -> None:
+    """A worker ends when its parent lets go of the other end of a pipe, also by being killed; it would wait for tasks
+    for ever.
+    """
 
     def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+        with suppress(EOFError, OSError):
+            end.recv_bytes()
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

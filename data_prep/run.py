@@ -187,7 +187,7 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
     )
     with progress.stage("train tokenizer", 0, 1):
         task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))
-        for result in executor.run(train_tokenizer, [task], memory_bytes=PROGRAM_BYTES + needed):
+        for result in executor.run(train_tokenizer, [task], memory_bytes=PROGRAM_BYTES + needed, apart=True):
             progress.advance(result["input_bytes"])
             if skipped := result["trained_on"]["skipped_sentences"]:
                 progress.say(f"{skipped:,} sentence(s) with a reserved character were left out of training")
