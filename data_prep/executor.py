@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from itertools import islice
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -100,7 +100,7 @@ class LocalExecutor:
         # imports while this process looks at the tokenizer and the disk.
         forkserver.set_forkserver_preload(["data_prep.gather", "data_prep.scatter"])
         if workers > 1:
-            forkserver.ensure_running()
+            _start_server()
 
     def run(
         self,
@@ -118,16 +118,18 @@ class LocalExecutor:
             yield from map(function, descriptions)
             return
         if self._pool is None:
+            _start_server()
             context = multiprocessing.get_context("forkserver")
             end, self._leash = context.Pipe(duplex=False)
             self._pool = ProcessPoolExecutor(
                 self.workers, context, initializer=_begin_worker, initargs=(end,)
             )
         waiting = iter(descriptions)
-        running = {
-            self._pool.submit(call, self._fence, function, task) for task in islice(waiting, 2 * self.workers)
-        }
         try:
+            running = {
+                self._pool.submit(call, self._fence, function, task)
+                for task in islice(waiting, 2 * self.workers)
+            }
             while running:
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in ended:
@@ -310,11 +312,22 @@ def _knock(address: str) -> None:
             pass
 
 
+def _start_server() -> None:
+    """Start the process that workers are forked from, unless it runs. An interrupt from the keyboard reaches the whole
+    group, and is for this process alone to act on: the others inherit that it is blocked.
+    """
+    resource_tracker.ensure_running()  # which the server needs, and whose own start would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(end: Connection) -> None:
     """A worker ends when its parent lets go of the other end of a pipe, also by being killed; it would wait for tasks
-    for ever. An interrupt from the keyboard reaches the whole group, and is for the parent to act on.
+    for ever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         with suppress(EOFError, OSError):

@@ -7,6 +7,7 @@ plan adds by itself. As the order is by key alone, neither the groups nor the me
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 from bisect import bisect_left, bisect_right
@@ -111,19 +112,26 @@ def loaded_bytes(frames: np.ndarray, has_words: bool) -> np.ndarray:
 def _sub_ranges(
     frames: np.ndarray, spills: SpillSet, first: int, stop: int, budget_bytes: int
 ) -> Iterator[tuple[int, int]]:
-    """Cut [first, stop) at first keys of frames so that the frames that begin in a part fill at most the
-    budget. However many keys fall together, a range is cut as long as more than one key is left.
+    """Cut [first, stop) at first keys of frames so that the frames of a part, with those that reach into it from the
+    part before, fill at most the budget. What reaches over a cut is loaded again; where that is more than half of the
+    budget, as much again begins in a part, so that nothing is read over and over. However many keys fall together, a
+    range is cut as long as more than one key is left.
     """
     order = np.argsort(frames["first_key"], kind="stable")
     sizes = loaded_bytes(frames, spills.has_words)
-    filled, low = 0, first
+    reaching: list[tuple[int, int]] = []  # a heap of (last key, size) of what is loaded
+    begun = before = held = 0
+    low = first
     for position in order.tolist():
         size = int(sizes[position])
         key = int(frames["first_key"][position])
-        if filled and filled + size > budget_bytes and key > low:
+        if begun and held + size > budget_bytes and begun >= min(before, budget_bytes) and key > low:
             yield low, key
-            low, filled = key, 0
-        filled += size
+            while reaching and reaching[0][0] < key:
+                held -= heapq.heappop(reaching)[1]
+            low, before, begun = key, held, 0
+        heapq.heappush(reaching, (int(frames["last_key"][position]), size))
+        begun, held = begun + size, held + size
     yield low, stop
 
 

@@ -33,6 +33,26 @@ def test_frames_of_a_range_are_found_by_halving():
             assert found == np.flatnonzero(mine).tolist()
 
 
+@pytest.mark.parametrize("runs", [1, 5, 20, 60])
+def test_what_is_loaded_at_a_time_fits_the_budget_and_little_is_loaded_twice(runs):
+    """Runs of 40 frames of 1,000 bytes each; of every run a frame reaches over a cut."""
+    draw, budget = np.random.default_rng(runs), 60_000
+    keys = np.sort(draw.integers(0, 2**64, (runs, 41), dtype=np.uint64), axis=1)
+    frames = np.zeros(40 * runs, dtype=FRAME_INDEX)
+    frames["first_key"], frames["last_key"] = keys[:, :-1].reshape(-1), keys[:, 1:].reshape(-1) - np.uint64(1)
+    frames["raw_bytes"] = 1000
+    spills = merge.SpillSet("", range(runs), "<u2", False, True)
+    parts = list(merge._sub_ranges(frames, spills, 0, 2**64, budget))
+    assert [low for low, _ in parts] == [0, *(high for _, high in parts[:-1])] and parts[-1][1] == 2**64
+    loaded = [
+        1000
+        * int(((frames["first_key"] <= np.uint64(high - 1)) & (frames["last_key"] >= np.uint64(low))).sum())
+        for low, high in parts
+    ]
+    assert max(loaded) <= (budget if runs <= 30 else 2 * budget)
+    assert sum(loaded) <= 2.1 * 1000 * len(frames)
+
+
 def test_a_finished_merge_is_taken_up_with_the_results_it_was_made_of_alone(corpus, tmp_path, monkeypatch):
     done: list[merge.MergeTask] = []
     monkeypatch.setattr("data_prep.estimate._FEW_READS", 1)
