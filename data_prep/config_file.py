@@ -83,6 +83,17 @@ def load_config(schema: type[S], path: str | Path, overrides: Sequence[str] = ()
     Raises ConfigError naming the file and listing every mistake found.
     """
     path = Path(path)
+    tree = read_tree(path)
+    problems = [problem for override in overrides if (problem := apply_override(tree, override))]
+    config, found = _validate(schema, tree)
+    problems += [_describe(item, schema) for item in found]
+    if problems:
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, not validated. Raises ConfigError naming the file."""
     try:
         tree = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -94,12 +105,7 @@ def load_config(schema: type[S], path: str | Path, overrides: Sequence[str] = ()
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections (`key: value`), found a {type(tree).__name__}")
-    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
-    config, found = _validate(schema, tree)
-    problems += [_describe(item, schema) for item in found]
-    if problems:
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
-    return config
+    return tree
 
 
 def _parse(text: str) -> Any:
@@ -180,7 +186,7 @@ def field_help(schema: type, prefix: str = "") -> str:
 _REQUIRED = object()
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> str | None:
+def apply_override(tree: dict[str, Any], override: str) -> str | None:
     """Set one dotted key in place; returns the problem as a line, or None."""
     key, equals, text = override.removeprefix("--").partition("=")
     if not equals or not key:

@@ -243,7 +243,10 @@ def open_samples(data: Any, seed: int, masking: WordMasking) -> Samples | MixedS
 
 
 def open_manifest(data: Any) -> Manifest:
-    """The manifest of data.dir, brought there first where the shards lie elsewhere. Raises DataError, ShardError."""
+    """The manifest of data.dir, brought there first where the shards lie elsewhere.
+
+    Raises DataError, ShardError, or ConfigError (see Remote.mirror).
+    """
     if (remote := remote_of(data)) is not None:
         remote.mirror()
     return load_manifest(data.dir)

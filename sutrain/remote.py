@@ -21,6 +21,7 @@ from typing import Any
 
 import fsspec
 
+from data_prep.config_file import ConfigError
 from data_prep.shards import Block, ShardEntry, ShardError, ShardReader, SplitReader, index_name
 
 ATTEMPTS = 4
@@ -43,10 +44,17 @@ class Remote:
     def mirror(self) -> None:
         """Bring the small files here; the manifest comes last, so a folder with one is whole.
 
-        Raises ShardError when the data set cannot be reached.
+        Raises ShardError when the data set cannot be reached, ConfigError when the folder holds other files.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / ".mirror.lock").open("w") as lock:  # one rank of a host at a time
+        mark = self.directory / ".mirror.lock"
+        # In this order: another rank of the host, which begins with the mark, may be filling the folder right now.
+        if any(self.directory.iterdir()) and not mark.exists():
+            raise ConfigError(
+                f"data.dir: {self.directory} holds files that data.remote did not put there, which a mirror would "
+                "replace; give it a new or an empty folder, or leave data.remote out to train on what is there"
+            )
+        with mark.open("w") as lock:  # one rank of a host at a time
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._mirror()
 

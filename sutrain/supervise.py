@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
-import yaml
 
+from data_prep.config_file import apply_override, read_tree
 from sutrain import heartbeat
 from sutrain.heartbeat import MARK
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run_dir = run_folder(options.command)
         hold = hold_alone(run_dir)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     with hold:
@@ -108,24 +108,31 @@ def _lock(file: Path) -> TextIO | None:
 
 
 def run_folder(command: list[str]) -> Path:
-    """The run_dir that a training command will write to: its override, else that of its --config file.
+    """The run_dir that a training command will write to, read as the trainer reads it: the last override counts, else
+    the --config file does.
 
-    Raises ValueError when the command names neither, OSError or yaml.YAMLError for an unreadable file.
+    Raises ValueError when the command names neither, or what it names is no path.
     """
-    config: str | None = None
+    override = config = None
     for number, word in enumerate(command):
         if word.startswith("--run_dir="):
-            return Path(word.partition("=")[2])
-        if word.startswith("--config="):
+            override = word
+        elif word.startswith("--config="):
             config = word.partition("=")[2]
         elif word == "--config" and number + 1 < len(command):
             config = command[number + 1]
-    if config is None:
+    tree: dict[str, Any] = {}
+    if override is not None:
+        if (problem := apply_override(tree, override)) is not None:
+            raise ValueError(problem)
+    elif config is not None:
+        tree = read_tree(Path(config))
+    else:
         raise ValueError("the command has no --config FILE: supervise needs the run's folder; see --help")
-    tree = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    if not isinstance(tree, dict) or "run_dir" not in tree:
-        raise ValueError(f"{config}: no run_dir there")
-    return Path(tree["run_dir"])
+    found = tree.get("run_dir")
+    if not isinstance(found, str):
+        raise ValueError(f"{override or config}: run_dir: expected a path, found {found!r}")
+    return Path(found)
 
 
 class Supervisor:
@@ -177,7 +184,13 @@ class Supervisor:
 
     def _watch_one_start(self) -> tuple[int, str]:
         """(exit status, reason in words) of one start; a hang is status -1."""
-        process = subprocess.Popen(self.command, env=os.environ | {MARK: self.mark}, start_new_session=True)
+        try:
+            process = subprocess.Popen(
+                self.command, env=os.environ | {MARK: self.mark}, start_new_session=True
+            )
+        except OSError as error:
+            print(f"error: {self.command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+            return EXIT_USER_ERROR, f"{self.command[0]} could not be started"
         # Compared on this host's clock alone: when did the beats of this start last change?
         earlier = {(beat.rank, beat.pid, beat.beats) for beat in heartbeat.read_beats(self.run_dir)}
         known, changed_at = earlier, time.monotonic()

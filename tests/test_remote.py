@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from data_prep.config_file import ConfigError
 from data_prep.shards import ShardError, SplitReader
 from sutrain import remote as remotes
 from sutrain.pieces import PieceReader
@@ -139,3 +140,17 @@ def test_pieces_are_read_from_afar_too(url, dataset, tmp_path):
     here, there = PieceReader(dataset, "train"), PieceReader(tmp_path, "train", remote=remote)
     for row in (0, 77, 300):
         assert here.row(row)[1] == there.row(row)[1] and (here.row(row)[0] == there.row(row)[0]).all()
+
+
+def test_a_data_set_prepared_here_is_never_overwritten_and_an_empty_folder_is_taken(url, dataset, tmp_path):
+    prepared = tmp_path / "prepared"
+    shutil.copytree(dataset, prepared)
+    (prepared / "manifest.json").write_text("{}")  # another one than lies over there
+    before = {file: file.read_bytes() for file in prepared.rglob("*") if file.is_file()}
+    with pytest.raises(
+        ConfigError, match="data.dir: .*prepared holds files that data.remote did not put there"
+    ):
+        open_remote(url, prepared)
+    assert {file: file.read_bytes() for file in prepared.rglob("*") if file.is_file()} == before
+    (tmp_path / "empty").mkdir()
+    assert len(RemoteSplitReader(open_remote(url, tmp_path / "empty"), tmp_path / "empty", "train"))

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import psutil
 import pytest
 
+from data_prep.config_file import Section, load_config
 from sutrain import heartbeat
 from sutrain.launch import hold_run_folder
-from sutrain.supervise import Supervisor, run_folder
+from sutrain.supervise import Supervisor, main, run_folder
 from tests.conftest import ROOT, environment
 
 # A launcher that, as DeepSpeed's, starts a rank in a group of its own and hands no signal down.
@@ -218,7 +220,45 @@ def test_the_run_folder_is_found_in_the_command(tmp_path, command):
     assert str(run_folder([*words, "--run_dir=runs/y"])) == "runs/y"
 
 
-def test_a_command_without_a_configuration_is_refused_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "sutrain.supervise", "--", "sleep", "1"]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: the command has no --config")
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--run_dir=runs/y", "--steps=9", "--run_dir=runs/z"], "runs/z"),
+        (["--run_dir='runs/with a space'"], "runs/with a space"),
+        (["--run_dir=runs/x  # this time"], "runs/x"),
+    ],
+)
+def test_an_override_of_the_run_folder_means_what_it_means_to_the_trainer(tmp_path, overrides, expected):
+    file = tmp_path / "run.yaml"
+    file.write_text("run_dir: runs/first\n")
+
+    class Trained(Section):
+        run_dir: Path
+        steps: int = 1
+
+    found = run_folder(["train", "--config", str(file), *overrides])
+    assert found == load_config(Trained, file, overrides).run_dir == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "said"),
+    [
+        ("", ["sleep", "1"], "the command has no --config"),
+        ("run_dir: null", ["sleep", "--config", "FILE"], "FILE: run_dir: expected a path, found None"),
+        ("steps: 3", ["sleep", "--config=FILE"], "FILE: run_dir: expected a path, found None"),
+        ("[run_dir]", ["sleep", "--config=FILE"], "FILE: expected sections (`key: value`), found a list"),
+        ("run_dir: runs/x", ["sleep", "--config=FILE", "--run_dir="], "--run_dir=: run_dir: expected a path"),
+        ("run_dir: runs/x", ["sleep", "--config=FILE", "--run_dir=[a"], "the value is not valid YAML"),
+        (
+            "run_dir: FILE.d",
+            ["no_such_program", "--config=FILE"],
+            "no_such_program: No such file or directory",
+        ),
+    ],
+)
+def test_a_command_that_cannot_be_supervised_is_refused_in_one_line(tmp_path, capfd, config, words, said):
+    file = str(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(config.replace("FILE", file))
+    assert main(["--", *(word.replace("FILE", file) for word in words)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said.replace("FILE", file) in line
