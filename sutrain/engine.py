@@ -1,7 +1,10 @@
-"""What the run asks of DeepSpeed, with every default written out that changes the mathematics."""
+"""Model, optimizer and engine, and what the run asks of DeepSpeed: every default written out that changes the
+mathematics.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import types
@@ -10,11 +13,42 @@ from typing import Any
 
 import torch
 
+from sutrain.compiled import compile_layers
 from sutrain.config import PretrainConfig
 from sutrain.data import BatchPlan
+from sutrain.objectives.training_model import TrainingModel
+from sutrain.optim import build_optimizer
+from sutrain.optim.base import FragmentOptimizer
+from sutrain.recompute import apply_budget
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Of weights and activations, by the names of the configuration."""
+
+
+def build_engine(
+    config: PretrainConfig, plan: BatchPlan, row_tokens: int, device: torch.device
+) -> tuple[Any, FragmentOptimizer, str]:
+    """DeepSpeed's engine around a new model, its optimizer, and a line about what is computed again.
+
+    Call it with communication started and torch seeded. Raises ValueError, BudgetError among others, for settings that
+    do not fit the model.
+    """
+    import deepspeed  # after the environment is prepared: it reads it while importing
+
+    model = TrainingModel.on(device, config.model)
+    optimizer = build_optimizer(
+        config.optimizer.name, model.named_parameters(), **config.optimizer.arguments()
+    )
+    room = (config.memory.activation_mib, plan.micro_sequences, row_tokens)
+    recomputation = apply_budget(model.encoder, *room, DTYPES[config.precision], device)
+    compile_layers(model.encoder, config.compile_layers, config.zero.stage)
+    settings = deepspeed_config(config, plan)
+    quicken_start()
+    with contextlib.redirect_stdout(None):  # what it prints has no switch
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+    return engine, optimizer, recomputation
 
 
 def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:

@@ -30,10 +30,9 @@ from sutrain import checkpoint as checkpoints
 from sutrain import continuity, heartbeat, precision, preflight
 from sutrain.build_extension import ExtensionError, build_extension, prepare_environment, start_communication
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
-from sutrain.compiled import compile_layers
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, word_masking
-from sutrain.engine import DTYPES, deepspeed_config, quicken_start, step_engine
+from sutrain.engine import DTYPES, build_engine, step_engine
 from sutrain.evaluation import Evaluator
 from sutrain.launch import (
     EXIT_FAILURE,
@@ -51,12 +50,10 @@ from sutrain.monitor.acting import NOTHING_REFUSED, BrokenStreak, StepGate
 from sutrain.monitor.mfu import device_peak
 from sutrain.monitor.probes import Probe
 from sutrain.monitor.ranks import RankClock
-from sutrain.objectives.training_model import TrainingModel
-from sutrain.optim import FragmentMap, build_optimizer
+from sutrain.optim import FragmentMap
 from sutrain.optim.state import StateError
 from sutrain.outputs import RunOutputs
 from sutrain.prefetch import prefetch
-from sutrain.recompute import apply_budget
 
 _OF_ONE_RANK = (ShardError, checkpoints.CheckpointError, StateError, ExtensionError)
 """Errors of reading this rank's part of data and state, and of building on this host."""
@@ -116,21 +113,10 @@ class Run:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         with contextlib.redirect_stdout(None):  # what it prints has no switch
             start_communication("gloo" if self.device.type == "cpu" else None)
-        self.dtype = DTYPES[config.precision]
-        self.peak = device_peak(self.device, self.dtype)
+        self.peak = device_peak(self.device, DTYPES[config.precision])
         torch.manual_seed(config.seed)
-        model = TrainingModel.on(self.device, config.model)
-        named = model.named_parameters()
-        self.optimizer = build_optimizer(config.optimizer.name, named, **config.optimizer.arguments())
-        room = (config.memory.activation_mib, self.plan.micro_sequences, self.manifest.row_tokens)
-        self.recomputation = apply_budget(model.encoder, *room, self.dtype, self.device)
-        compile_layers(model.encoder, config.compile_layers, config.zero.stage)
-        engine_config = deepspeed_config(config, self.plan)
-        quicken_start()
-        with contextlib.redirect_stdout(None):
-            self.engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self.optimizer, config=engine_config, dist_init_required=False
-            )
+        built = build_engine(config, self.plan, self.manifest.row_tokens, self.device)
+        self.engine, self.optimizer, self.recomputation = built
         self.fragments = FragmentMap.from_engine(self.engine)
         self.optimizer.attach(self.fragments)
         self.evaluator = Evaluator(config, self.manifest, self.device, self.rank, self.world_size)

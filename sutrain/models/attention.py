@@ -3,7 +3,6 @@
 B batch, L sequence length, D hidden size, H heads, K size of a head's query and key, E of its value.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .configuration import EncoderConfig
 from .documents import Documents
 from .init import Linear
-from .products import attend_by_products
+from .products import attend_by_products, plainly, probabilities
 from .rotary import rotate
 from .visibility import Visibility
 
@@ -233,8 +232,8 @@ def _attend(
         return _products(query_BHLK, key_BHLK, value_BHLE, [length], [mask], squared)
     inputs = (query_BHLK, key_BHLK, value_BHLE, mask, dropout, squared, mixes)
     if _scores_again(query_BHLK, value_BHLE, length) and torch.is_grad_enabled():
-        return checkpoint(_plain, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
-    return _plain(*inputs)
+        return checkpoint(plainly, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0.0)
+    return plainly(*inputs)
 
 
 def _fused_serves(
@@ -268,43 +267,3 @@ def _products(
 
 def _scores_again(query: Tensor, value: Tensor, length: int) -> bool:
     return value.shape[-1] >= 4 * query.shape[-1] and length >= SCORES_AGAIN_FROM_TOKENS
-
-
-def _plain(
-    query_BHLK: Tensor,
-    key_BHLK: Tensor,
-    value_BHLE: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    squared: bool,
-    mixes: Mixes,
-) -> Tensor:
-    """By matrix products that hold all scores."""
-    weights_BHLL = probabilities(query_BHLK, key_BHLK, mask, squared, mixes[0])
-    weights_BHLL = F.dropout(weights_BHLL.to(value_BHLE.dtype), dropout)
-    if mixes[1] is not None:
-        weights_BHLL = _mix(weights_BHLL, mixes[1])
-    return torch.matmul(weights_BHLL, value_BHLE)
-
-
-def probabilities(
-    query_BHLK: Tensor,
-    key_BHLK: Tensor,
-    mask: Tensor | None,
-    squared: bool = False,
-    score_mix: Tensor | None = None,
-) -> Tensor:
-    """softmax(q k^T / sqrt(K) + mask), or relu(q k^T / sqrt(K) + mask)^2; fp32 [B, H, L, L]."""
-    scale = 1.0 / math.sqrt(query_BHLK.shape[-1])
-    scores_BHLL = torch.matmul(query_BHLK * scale, key_BHLK.transpose(-1, -2))
-    if score_mix is not None:
-        scores_BHLL = _mix(scores_BHLL, score_mix)
-    if mask is not None:
-        scores_BHLL = scores_BHLL + mask
-    if squared:
-        return F.relu(scores_BHLL.float()).square()
-    return torch.softmax(scores_BHLL, dim=-1, dtype=torch.float32)
-
-
-def _mix(x_BHLL: Tensor, mix_HH: Tensor) -> Tensor:
-    return torch.einsum("gh,bhij->bgij", mix_HH.to(x_BHLL.dtype), x_BHLL)

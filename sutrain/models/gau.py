@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import attend_silu, probabilities
+from .attention import attend_silu
 from .configuration import EncoderConfig
 from .feed_forward import gated_output
 from .init import Linear
+from .products import probabilities
 from .rotary import rotate
 from .visibility import Visibility
 

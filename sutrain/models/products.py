@@ -124,3 +124,43 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a[0], b[0], out=out[0])
     else:
         torch.bmm(a, b, out=out)
+
+
+def plainly(
+    query_BHLK: Tensor,
+    key_BHLK: Tensor,
+    value_BHLE: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    squared: bool,
+    mixes: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """The same spelled out for autograd and compilers, with dropout and talking heads."""
+    weights_BHLL = probabilities(query_BHLK, key_BHLK, mask, squared, mixes[0])
+    weights_BHLL = F.dropout(weights_BHLL.to(value_BHLE.dtype), dropout)
+    if mixes[1] is not None:
+        weights_BHLL = _mix(weights_BHLL, mixes[1])
+    return torch.matmul(weights_BHLL, value_BHLE)
+
+
+def probabilities(
+    query_BHLK: Tensor,
+    key_BHLK: Tensor,
+    mask: Tensor | None,
+    squared: bool = False,
+    score_mix: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(K) + mask), or relu(q k^T / sqrt(K) + mask)^2; fp32 [B, H, L, L]."""
+    scale = 1.0 / math.sqrt(query_BHLK.shape[-1])
+    scores_BHLL = torch.matmul(query_BHLK * scale, key_BHLK.transpose(-1, -2))
+    if score_mix is not None:
+        scores_BHLL = _mix(scores_BHLL, score_mix)
+    if mask is not None:
+        scores_BHLL = scores_BHLL + mask
+    if squared:
+        return F.relu(scores_BHLL.float()).square()
+    return torch.softmax(scores_BHLL, dim=-1, dtype=torch.float32)
+
+
+def _mix(x_BHLL: Tensor, mix_HH: Tensor) -> Tensor:
+    return torch.einsum("gh,bhij->bgij", mix_HH.to(x_BHLL.dtype), x_BHLL)
