@@ -20,7 +20,7 @@ from sutrain.launch import environment
 from sutrain.models.configuration import flops_per_token
 from sutrain.monitor.acting import write_dump
 from sutrain.monitor.exporter import Exporter
-from sutrain.monitor.log import FILE_NAME, MetricsLog, last_steps
+from sutrain.monitor.log import FILE_NAME, MetricsLog, last_steps, set_aside
 from sutrain.monitor.mfu import Peak, mfu_ratio
 from sutrain.monitor.progress import Progress
 from sutrain.monitor.ranks import RankBoard
@@ -85,10 +85,13 @@ class RunOutputs:
             config.model, facts["row_tokens"], config.masking.predict_share
         )
         self.peak_flops = peak.flops_per_second * facts["world_size"]
-        # What was logged after the checkpoint that the run goes on from is dropped; without one, everything.
+        if resumed_from is None and (kept := set_aside(folder / FILE_NAME)):
+            print(
+                f"no checkpoint to go on from: the log of the run that was here is kept as {kept}", flush=True
+            )
         self.metrics = MetricsLog(
             folder / FILE_NAME,
-            resume_from_step=-1 if resumed_from is None else resumed_from,
+            resume_from_step=resumed_from,
             layers_every_steps=config.monitor.layers_every_steps,
         )
         self.spike_watch = SpikeWatch(self.groups)

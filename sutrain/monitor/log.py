@@ -148,6 +148,21 @@ def _rounded(value: float, digits: int) -> float | str:
     return float(f"{value:.{digits}g}")
 
 
+def set_aside(path: Path) -> Path | None:
+    """Make room for a run that begins anew; returns where the log is kept.
+
+    One with a training step is renamed to NAME.before-TIME; one without is of a start that came to nothing: it goes.
+    """
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        trained = any((start := _START.match(line)) and start.group(1) == b"step" for line in file)
+    if not trained:
+        path.unlink()
+        return None
+    return path.rename(f"{path}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+
+
 def _drop_after(path: Path, step: int) -> None:
     """Rewrite the log without the lines of steps after `step` and without a torn last line."""
     copy = path.with_name(path.name + ".part")
