@@ -8,8 +8,10 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -116,6 +118,17 @@ def check_model_fits_data(model: EncoderConfig, manifest: Manifest, data_dir: Pa
     ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def on_stop(request: Callable[[], None]) -> None:
+    """Have SIGTERM and the first SIGINT (Ctrl-C) call `request`; a second SIGINT ends the process at once."""
+
+    def interrupted(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        request()
+
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, lambda *_: request())
 
 
 def hold_run_folder(folder: Path) -> TextIO:

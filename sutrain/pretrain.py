@@ -3,7 +3,8 @@
     deepspeed --num_gpus N sutrain/pretrain.py --config configs/pretrain/X.yaml [--section.key=value …]
 
 The file reads top to bottom: set up, build, resume, train. A run continues from its newest intact checkpoint when
-started again; SIGTERM makes it save one and stop, SIGUSR1 save one and go on. B rows of a micro-batch, L tokens a row.
+started again; SIGTERM and Ctrl-C make it save one and stop, SIGUSR1 save one and go on. B rows of a micro-batch,
+L tokens a row.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from sutrain.launch import (
     explain,
     join_alone,
     local_device,
+    on_stop,
     parse_arguments,
     stop,
 )
@@ -101,7 +103,7 @@ class Run:
         self.schedule = learning_rate_schedule(config)
 
         self.stop_requested = self.save_requested = self.training = False
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+        on_stop(lambda: setattr(self, "stop_requested", True))
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save_requested", True))
         self.lock = preflight.join(config, self.samples.manifests, self.device, self.rank, self.world_size)
         heartbeat.beat("building the extension", 0)

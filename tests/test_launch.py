@@ -1,6 +1,7 @@
 """Around training: devices and threads of a rank, what may go on, and failures in one line."""
 
 import errno
+import signal
 import socket
 import subprocess
 import sys
@@ -84,6 +85,19 @@ def test_model_and_data_must_agree_on_vocabulary_rows_and_padding(dataset):
         f"set model.vocab_size={VOCAB_SIZE}" in lines[0]
         and f"set model.max_row_tokens={ROW_TOKENS}" in lines[1]
     )
+
+
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_ends_at_once():
+    code = (
+        "import os, signal; from sutrain.launch import on_stop; on_stop(lambda: print('asked', flush=True)); "
+        "[os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)]; "
+        "print('goes on', flush=True); os.kill(os.getpid(), signal.SIGINT); print('too late')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=shell(), capture_output=True, text=True
+    )
+    assert result.stdout.split("\n")[:-1] == ["asked"] * 3 + ["goes on"] and not result.stderr
+    assert result.returncode == -signal.SIGINT
 
 
 def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):

@@ -215,6 +215,26 @@ def test_metrics_are_served_while_training_and_signals_to_the_supervisor_leave_c
     assert (config.with_suffix("") / f"checkpoints/step-{stopped:08d}/manifest.json").is_file()
 
 
+def test_ctrl_c_leaves_a_checkpoint(dataset, write_config):
+    rarely = {"every_steps": 100_000}
+    config = write_config(
+        data={"dir": str(dataset)}, steps=100_000, checkpoint=rarely, evaluation={**rarely, "sequences": 8}
+    )
+    run_dir = config.with_suffix("")
+    process = launch(config, 0)
+    try:
+        while not any(beat.phase == "training step" for beat in heartbeat.read_beats(run_dir)):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "Traceback" not in output, output
+    assert f"stopped after step {max(records(run_dir))} with a checkpoint" in output
+    assert (run_dir / f"checkpoints/step-{max(records(run_dir)):08d}/manifest.json").is_file()
+
+
 def wait_for(url, *series, seconds=120):
     """All of them on one page: the first step is served before the first probe is."""
     end, missing = time.monotonic() + seconds, list(series)
