@@ -29,7 +29,7 @@ from sutrain.data import (
     remote_of,
     word_masking,
 )
-from sutrain.monitor.log import FILE_NAME, find_steps
+from sutrain.monitor.log import FILE_NAME, find_steps, last_steps
 from sutrain.pieces import PieceReader
 
 
@@ -79,9 +79,22 @@ def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
 def _position(
     config: PretrainConfig, run_dir: Path, step: int, samples: Samples | MixedSamples
 ) -> tuple[int, int]:
-    """(first sample, number of samples) of an update: as logged, checked by its fingerprint, else by arithmetic."""
-    logged = find_steps(run_dir / FILE_NAME, {step - 1, step})
+    """(first sample, number of samples) of an update: as logged, checked by its fingerprint; where the log has a gap by
+    arithmetic, with a warning. Raises ConfigError for an update beyond the last one logged, DataError."""
+    log = run_dir / FILE_NAME
+    last = next((record["step"] for record in last_steps(log, 1)), 0)
+    if step > last:
+        found = (
+            f"the last update that the run logged is {last}" if last else "the run has logged no update yet"
+        )
+        raise ConfigError(f"--step {step}: {found}")
+    logged = find_steps(log, {step - 1, step})
     if step not in logged:
+        print(
+            f"warning: {log} does not have step {step}: its position follows from config.yaml as it is now, and "
+            "neither position nor content is checked",
+            file=sys.stderr,
+        )
         plan, first = batch_plan(config, samples.manifest.row_tokens, 1, 0), 0
         for _ in range(step - 1):
             first += plan.sequences_at(first)
