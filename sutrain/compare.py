@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         differences = compare_steps(steps_a, steps_b, 0.0 if options.exact else options.tolerance)
         if options.exact:
             differences += compare_checkpoints(options.run_a, options.run_b)
-    except (CompareError, DamagedLogError, checkpoints.CheckpointError) as error:
+    except (CompareError, DamagedLogError, checkpoints.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for line in differences:

@@ -29,14 +29,15 @@ from sutrain.data import (
     remote_of,
     word_masking,
 )
-from sutrain.monitor.log import FILE_NAME, find_steps, last_steps
+from sutrain.monitor.log import FILE_NAME, DamagedLogError, find_steps, last_steps
 from sutrain.pieces import PieceReader
 
 
 def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
     """Every document piece of the global batch of update `step`, sample by sample.
 
-    {sample, data, row, source, file, block, record, piece, tokens, text}. Raises ConfigError, DataError or ShardError.
+    {sample, data, row, source, file, block, record, piece, tokens, text}.
+    Raises ConfigError, DataError, ShardError or DamagedLogError.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -80,7 +81,10 @@ def _position(
     config: PretrainConfig, run_dir: Path, step: int, samples: Samples | MixedSamples
 ) -> tuple[int, int]:
     """(first sample, number of samples) of an update: as logged, checked by its fingerprint; where the log has a gap by
-    arithmetic, with a warning. Raises ConfigError for an update beyond the last one logged, DataError."""
+    arithmetic, with a warning.
+
+    Raises ConfigError for an update beyond the last one logged, DataError, DamagedLogError.
+    """
     log = run_dir / FILE_NAME
     last = next((record["step"] for record in last_steps(log, 1)), 0)
     if step > last:
@@ -141,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"    {document['text']}")
     except BrokenPipeError:  # `| head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else the interpreter complains when it ends
-    except (ConfigError, DataError, ShardError, OSError) as error:
+    except (ConfigError, DataError, ShardError, DamagedLogError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

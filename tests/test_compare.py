@@ -88,3 +88,5 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     (tmp_path / "other.txt").write_text(golden_text({9: STEPS[1]}))
     assert main([str(tmp_path / "other.txt"), str(tmp_path / "a")]) == 2
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "a")]) == 2
+    assert main([str(tmp_path / "a"), "--write-golden", str(tmp_path / "nodir/golden.txt")]) == 2
+    assert "nodir/golden.txt" in capsys.readouterr().err

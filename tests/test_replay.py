@@ -42,3 +42,10 @@ def test_an_update_that_the_log_lacks_is_found_by_arithmetic_with_a_warning(run_
     assert said.err.startswith("warning: ") and "does not have step 3" in said.err
     assert main(["--run", str(run_dir), "--step", "4"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_log_is_one_line(run_dir, capsys):
+    log = run_dir / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"samples_consumed_total": 24', '"samples_consumed_total" 24'))
+    assert main(["--run", str(run_dir), "--step", "2"]) == 2
+    assert f"error: {log}, line 2: not a record" in capsys.readouterr().err

@@ -249,6 +249,13 @@ def _no_step(path: Path) -> DamagedLogError:
     return DamagedLogError(f"{path}: holds no training step yet ({path.stat().st_size} bytes)")
 
 
+def _no_record(path: Path, number: int, line: bytes, error: Exception) -> DamagedLogError:
+    return DamagedLogError(
+        f"{path}, line {number}: not a record of kind run, step, evaluation or probe ({error}); "
+        f"starts with {line[:60]!r}. Delete the line, or restore the file"
+    )
+
+
 def _records(path: Path, kinds: Collection[str], notes: list[str], tables: bool = True) -> Iterator[dict]:
     """The records of some kinds. What is not wanted is thrown away unread: tables are nearly all of a log."""
     for number, line, is_last in _lines(path):
@@ -267,10 +274,7 @@ def _records(path: Path, kinds: Collection[str], notes: list[str], tables: bool 
             if is_last and not line.endswith(b"\n"):
                 notes.append(f"the last line ({number}) is torn, as a crash leaves it; it was left out")
                 break
-            raise DamagedLogError(
-                f"{path}, line {number}: not a record of kind run, step, evaluation or probe ({error}); "
-                f"starts with {line[:60]!r}. Delete the line, or restore the file"
-            ) from None
+            raise _no_record(path, number, line, error) from None
         if record["kind"] in kinds:
             yield {sys.intern(key): _numbers(value) for key, value in record.items()}
 
@@ -299,28 +303,38 @@ def _numbers(value: Any) -> Any:
 
 
 def last_steps(path: Path, count: int, read_bytes: int = 16_000_000) -> list[dict]:
-    """The last `count` step records of a log, read from its end; fewer if they do not lie in `read_bytes`."""
+    """The last `count` step records of a log, read from its end; fewer if they do not lie in `read_bytes`.
+
+    Raises DamagedLogError, naming file and line.
+    """
     if not path.exists():
         return []
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - read_bytes))
-        lines = file.read().splitlines()[0 if size <= read_bytes else 1 :]
+        start = max(0, file.seek(0, os.SEEK_END) - read_bytes)
+        file.seek(start)
+        lines = file.readlines()[1 if start else 0 :]
     found: list[dict] = []
-    for line in reversed(lines):
+    for after, line in enumerate(reversed(lines)):
         if len(found) == count:
             break
-        if line.startswith(b'{"kind": "step"'):
-            found.append({key: _numbers(value) for key, value in json.loads(line).items()})
+        if line.startswith(b'{"kind": "step"') and line.endswith(b"\n"):  # else torn by a crash
+            try:
+                found.append(_numbers(json.loads(line)))
+            except ValueError as error:
+                with open(path, "rb") as file:
+                    raise _no_record(path, sum(1 for _ in file) - after, line, error) from None
     return found[::-1]
 
 
 def find_steps(path: Path, wanted: Collection[int]) -> dict[int, dict]:
-    """The records of a few steps by step; those that the log does not have are left out."""
+    """The records of a few steps by step; those that the log does not have are left out.
+
+    Raises DamagedLogError, naming file and line.
+    """
     found: dict[int, dict] = {}
     if path.exists():
         with open(path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 start = _START.match(line)
                 if (
                     start
@@ -328,5 +342,8 @@ def find_steps(path: Path, wanted: Collection[int]) -> dict[int, dict]:
                     and int(start.group(2)) in wanted
                     and line.endswith(b"\n")
                 ):
-                    found[int(start.group(2))] = {k: _numbers(v) for k, v in json.loads(line).items()}
+                    try:
+                        found[int(start.group(2))] = _numbers(json.loads(line))
+                    except ValueError as error:
+                        raise _no_record(path, number, line, error) from None
     return found

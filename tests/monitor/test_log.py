@@ -199,3 +199,23 @@ def test_a_torn_line_is_none_also_where_its_table_is_not_read(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(DamagedLogError, match="holds no training step yet"):
         list(read_steps(path))
+
+
+def test_damage_within_a_line_is_named_also_where_single_steps_are_read(tmp_path):
+    write_run(tmp_path, layers=1, steps=20)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(True)
+    number = next(n for n, line in enumerate(lines, 1) if line.startswith(b'{"kind": "step", "step": 18'))
+    lines[number - 1] = lines[number - 1].replace(b'"loss":', b'"loss" ')
+    path.write_bytes(b"".join(lines))
+    named = rf"metrics.jsonl, line {number}: not a record .*Delete the line, or restore the file"
+    for read_bytes in (16_000_000, 6000):  # the second begins in the middle
+        with pytest.raises(DamagedLogError, match=named):
+            last_steps(path, 5, read_bytes)
+    with pytest.raises(DamagedLogError, match=named):
+        find_steps(path, {18})
+    assert [line["step"] for line in last_steps(path, 2)] == [19, 20] and find_steps(path, {17}).keys() == {
+        17
+    }
+    path.write_bytes(path.read_bytes() + b'{"kind": "step", "step": 21, "lo')
+    assert [line["step"] for line in last_steps(path, 2)] == [19, 20], "one torn by a crash is none"
