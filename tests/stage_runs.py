@@ -20,6 +20,8 @@ from sutrain.config import PretrainConfig
 from sutrain.pretrain import Run
 
 TINY_STAGE_3 = {"stage": 3, "whole_below_parameters": 0, "sub_group_parameters": 3000}
+GATED = {"mixer": "gau", "gau_expansion_size": 48, "gau_key_size": 16, "initialisation": "gau_alpha"}
+GATED |= dict.fromkeys(("num_heads", "head_size", "feed_forward_size"))  # which a gated unit does not have
 RUNS = {  # name: (what differs in its configuration, the run that it goes on from step 6 of)
     "stage0_fp32": ({"precision": "fp32", "zero": {"stage": 0}}, None),
     "stage1_fp32": ({"precision": "fp32"}, None),
@@ -43,6 +45,11 @@ RUNS = {  # name: (what differs in its configuration, the run that it goes on fr
     "stage1_bf16": ({"precision": "bf16"}, None),
     "stage3_bf16": ({"precision": "bf16", "zero": {"stage": 3}}, None),
     "stage3_bf16_offload": ({"precision": "bf16", "zero": TINY_STAGE_3 | {"offload": True}}, None),
+    "gated_stage1": ({"precision": "fp32", "model": GATED}, None),
+    "gated_stage3_recomputed": (
+        {"precision": "fp32", "model": GATED, "zero": TINY_STAGE_3, "memory": {"activation_mib": 0.12}},
+        None,
+    ),
 }
 FP16 = {"precision": "fp16", "loss_scale": {"initial": 2**20, "hysteresis": 1}}
 FP16_RUNS = {

@@ -23,6 +23,7 @@ from benchmarks.model_peers import (
     recomputed_flops,
 )
 from benchmarks.model_steps import Runner
+from sutrain.models import tiles
 from sutrain.models.encoder import Encoder
 
 CPU = torch.device("cpu")
@@ -65,7 +66,12 @@ def test_needed_flops_are_those_that_torch_counts(build):
 def test_ours_computes_needed_flops_alone(layout, monkeypatch):
     monkeypatch.setattr(sutrain.models.encoder, "worthwhile", lambda *_: True)  # always take rows apart
     batch, contender = batch_of(layout), ours(SHAPE)
+    filled_up = counted(contender, batch)  # attention's matrices to whole tiles, and nothing else
+    monkeypatch.setattr(tiles, "WIDTH_STEP", 1)
+    tiles.tiling.cache_clear()
     assert counted(contender, batch) == pytest.approx(contender.flops(batch))
+    tiles.tiling.cache_clear()
+    assert contender.flops(batch) < filled_up < 1.2 * contender.flops(batch)
     assert contender.flops(batch) < ours(SHAPE).flops(batch_of("full"))
 
 

@@ -31,6 +31,8 @@ def runs(dataset, tmp_path_factory):
         # 38 rows in passes of 2 x 2: in the last one the second rank has none, and must take part all the same.
         evaluation = {"every_steps": 6, "sequences": 38}
         tree = {**RUN, "data": {"dir": str(dataset)}, "model": model, "evaluation": evaluation, **changes}
+        own = model | changes.get("model", {})
+        tree["model"] = {key: value for key, value in own.items() if value is not None}
         tree["run_dir"] = str(folder / name)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     ports, processes = [str(free_port()) for _ in folder.glob("*.yaml")], []
@@ -88,10 +90,18 @@ def test_every_stage_computes_the_same_in_fp32(runs, name):
         assert difference < 1e-4, (tensor, float(difference))
 
 
+def test_gated_units_whose_output_map_is_entered_again_compute_the_same(runs):
+    """Alone, and within a layer that is computed again; ZeRO-3 has to bring the map's weights together each time."""
+    for found in (losses, held_out):
+        assert found(runs, "gated_stage3_recomputed") == pytest.approx(
+            found(runs, "gated_stage1"), rel=SAME_NUMBERS
+        )
+
+
 def test_layers_were_computed_again_and_compiled(runs):
     """stage3_fp32_recomputed brought their weights together once more in the backward pass, and so did _compiled."""
     log = (runs / "rank0.log").read_text()
-    assert len(re.findall(r"[12] of 2 layers computed again", log)) == 2
+    assert len(re.findall(r"[12] of 2 layers computed again", log)) == 3
     programs = dict(re.findall(r"^(\w+): (\d+) programs, ", log, re.MULTILINE))
     assert int(programs.pop("stage3_fp32_compiled")) >= 2  # to train and to evaluate
     assert set(programs.values()) == {"0"}

@@ -27,6 +27,14 @@ _CONTROL = re.compile(
 )
 
 
+def refuse_older(found: str) -> None:
+    """Raises ImportError for a transformers in which [CLS] and [SEP] would be missing without a word."""
+    if version.parse(found) < version.parse(OLDEST):
+        raise ImportError(
+            f"transformers: found {found}, expected {OLDEST} or newer: pip install -U transformers"
+        )
+
+
 class SutrainTokenizer(PreTrainedTokenizer):
     """Text to `[CLS] text [SEP]`, or `[CLS] one [SEP] two [SEP]` for a pair, with token type 0 throughout.
 
@@ -56,10 +64,7 @@ class SutrainTokenizer(PreTrainedTokenizer):
         continued: bool = False,
         **kwargs: Any,
     ) -> None:
-        if version.parse(transformers.__version__) < version.parse(
-            OLDEST
-        ):  # there [CLS] and [SEP] would be missing
-            raise ImportError(f"transformers: found {transformers.__version__}, expected {OLDEST} or newer")
+        refuse_older(transformers.__version__)
         self.vocab_file = str(vocab_file)
         self.unicode, self.strip_control, self.collapse_whitespace = (
             unicode,
