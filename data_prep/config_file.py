@@ -111,7 +111,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 def _parse(text: str) -> Any:
     """The tree of a YAML document. Raises yaml.YAMLError, also for a key that stands twice."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except ValueError as error:  # what looks like a number and is none, such as 0b_
         raise yaml.YAMLError(str(error)) from None
 
