@@ -261,9 +261,8 @@ def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None
     marked = checkpoints.best(directory)
     kept = {step_name(marked["step"])} if marked else set()
     newest_first = checkpoints.by_age(directory)
-    kept |= {
-        folder.name for folder in [folder for folder in newest_first if folder.name not in kept][:keep_last]
-    }
+    besides = [folder.name for folder in newest_first if folder.name not in kept]
+    kept |= set(besides[:keep_last])
     if keep_every_hours is not None:
         last_kept = float("-inf")
         for folder in reversed(newest_first):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .configuration import EncoderConfig
 from .documents import Documents
 from .init import Linear
-from .products import attend_by_products, plainly, probabilities
+from .products import Mixes, attend_by_products, plainly, probabilities
 from .rotary import rotate
 from .visibility import Visibility
 
@@ -83,9 +83,6 @@ FUSED_FROM_TOKENS = 256
 SCORES_AGAIN_FROM_TOKENS = 512
 """Row length from which the scores of wide values (a gated unit's) are computed again in the backward pass: at 2048
 tokens they are as much memory as all else that a layer keeps, and a twelfth of its attention's arithmetic."""
-
-Mixes = tuple[Tensor | None, Tensor | None]
-"""Maps between the heads of the scores and of A, or None."""
 
 NO_MIX: Mixes = (None, None)
 

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from .tiles import Group, Tiling, tiling
 
+Mixes = tuple[Tensor | None, Tensor | None]
+"""Maps between the heads of the scores and of A, or None."""
+
 
 def attend_by_products(
     query_BHLK: Tensor,
@@ -133,7 +136,7 @@ def plainly(
     mask: Tensor | None,
     dropout: float,
     squared: bool,
-    mixes: tuple[Tensor | None, Tensor | None],
+    mixes: Mixes,
 ) -> Tensor:
     """The same spelled out for autograd and compilers, with dropout and talking heads."""
     weights_BHLL = probabilities(query_BHLK, key_BHLK, mask, squared, mixes[0])

@@ -65,10 +65,11 @@ class Tiling(NamedTuple):
 def tiling(lengths: tuple[int, ...], rows: int, heads: int, device: torch.device) -> Tiling:
     """For documents of these lengths, one behind the other; or, of one length, for so many rows of it."""
     several = len(lengths) > 1
+    if heads == 1:  # each document by itself, since those of one width need not lie together
+        alone = [((number,), length) for number, length in enumerate(lengths)]
+        members = alone if several else [(tuple(range(rows)), lengths[0])]
+        return Tiling(1, tuple(Group(*member, None) for member in members), None, None, None)
     numbers: dict[int, list[int]] = {}
-    if heads == 1 and several:
-        groups = [((number,), length) for number, length in enumerate(lengths)]
-        return Tiling(1, tuple(Group(*group, None) for group in groups), None, None, None)
     if several:
         for number, length in enumerate(lengths):
             numbers.setdefault(-(-length // WIDTH_STEP) * WIDTH_STEP, []).append(number)
@@ -81,10 +82,6 @@ def tiling(lengths: tuple[int, ...], rows: int, heads: int, device: torch.device
 def _build(
     lengths: Sequence[int], heads: int, numbers: dict[int, tuple[int, ...]], device: torch.device
 ) -> Tiling:
-    if heads == 1:
-        return Tiling(
-            1, tuple(Group(found, width, None) for width, found in numbers.items()), None, None, None
-        )
     starts = torch.tensor(list(accumulate(lengths[:-1], initial=0)))
     sizes = torch.tensor(lengths)
     head_H = torch.arange(heads)[:, None]
