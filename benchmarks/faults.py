@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results import write_results
 from sutrain.config import Masking
-from sutrain.data import Batch, Samples, load_manifest, word_masking
+from sutrain.data import Batch, Samples, load_manifest
+from sutrain.labelling import word_masking
 from sutrain.launch import environment
 from sutrain.models.configuration import EncoderConfig
 from sutrain.models.masked_lm import MaskedLanguageModel

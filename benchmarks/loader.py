@@ -58,7 +58,8 @@ from data_prep.shards import (  # noqa: E402
 from sutrain.checkpoint import MASTER  # noqa: E402
 from sutrain.checkpoint_writer import CheckpointWriter, Keep  # noqa: E402
 from sutrain.config import Masking  # noqa: E402
-from sutrain.data import BatchPlan, Samples, load_manifest, word_masking  # noqa: E402
+from sutrain.data import BatchPlan, Samples, load_manifest  # noqa: E402
+from sutrain.labelling import word_masking  # noqa: E402
 from sutrain.launch import environment  # noqa: E402
 from sutrain.prefetch import prefetch  # noqa: E402
 

@@ -291,10 +291,10 @@ class PretrainConfig(Section):
                 object.__setattr__(self, "model", resolve_auto(self.model, self.optimizer.family()))
             except EncoderConfigError as error:
                 problems += str(error).splitlines()
-        if self.model.context != "bidirectional":
+        if self.model.context != "bidirectional" and self.masking != Masking():
             problems.append(
-                f"model.context: found {self.model.context}; pretraining predicts masked words from both sides: "
-                "use bidirectional"
+                f"masking has no effect with model.context {self.model.context}, which predicts what follows: leave "
+                "it out, or use context bidirectional"
             )
         try:
             learning_rate_schedule(self)

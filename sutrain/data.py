@@ -1,6 +1,6 @@
 """Training samples from prepared shards. Position is one integer: the number of samples consumed.
 
-Which rows make up sample range [a, b), which rank and micro-batch reads them and which of their words are masked is
+Which rows make up sample range [a, b), which rank and micro-batch reads them and what of them is predicted is
 arithmetic on that integer, so a run resumes exactly, at any world size.
 
 Order: epoch 0 reads the shards as they lie on disk (they are globally shuffled already); later epochs visit blocks
@@ -25,7 +25,9 @@ import xxhash
 from data_prep.keys import philox_words, stream_id
 from data_prep.rows import RowBatch
 from data_prep.shards import Manifest, SplitReader
-from sutrain.masking import IGNORED, Spans, VocabularyWords, WordMasking
+from sutrain.continuation import Continuation
+from sutrain.labelling import Labelling
+from sutrain.masking import IGNORED, VocabularyWords
 from sutrain.mixture import Mixture
 from sutrain.remote import Remote, RemoteSplitReader
 
@@ -56,7 +58,7 @@ def permuted(index: int, size: int, key: int) -> int:
 
 @dataclass
 class Batch:
-    """Consecutive samples, masked, as int64 tensors [N, L]; `document_NL` is 0 at padding."""
+    """Consecutive samples, labelled, as int64 tensors [N, L] (see LabelledRows); `document_NL` is 0 at padding."""
 
     first_sample: int
     inputs_NL: torch.Tensor
@@ -66,6 +68,7 @@ class Batch:
     fingerprint: (
         int  # sum mod 2^48 of a hash of every row's tokens and mask: the same however rows are batched
     )
+    types_NL: torch.Tensor | None = None
     idle: bool = False
     """A row without weight, for a rank that has none left when the others compute: its gradient is zero."""
 
@@ -77,6 +80,14 @@ class Batch:
     def predicted_tokens(self) -> int:
         return int((self.labels_NL >= 0).sum())
 
+    def on(self, device: torch.device) -> dict[str, Any]:
+        """What TrainingModel.forward takes, on that device; token types are None where the model needs none."""
+        found = {
+            "tokens_BL": self.inputs_NL, "document_BL": self.document_NL, "token_types_BL": self.types_NL,
+            "labels_BL": self.labels_NL, "hidden_BL": self.hidden_NL,
+        }  # fmt: skip
+        return {name: None if values is None else values.to(device) for name, values in found.items()}
+
     def without_weight(self) -> Batch:
         """The same rows with nothing to predict, which count for nothing."""
         labels_NL, hidden_NL = torch.full_like(self.labels_NL, IGNORED), torch.zeros_like(self.hidden_NL)
@@ -84,8 +95,9 @@ class Batch:
 
     def cut(self, row_tokens: int) -> Batch:
         """The same tokens and masks in shorter rows, [N·L/row_tokens, row_tokens]; documents end where rows do."""
-        names = ("inputs_NL", "labels_NL", "hidden_NL", "document_NL")
-        return replace(self, **{name: getattr(self, name).reshape(-1, row_tokens) for name in names})
+        names = ("inputs_NL", "labels_NL", "hidden_NL", "document_NL", "types_NL")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value.reshape(-1, row_tokens) for name, value in given.items()})
 
 
 class Rows(threading.local):
@@ -98,10 +110,10 @@ class Rows(threading.local):
 
 
 class Samples:
-    """The endless sequence of masked samples of one split: epoch after epoch, addressed by sample number."""
+    """The endless sequence of labelled samples of one split: epoch after epoch, addressed by sample number."""
 
     def __init__(
-        self, directory: str | Path, split: str, seed: int, masking: WordMasking, remote: Remote | None = None
+        self, directory: str | Path, split: str, seed: int, labelling: Labelling, remote: Remote | None = None
     ):
         """Raises DataError when the folder holds no finished data set or the split is empty."""
         self.manifest = load_manifest(directory)
@@ -109,8 +121,9 @@ class Samples:
         self.rows_per_epoch = len(self.reader)
         if self.rows_per_epoch == 0:
             raise DataError(f"{directory}: the {split} split holds no rows; prepare more text")
-        self.seed, self.masking = seed, masking
-        self.vocabulary = None if self.manifest.has_words else vocabulary_words(Path(directory))
+        self.seed, self.labelling = seed, labelling
+        told = self.manifest.has_words or not labelling.needs_words
+        self.vocabulary = None if told else vocabulary_words(Path(directory))
 
     @property
     def reader(self) -> SplitReader:
@@ -145,8 +158,8 @@ class Samples:
         return np.argsort(keys, kind="stable"), block * BLOCK_ROWS
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples [first_sample, first_sample + count), read, verified and masked."""
-        return masked_batch(self.masking, first_sample, *self.read(first_sample, count))
+        """Samples [first_sample, first_sample + count), read, verified and labelled."""
+        return labelled_batch(self.labelling, first_sample, *self.read(first_sample, count))
 
     def rows(self, first_sample: int, count: int) -> RowBatch:
         """The rows of samples [first_sample, first_sample + count), verified; their columns are made when looked at."""
@@ -157,7 +170,7 @@ class Samples:
     def read(self, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """(tokens, word starts or None, document numbers) of samples [first_sample, first_sample + count), [N, L]."""
         rows = self.rows(first_sample, count)
-        tokens_NL, words_NL = rows.tokens_NL, rows.word_start_NL
+        tokens_NL, words_NL = rows.tokens_NL, rows.word_start_NL if self.labelling.needs_words else None
         if words_NL is None and self.vocabulary is not None:
             words_NL = self.vocabulary.starts(tokens_NL)
         return tokens_NL, words_NL, rows.document_NL
@@ -166,9 +179,9 @@ class Samples:
 class MixedSamples:
     """The samples of several data sets mixed by weight, addressed by their number in the mixture."""
 
-    def __init__(self, corpora: Sequence[Samples], weights: Sequence[float], seed: int, masking: WordMasking):
+    def __init__(self, corpora: Sequence[Samples], weights: Sequence[float], seed: int, labelling: Labelling):
         """Raises DataError, naming the difference, for data sets that cannot be mixed."""
-        self.corpora, self.masking = list(corpora), masking
+        self.corpora, self.labelling = list(corpora), labelling
         self.mixture = Mixture(tuple(weights), seed)
         self.manifest = self.corpora[0].manifest
         for other in (corpus.manifest for corpus in self.corpora[1:]):
@@ -189,7 +202,7 @@ class MixedSamples:
         return sum(corpus.rows_per_epoch for corpus in self.corpora)
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples [first_sample, first_sample + count), read, verified and masked."""
+        """Samples [first_sample, first_sample + count), read, verified and labelled."""
         # The samples of a data set inside a stretch of the mixture are consecutive in that data set.
         corpus_N, number_N = self.mixture.assign(first_sample, count)
         tokens_NL = np.empty((count, self.manifest.row_tokens), np.int64)
@@ -201,8 +214,8 @@ class MixedSamples:
                 tokens_NL[mine], words, document_NL[mine] = corpus.read(int(number_N[mine[0]]), len(mine))
                 has_words &= words is not None
                 words_NL[mine] = True if words is None else words
-        return masked_batch(
-            self.masking, first_sample, tokens_NL, words_NL if has_words else None, document_NL
+        return labelled_batch(
+            self.labelling, first_sample, tokens_NL, words_NL if has_words else None, document_NL
         )
 
 
@@ -215,31 +228,36 @@ def micro_batch(
     return batch.cut(row_tokens) if row_tokens else batch
 
 
-def masked_batch(
-    masking: WordMasking, first_sample: int, tokens_NL: np.ndarray, word_start_NL: np.ndarray | None,
+def labelled_batch(
+    labelling: Labelling, first_sample: int, tokens_NL: np.ndarray, word_start_NL: np.ndarray | None,
     document_NL: np.ndarray,
 ) -> Batch:  # fmt: skip
     """Rows as a batch of the samples first_sample, first_sample + 1, …"""
-    masked = masking(tokens_NL, word_start_NL, first_sample)
-    hashed = np.stack([tokens_NL, masked.inputs_NL], axis=1)
+    if isinstance(labelling, Continuation):
+        rows = labelling(tokens_NL, document_NL, first_sample)
+    else:
+        rows = labelling(tokens_NL, word_start_NL, first_sample)
+    types_NL = rows.types_NL
+    hashed = np.stack([tokens_NL, rows.inputs_NL, *([] if types_NL is None else [types_NL])], axis=1)
     return Batch(
         first_sample,
-        torch.from_numpy(masked.inputs_NL),
-        torch.from_numpy(masked.labels_NL),
-        torch.from_numpy(masked.hidden_NL),
+        torch.from_numpy(rows.inputs_NL),
+        torch.from_numpy(rows.labels_NL),
+        torch.from_numpy(rows.hidden_NL),
         torch.from_numpy(document_NL),
         sum(xxhash.xxh3_64_intdigest(row) for row in hashed) % FINGERPRINT_MODULUS,
+        None if types_NL is None else torch.from_numpy(types_NL),
     )
 
 
-def open_samples(data: Any, seed: int, masking: WordMasking) -> Samples | MixedSamples:
+def open_samples(data: Any, seed: int, labelling: Labelling) -> Samples | MixedSamples:
     """The training samples of a run; `data` is that section of its configuration. Raises DataError."""
-    samples = Samples(data.dir, "train", seed, masking, remote_of(data))
+    samples = Samples(data.dir, "train", seed, labelling, remote_of(data))
     if not data.others:
         return samples
-    others = [Samples(other.dir, "train", seed, masking) for other in data.others]
+    others = [Samples(other.dir, "train", seed, labelling) for other in data.others]
     weights = [data.weight, *(other.weight for other in data.others)]
-    return MixedSamples([samples, *others], weights, seed, masking)
+    return MixedSamples([samples, *others], weights, seed, labelling)
 
 
 def open_manifest(data: Any) -> Manifest:
@@ -268,23 +286,6 @@ def vocabulary_words(directory: Path) -> VocabularyWords | None:
     if vocabulary.is_file():
         return VocabularyWords.of_pieces(vocabulary.read_text(encoding="utf-8").splitlines())
     return None
-
-
-def word_masking(manifest: Manifest, settings: Any, seed: int, stream: str) -> WordMasking:
-    """The masking of one stream of samples; `settings` has the shares (see sutrain.config.Masking)."""
-    special = manifest.special_ids
-    return WordMasking(
-        seed=seed,
-        vocab_size=manifest.vocab_size,
-        special_ids=tuple(sorted(special.values())),
-        mask_id=special["[MASK]"],
-        predict_share=settings.predict_share,
-        mask_share=settings.mask_share,
-        keep_share=settings.keep_share,
-        whole_words=settings.whole_words,
-        stream=stream,
-        spans=Spans(settings.span_stop, settings.span_longest) if settings.style == "spans" else None,
-    )
 
 
 def load_manifest(directory: str | Path) -> Manifest:

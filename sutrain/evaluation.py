@@ -1,8 +1,9 @@
 """Held-out evaluation: the same validation rows with the same masks every time, shared out among the ranks.
 
-Accuracy is counted only where the input shows [MASK]: a kept or a random token would flatter the model. The unigram
-baseline guesses the most frequent training token at those very positions. Loss and accuracy are also told apart by the
-length of the document's piece in the row and by source corpus. M predicted positions, K kinds (lengths, then sources).
+Accuracy is counted only where the input shows [MASK], since a kept or a random token would flatter the model; and of
+next tokens everywhere. The unigram baseline guesses the most frequent training token at those very positions. Loss and
+accuracy are also told apart by the length of the document's piece in the row and by source corpus. M predicted
+positions, K kinds (lengths, then sources).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 
 from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig
-from sutrain.data import Batch, Samples, word_masking
+from sutrain.data import Batch, Samples
 from sutrain.heartbeat import beat
+from sutrain.labelling import labelling_of
 from sutrain.masking import IGNORED
 from sutrain.objectives.training_model import TrainingModel
 from sutrain.pieces import PieceReader
@@ -33,8 +35,8 @@ class Evaluator:
         self, config: PretrainConfig, manifest: Manifest, device: torch.device, rank: int, world_size: int
     ):
         """Raises DataError when the data set has no validation rows."""
-        masking = word_masking(manifest, config.masking, config.seed, stream="validation masks")
-        self.samples = Samples(config.data.dir, "validation", config.seed, masking)
+        labelling = labelling_of(config, manifest, stream="validation masks")
+        self.samples = Samples(config.data.dir, "validation", config.seed, labelling)
         self.sequences = min(config.evaluation.sequences, self.samples.rows_per_epoch)
         self.micro_sequences = config.batch.micro_sequences
         self.device, self.rank, self.world_size = device, rank, world_size
@@ -62,7 +64,6 @@ class Evaluator:
         kinds = len(self.lengths) + len(self.sources)
         totals = torch.zeros(5 + 4 * kinds, dtype=torch.float64, device=self.device)
         by_kind_4K = totals[5:].view(4, kinds)  # loss, predicted, right, hidden
-        kept: list[torch.Tensor] = []
 
         for first in range(0, self.sequences, self.world_size * self.micro_sequences):
             beat("evaluation", step)
@@ -71,15 +72,10 @@ class Evaluator:
             idle = start >= self.sequences  # yet takes part: under ZeRO-3 a pass needs every rank
             count = 1 if idle else min(self.micro_sequences, self.sequences - start)
             batch = self.samples.batch(0 if idle else start, count)
-            tokens, labels, hidden, document = (
-                tensor.to(self.device)
-                for tensor in (batch.inputs_NL, batch.labels_NL, batch.hidden_NL, batch.document_NL)
-            )
-            kept.clear()
-            result = model(tokens, document, labels_BL=labels, hidden_BL=hidden, see=kept.append)
+            see = None if idle else self._adder_by_kind(by_kind_4K, batch)
+            result = model(**batch.on(self.device), see=see)
             if idle:
                 continue
-            self._add_by_kind(by_kind_4K, torch.cat(kept), batch)
             by_unigram = int(((batch.labels_NL == self.most_frequent) & batch.hidden_NL).sum())
             seen = (int(result.correct_hidden), int(result.hidden_tokens))
             counts = (batch.predicted_tokens, *seen, by_unigram)
@@ -99,17 +95,27 @@ class Evaluator:
             **self._by_kind(by_kind_4K.tolist()),
         }
 
-    def _add_by_kind(self, by_kind_4K: torch.Tensor, logits_MV: torch.Tensor, batch: Batch) -> None:
-        """Add each predicted token to the sums of its length and of its source."""
+    def _adder_by_kind(self, by_kind_4K: torch.Tensor, batch: Batch) -> Callable[[torch.Tensor], None]:
+        """What is given the scores [M, V] of the predicted tokens, in pieces and in order, and adds each token to the
+        sums of its length and of its source."""
         labels_NL = batch.labels_NL.to(self.device)
         predicted_NL = labels_NL != IGNORED
         labels_M = labels_NL[predicted_NL]
         hidden_M = batch.hidden_NL.to(self.device)[predicted_NL].double()
-        loss_M = F.cross_entropy(logits_MV.float(), labels_M, reduction="none").double()
-        right_M = (logits_MV.argmax(-1) == labels_M).double() * hidden_M
-        values_4M = torch.stack([loss_M, torch.ones_like(loss_M), right_M, hidden_M])
-        for kind_NL in self._kinds_of(batch):
-            by_kind_4K.index_add_(1, kind_NL.to(self.device)[predicted_NL].long(), values_4M)
+        kinds_2M = [kind_NL.to(self.device)[predicted_NL].long() for kind_NL in self._kinds_of(batch)]
+        done = 0
+
+        def add(logits_MV: torch.Tensor) -> None:
+            nonlocal done
+            here = slice(done, done + len(logits_MV))
+            done = here.stop
+            loss_M = F.cross_entropy(logits_MV.float(), labels_M[here], reduction="none").double()
+            right_M = (logits_MV.argmax(-1) == labels_M[here]).double() * hidden_M[here]
+            values_4M = torch.stack([loss_M, torch.ones_like(loss_M), right_M, hidden_M[here]])
+            for kind_M in kinds_2M:
+                by_kind_4K.index_add_(1, kind_M[here], values_4M)
+
+        return add
 
     def _kinds_of(self, batch: Batch) -> torch.Tensor:
         """int16 [2, N, L]: the class of length and the source of every token's document, as columns of the sums."""

@@ -315,7 +315,7 @@ def _validation_numbers(run_dir: Path, step: int) -> dict[str, str]:
     """The held-out numbers that the run logged at this step; empty if it evaluated at others only."""
     labels = {
         "validation_loss": "held-out loss, nats per predicted token",
-        "validation_accuracy": "held-out accuracy at masked tokens",
+        "validation_accuracy": "held-out accuracy, of tokens that are not shown",
         "unigram_accuracy": "accuracy of always guessing the most frequent token",
     }
     try:

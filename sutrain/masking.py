@@ -21,12 +21,15 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class MaskedRows:
-    """Rows ready for a masked language model; all arrays are int64 [N, L] unless said otherwise."""
+class LabelledRows:
+    """Rows ready for a language model; all arrays are int64 [N, L] unless said otherwise."""
 
     inputs_NL: np.ndarray
-    labels_NL: np.ndarray  # the original token where it is to be predicted, IGNORED elsewhere
-    hidden_NL: np.ndarray  # bool: the input shows [MASK] there (neither the kept nor a random token)
+    labels_NL: np.ndarray  # the token that is to be predicted from there, IGNORED elsewhere
+    hidden_NL: (
+        np.ndarray
+    )  # bool: the input does not show it, so a right guess counts (no kept or random token)
+    types_NL: np.ndarray | None = None  # context unilm: 1 behind the prefix of a document
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,14 @@ class WordMasking:
     stream: str = "masks"
     spans: Spans | None = None
 
+    @property
+    def needs_words(self) -> bool:
+        """Does it look at where words start?"""
+        return self.whole_words
+
     def __call__(
         self, tokens_NL: np.ndarray, word_start_NL: np.ndarray | None, first_sample: int
-    ) -> MaskedRows:
+    ) -> LabelledRows:
         """Mask rows of the consecutive samples first_sample, first_sample + 1, …
 
         word_start_NL: bool, True where a word begins; None where the shards carry no word starts.
@@ -199,7 +207,7 @@ class WordMasking:
         choices = np.uint64(self.vocab_size - first_regular)
         drawn_P = (replacement_P >> np.uint64(32)) * choices >> np.uint64(32)
         inputs_NL.reshape(-1)[random_P] = drawn_P.astype(np.int64) + first_regular
-        return MaskedRows(inputs_NL, np.where(predicted_NL, tokens_NL, IGNORED), hidden_NL)
+        return LabelledRows(inputs_NL, np.where(predicted_NL, tokens_NL, IGNORED), hidden_NL)
 
     def _fate_of_spans(
         self, spans: Spans, fate_NL: np.ndarray, replacement_NL: np.ndarray, begins_NL: np.ndarray, special_NL:

@@ -17,6 +17,7 @@ from data_prep.config_file import to_yaml
 from data_prep.shards import Manifest
 from sutrain.checkpoint import by_age
 from sutrain.config import PretrainConfig
+from sutrain.labelling import predicted_share
 from sutrain.launch import environment
 from sutrain.models.configuration import flops_per_token
 from sutrain.monitor.acting import write_dump
@@ -82,9 +83,7 @@ class RunOutputs:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps(environment(facts["world_size"]), indent=1))
-        self.flops_per_token = partial(
-            flops_per_token, config.model, masked_share=config.masking.predict_share
-        )
+        self.flops_per_token = partial(flops_per_token, config.model, masked_share=predicted_share(config))
         self.peak_flops = peak.flops_per_second * facts["world_size"]
         if resumed_from is None and (kept := set_aside(folder / FILE_NAME)):
             print(

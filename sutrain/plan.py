@@ -22,6 +22,7 @@ from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import BatchPlan, open_manifest
 from sutrain.engine import deepspeed_config
+from sutrain.labelling import predicted_share
 from sutrain.launch import check_model_fits_data
 from sutrain.models.configuration import flops_per_token, parameter_count
 from sutrain.monitor.probe_interval import planned_interval
@@ -77,7 +78,7 @@ def plan_table(config: PretrainConfig, ranks: int, columns: int = 80) -> Table:
     check_settings_of_tensors(config)
     plan = batch_plan(config, manifest.row_tokens, ranks, 0)
     parameters = parameter_count(config.model)
-    flops = flops_per_token(config.model, manifest.row_tokens, config.masking.predict_share)
+    flops = flops_per_token(config.model, manifest.row_tokens, predicted_share(config))
     rows = manifest.splits["train"].rows
     samples = plan.samples_after(config.steps)
     tokens = samples * manifest.row_tokens

@@ -1,4 +1,4 @@
-"""Pretrain an encoder on prepared shards.
+"""Pretrain a model on prepared shards.
 
     deepspeed --num_gpus N sutrain/pretrain.py --config configs/pretrain/X.yaml [--section.key=value …]
 
@@ -31,9 +31,10 @@ from sutrain import continuity, heartbeat, precision, preflight
 from sutrain.build_extension import ExtensionError, build_extension, prepare_environment, start_communication
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
-from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples, word_masking
+from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples
 from sutrain.engine import DTYPES, build_engine, step_engine
 from sutrain.evaluation import Evaluator
+from sutrain.labelling import labelling_of
 from sutrain.launch import (
     EXIT_FAILURE,
     EXIT_USER_ERROR,
@@ -95,8 +96,8 @@ class Run:
         self.manifest = open_manifest(config.data)
         self.plan = batch_plan(config, self.manifest.row_tokens, self.world_size, self.rank)
         check_model_fits_data(config.model, self.manifest, config.data.dir)
-        masking = word_masking(self.manifest, config.masking, config.seed, stream="masks")
-        self.samples = open_samples(config.data, config.seed, masking)
+        labelling = labelling_of(config, self.manifest, stream="masks")
+        self.samples = open_samples(config.data, config.seed, labelling)
         self.schedule = learning_rate_schedule(config)
 
         self.stop_requested = self.save_requested = self.training = False
@@ -122,9 +123,10 @@ class Run:
         self.evaluator = Evaluator(config, self.manifest, self.device, self.rank, self.world_size)
 
         kept = self.evaluator.samples.batch(0, min(config.monitor.probe_sequences, self.evaluator.sequences))
-        batch = (kept.inputs_NL.to(self.device), kept.document_NL.to(self.device))
+        inputs = kept.on(self.device)
+        batch, types = (inputs["tokens_BL"], inputs["document_BL"]), inputs["token_types_BL"]
         often = (config.monitor.probe_every_steps, config.monitor.probe_share)
-        self.probe = Probe(config.model, self.fragments, *batch, *often)
+        self.probe = Probe(config.model, self.fragments, *batch, *often, types)
         self.gate = StepGate(config.acting.skip_sigmas, self.device)
         self.optimizer.gate = self.gate if self.gate.sigmas else None
         self.broken = BrokenStreak(config.acting.stop_after_broken_steps)
@@ -318,12 +320,9 @@ class Run:
         for number, batch in enumerate(micro_batches, 1):
             heartbeat.beat("training step", self.steps_done)
             engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            inputs, labels, hidden, document = (
-                tensor.to(self.device)
-                for tensor in (batch.inputs_NL, batch.labels_NL, batch.hidden_NL, batch.document_NL)
-            )
+            tensors = batch.on(self.device)
             with self.clock.passing():
-                result = engine(inputs, document, labels_BL=labels, hidden_BL=hidden)
+                result = engine(**tensors)
             # The engine averages gradients over ranks; with this factor their sum is the gradient of the mean over
             # all predicted tokens of the global batch.
             loss_sum += result.loss_sum.detach()

@@ -27,8 +27,8 @@ from sutrain.data import (
     open_manifest,
     open_samples,
     remote_of,
-    word_masking,
 )
+from sutrain.labelling import labelling_of
 from sutrain.monitor.log import FILE_NAME, DamagedLogError, find_steps, last_steps
 from sutrain.pieces import PieceReader
 
@@ -45,8 +45,8 @@ def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
     config = load_config(PretrainConfig, path)
     if step < 1:
         raise ConfigError(f"--step {step}: steps count from 1")
-    masking = word_masking(open_manifest(config.data), config.masking, config.seed, stream="masks")
-    samples = open_samples(config.data, config.seed, masking)
+    labelling = labelling_of(config, open_manifest(config.data), stream="masks")
+    samples = open_samples(config.data, config.seed, labelling)
     first, sequences = _position(config, run_dir, step, samples)
     corpora: list[Samples] = samples.corpora if isinstance(samples, MixedSamples) else [samples]
     corpus_N, number_N = np.zeros(sequences, np.int64), np.arange(first, first + sequences)

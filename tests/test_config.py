@@ -178,8 +178,8 @@ def test_an_automatic_initialisation_becomes_the_row_of_the_optimizer(write_conf
 
 
 def test_a_model_that_this_training_does_not_serve_is_refused(write_config):
-    with pytest.raises(ConfigError, match="predicts masked words from both sides"):
-        load_config(PretrainConfig, write_config(model={"context": "causal"}))
+    with pytest.raises(ConfigError, match="masking has no effect with model.context causal"):
+        load_config(PretrainConfig, write_config(model={"context": "causal"}, masking={"predict_share": 0.2}))
     model, adamw = {"initialisation": "auto"}, {"name": "adamw", "learning_rate": 1e-3}
     with pytest.raises(ConfigError, match="set residual to deepnorm"):
         load_config(PretrainConfig, write_config(model=model, optimizer=adamw))

@@ -17,8 +17,8 @@ from sutrain.data import (
     load_manifest,
     permuted,
     vocabulary_words,
-    word_masking,
 )
+from sutrain.labelling import word_masking
 from sutrain.masking import IGNORED
 from sutrain.prefetch import prefetch
 
@@ -159,8 +159,8 @@ def test_warm_ups_change_the_size_of_updates_and_the_length_of_rows_but_not_what
 
 
 def test_corpora_are_mixed_and_masked_by_their_place_in_the_mixture(samples, dataset):
-    other = Samples(dataset, "validation", 5, samples.masking)
-    mixed = MixedSamples([samples, other], [3, 1], 5, samples.masking)
+    other = Samples(dataset, "validation", 5, samples.labelling)
+    mixed = MixedSamples([samples, other], [3, 1], 5, samples.labelling)
     whole = mixed.batch(1000, 60)
     parts = [mixed.batch(1000 + a, b - a) for a, b in ((0, 7), (7, 40), (40, 60))]
     assert (np.concatenate([part.inputs_NL for part in parts]) == whole.inputs_NL.numpy()).all()
@@ -173,10 +173,10 @@ def test_corpora_are_mixed_and_masked_by_their_place_in_the_mixture(samples, dat
 
 
 def test_corpora_of_other_tokenizers_are_not_mixed(samples, dataset):
-    other = Samples(dataset, "validation", 5, samples.masking)
+    other = Samples(dataset, "validation", 5, samples.labelling)
     other.manifest = dataclasses.replace(other.manifest, row_tokens=64)
     with pytest.raises(DataError, match="row_tokens differs"):
-        MixedSamples([samples, other], [1, 1], 5, samples.masking)
+        MixedSamples([samples, other], [1, 1], 5, samples.labelling)
 
 
 def test_shards_without_word_starts_take_them_from_the_vocabulary(dataset):

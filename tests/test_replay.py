@@ -6,7 +6,8 @@ import pytest
 
 from data_prep.config_file import load_config
 from sutrain.config import PretrainConfig
-from sutrain.data import open_manifest, open_samples, word_masking
+from sutrain.data import open_manifest, open_samples
+from sutrain.labelling import word_masking
 from sutrain.replay import main
 
 

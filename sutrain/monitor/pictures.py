@@ -167,7 +167,7 @@ def curves(runs: Mapping[str, RunLog]) -> Figure:
         grid = figure.add_gridspec(3, 2)
         loss_curves(axes_of(figure, grid[0, 0], "Loss", "nats per predicted token"), runs)
         accuracy_curves(
-            axes_of(figure, grid[0, 1], "Validation accuracy on masked tokens", "share right"), runs
+            axes_of(figure, grid[0, 1], "Validation accuracy", "share right of what is not shown"), runs
         )
         axes = axes_of(figure, grid[1, 0], "Learning rate", "learning rate")
         _plain(axes, runs, "learning_rate")

@@ -47,12 +47,14 @@ class Probe:
         document_BL: Tensor,
         every_steps: int | None = None,
         share: float = 0.02,
+        token_types_BL: Tensor | None = None,
     ) -> None:
         """every_steps: updates between probes, 0: none, None: as many as keep probes below `share` of the time."""
         basis = {"rows": len(tokens_BL), "world_size": fragments.ranks}
         self.interval, self._first = ProbeInterval(every_steps, share, basis), True
         self.seconds = 0.0
         self.fragments, self.tokens_BL, self.document_BL = fragments, tokens_BL, document_BL
+        self.inputs = (tokens_BL, document_BL, token_types_BL)
         self.model: MaskedLanguageModel | None = None
         if fragments.rank == 0 and every_steps != 0:
             with torch.random.fork_rng(devices=[]):  # building a model draws its initial weights
@@ -77,7 +79,7 @@ class Probe:
         """The function as it is ahead of an update."""
         self._load_masters()
         if self.model is not None:
-            self._before_BLD = self.model(self.tokens_BL, self.document_BL)
+            self._before_BLD = self.model(*self.inputs)
             if self.noise is None:
                 self.noise = self._rounding_noise(self._before_BLD)
 
@@ -92,7 +94,7 @@ class Probe:
         seen: dict[str, list[Tensor]] = defaultdict(list)
         layers: Any = self.model.encoder.layers
         hooks = [hook for layer in layers for hook in self._watch(layer, seen)]
-        after_BLD = self.model(self.tokens_BL, self.document_BL)
+        after_BLD = self.model(*self.inputs)
         for hook in hooks:
             hook.remove()
         update = self._rms_of_change(after_BLD, self._before_BLD)
@@ -177,7 +179,7 @@ class Probe:
         for weight in self.model.parameters():
             draw = torch.rand(weight.shape, generator=generator, device=device)
             weight.add_(weight * (2.0 * draw - 1.0), alpha=unit)
-        return float(self._rms_of_change(self.model(self.tokens_BL, self.document_BL), exact_BLD))
+        return float(self._rms_of_change(self.model(*self.inputs), exact_BLD))
 
     def _load_masters(self) -> None:
         """Put every tensor together from the slices of all ranks, one at a time, into the probe's model on rank 0."""

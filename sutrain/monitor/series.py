@@ -114,7 +114,7 @@ PROBE_LAYERED = (
 )  # fmt: skip
 EVALUATION = (
     Series("validation_loss", "gauge", "nats/token", "Loss on the validation split at the last evaluation"),
-    Series("validation_accuracy", "gauge", "", "Share of masked validation tokens predicted right"),
+    Series("validation_accuracy", "gauge", "", "Share right of the validation tokens that are not shown"),
     Series(
         "unigram_accuracy",
         "gauge",

@@ -55,7 +55,7 @@ def headline(run: RunLog) -> str:
     _, accuracy = run.series("validation_accuracy", "evaluations")
     steps = f"{run.steps[-1]['step']:,} steps"
     if len(accuracy):
-        return f"{accuracy[-1]:.1%} of masked tokens right after {steps}"
+        return f"{accuracy[-1]:.1%} of held-out tokens right after {steps}"
     return f"loss {_edges(run.series('loss')[1])[1]:.3f} after {steps}"
 
 
@@ -127,7 +127,7 @@ def _accuracy(run: RunLog) -> list[Verdict]:
                 "There is no evaluation yet; the training loss alone cannot tell learning from memory.",
             )
         ]
-    text = f"The model gets {accuracy[-1]:.1%} of the masked validation tokens right"
+    text = f"The model gets {accuracy[-1]:.1%} of the held-out tokens right"
     if len(floor) and floor[-1] > 0:
         times = accuracy[-1] / floor[-1]
         better = times > 1

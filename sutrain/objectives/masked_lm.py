@@ -1,4 +1,4 @@
-"""Masked language modelling: cross entropy at the predicted positions only, summed, never averaged here.
+"""Language modelling: cross entropy at the predicted positions only, summed, never averaged here.
 
 B batch, L sequence length, D hidden size, V vocabulary, M predicted positions of the micro-batch.
 The mean over a global batch is the sum over all ranks and micro-batches divided by the global count of predicted
@@ -24,8 +24,8 @@ class MaskedLoss(NamedTuple):
     """Sums over one micro-batch; divide by the counts of the whole global batch."""
 
     loss_sum: torch.Tensor  # scalar, in the graph, nats
-    correct_hidden: torch.Tensor  # scalar int64: right guesses where the input showed [MASK]
-    hidden_tokens: torch.Tensor  # scalar int64: positions where the input showed [MASK]
+    correct_hidden: torch.Tensor  # scalar int64: right guesses of tokens that the input did not show
+    hidden_tokens: torch.Tensor  # scalar int64: predicted tokens that the input did not show
 
 
 def masked_lm_loss(

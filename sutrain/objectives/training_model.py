@@ -8,6 +8,7 @@ B batch, L sequence length, M predicted positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,4 +50,5 @@ class TrainingModel(MaskedLanguageModel):
                 see(scores_MV)
             return scores_MV
 
-        return masked_lm_loss(super().forward, logits, tokens_BL, labels_BL, hidden_BL, document_BL)
+        encode = partial(super().forward, token_types_BL=token_types_BL)
+        return masked_lm_loss(encode, logits, tokens_BL, labels_BL, hidden_BL, document_BL)

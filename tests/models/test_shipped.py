@@ -18,6 +18,7 @@ PARAMETERS = {
     "roformer_v2_base": 94_152_192,
     "roformer_v2_large": 314_279_936,
     "gau_alpha_base": 96_517_632,
+    "gau_causal_base": 96_517_632,
 }
 
 

@@ -116,7 +116,7 @@ def test_every_micro_batch_of_an_evaluation_is_a_sign_of_life(run, monkeypatch):
         samples=SimpleNamespace(batch=lambda start, count: micro_batches(1)[0]), sequences=3, micro_sequences=1,
         device=run.device, rank=0, world_size=1, lengths=[], sources=[], most_frequent=5,
     )  # fmt: skip
-    monkeypatch.setattr(Evaluator, "_add_by_kind", lambda *_: None)
+    monkeypatch.setattr(Evaluator, "_adder_by_kind", lambda *_: lambda scores_MV: None)
     run.evaluator, run.engine.module = evaluator, Model()
     signs = []
     run.outputs = SimpleNamespace(
