@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -117,8 +116,6 @@ def ray_cluster(log: Path) -> Iterator[str]:
     Only the processes of this one are ended: `ray stop` would end every Ray of the machine.
     """
     dashboard, agent = free_port(), free_port()
-    # Ray puts sockets into this folder, and their paths must stay short.
-    folder = tempfile.mkdtemp(prefix="sutrain-ray-")
     arguments = ["start", "--head", "--block", "--num-cpus", os.cpu_count() or 1, "--port", free_port()]
     arguments += [
         "--object-store-memory",
@@ -130,13 +127,17 @@ def ray_cluster(log: Path) -> Iterator[str]:
     ]
     # The agent runs the jobs; at its usual port it would be in the way of another Ray of this machine.
     arguments += ["--dashboard-agent-listen-port", agent, "--dashboard-agent-grpc-port", free_port()]
-    arguments += ["--node-ip-address", "127.0.0.1", "--temp-dir", folder, "--disable-usage-stats"]
+    arguments += ["--node-ip-address", "127.0.0.1", "--disable-usage-stats", "--temp-dir"]
     console.print(f"starting Ray on this machine (log: {log})", style="dim")
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
+        # Ray puts sockets into this folder, and their paths must stay short.
+        tempfile.TemporaryDirectory(prefix="sutrain-ray-", ignore_cleanup_errors=True) as folder,
         log.open("w") as output,
         # Killed in the end: its tasks leave whole files or none, and a Ray asked to stop takes half a minute.
-        child([BINARIES / "ray", *arguments], signal.SIGKILL, stdout=output, stderr=output) as process,
+        child(
+            [BINARIES / "ray", *arguments, folder], signal.SIGKILL, stdout=output, stderr=output
+        ) as process,
     ):
         address = f"http://127.0.0.1:{dashboard}"
         deadline = time.monotonic() + 90
@@ -148,7 +149,6 @@ def ray_cluster(log: Path) -> Iterator[str]:
             yield address
         finally:
             console.print("stopping Ray", style="dim")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_current(model: Path, training: Path) -> bool:

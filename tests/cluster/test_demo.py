@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from cluster.demo import DemoError, ray_cluster
 from tests.conftest import FEW_STEPS, environment, run_demo
 from tests.test_readme import commands
 
@@ -84,6 +85,17 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(short_demo, tmp_
         assert list((demo / "roformer_v2_tiny/checkpoints").glob("step-*/manifest.json")), rest
     else:
         assert not (demo / "data/manifest.json").exists()
+
+
+def test_a_ray_that_does_not_start_leaves_no_folder_behind(tmp_path, monkeypatch):
+    (tmp_path / "ray").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "ray").chmod(0o755)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("cluster.demo.BINARIES", tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    with pytest.raises(DemoError, match="Ray did not start"), ray_cluster(tmp_path / "log"):
+        pass
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 LONGER = ["--steps=100000", "--evaluation.every_steps=100000", "--checkpoint.every_steps=20"]
