@@ -125,7 +125,8 @@ def stamp_of_info(info: dict[str, Any]) -> tuple[int, str]:
 def read_range(path: Path, offset: int = 0, length: int | None = None) -> bytes:
     """Bytes of a file or of a range of it, fewer where it ends before. Raises OSError."""
     if is_remote(path):
-        stop = None if length is None else offset + length
-        return bytes(path.fs.cat_file(path.path, start=offset, end=stop))  # type: ignore[attr-defined]
+        # All of an object is asked for without a range: of an empty one there is none, and S3 refuses.
+        start, stop = (offset or None, None) if length is None else (offset, offset + length)
+        return bytes(path.fs.cat_file(path.path, start=start, end=stop))  # type: ignore[attr-defined]
     with path.open("rb") as file:
         return os.pread(file.fileno(), length, offset) if length is not None else file.read()

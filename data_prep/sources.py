@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -121,9 +122,15 @@ def read_batches(
     planned. Raises DataPrepError when the file is gone or its storage fails, which is never damage, FileChangedError
     when it changed while it was read: what came before is not to be kept, and reading again tells.
     """
+    with input_errors(file), open_to_read(file.path) as handle:
+        yield from _read(file, handle, first_block, stop_block, max_record_bytes)
+
+
+@contextmanager
+def input_errors(file: InputFile) -> Iterator[None]:
+    """What keeps an input file from being read is told with its name: a task that reads has other files open, too."""
     try:
-        with open_to_read(file.path) as handle:
-            yield from _read(file, handle, first_block, stop_block, max_record_bytes)
+        yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno != errno.EIO else str(error)
         raise DataPrepError(f"{file.path}: cannot be read ({reason})") from None

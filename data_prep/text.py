@@ -24,7 +24,7 @@ from .keys import key_range
 from .merge import SpillSet, sorted_records
 from .places import is_remote, place
 from .shards import SPLITS, Manifest, ShardEntry
-from .sources import BLOCK_BYTES, FileChangedError, InputFile, is_unchanged
+from .sources import BLOCK_BYTES, FileChangedError, InputFile, input_errors, is_unchanged
 from .spill import Items, Records
 
 _CHUNK_BYTES = 4 * 1024**2
@@ -73,10 +73,10 @@ def read_lines(
 ) -> Generator[Records, None, int | None]:
     """The lines of a block of a plain file as they are; `keys_of(block, first, count)` gives the keys. Keeps the
     book. Returns None, or the number of the first line of the block that has to take the careful way. Raises
-    FileChangedError when the file changed while it was read.
+    FileChangedError when the file changed while it was read, DataPrepError when it is gone or its storage fails.
     """
     limit, number = (block + 1) * BLOCK_BYTES, 0
-    with open(file.path, "rb", buffering=0) as handle:
+    with input_errors(file), open(file.path, "rb", buffering=0) as handle:
         if not is_unchanged(file, cast(BinaryIO, handle)):
             return number
         for data, size, position in _whole_lines(handle, block, limit, max_record_bytes):
@@ -186,7 +186,7 @@ def gather_text(task: Any) -> dict[str, Any]:
     drops = Drops(task.drops_folder, task.drops, SPLITS.index(task.split))
     content, lines, size = xxhash.xxh3_128(), 0, 0
     with atomic_file(path) as file:
-        writer = _PartWriter(file, task.zstd_level)
+        writer = _PartWriter(file, task.zstd_level, not is_remote(path))
         for records in drops.left_out(
             sorted_records(spills, SPLITS.index(task.split), first, stop, task.memory_bytes)
         ):
@@ -244,11 +244,12 @@ def verify_text(manifest: Manifest, split: str, shard: ShardEntry) -> dict[str, 
 class _PartWriter:
     """Writes a text shard: plain (level 0), or in zstd frames of _FRAME_BYTES of text each. In what portions the text
     comes follows from the memory of the worker, and must not be seen in the file. A frame's header tells its size, so
-    that several tasks can read the file.
+    that several tasks can read the file. `near`: the file is one of this machine.
     """
 
-    def __init__(self, file: BinaryIO, level: int) -> None:
-        self._file, self._early, self.file_bytes = file, _EarlyWriteBack(file), 0
+    def __init__(self, file: BinaryIO, level: int, near: bool = True) -> None:
+        self._file, self.file_bytes = file, 0
+        self._early = _EarlyWriteBack(file) if near else None
         self._compressor = zstandard.ZstdCompressor(level=level) if level else None
         self._held = bytearray()
 
@@ -269,7 +270,8 @@ class _PartWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
-        self._early.wrote(len(data))
+        if self._early is not None:
+            self._early.wrote(len(data))
         self.file_bytes += len(data)
 
 

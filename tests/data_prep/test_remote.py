@@ -15,13 +15,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from data_prep import text
 from data_prep.config import CorpusSection, PrepareConfig
 from data_prep.errors import DataPrepError
 from data_prep.inputs import list_corpus
 from data_prep.places import is_remote, place
 from data_prep.plan import make_plan
 from data_prep.sources import read_batches
-from tests.data_prep.made import command_line, make_texts, settings, write_jsonl
+from tests.data_prep.made import command_line, make_texts, prepare, settings, write_jsonl
 
 BUCKET = "s3://corpora"
 
@@ -104,6 +105,26 @@ def test_s3_in_and_out_give_the_content_of_files(s3, corpus, prepared, tmp_path)
     s3.rm("corpora/prepared/train/shard-000001.tar")
     gone = command_line(tree, tmp_path, "run")
     assert gone.returncode == 4 and "train/shard-000001.tar is gone" in gone.stderr
+
+
+def test_parts_of_text_go_to_s3_whatever_their_size(s3, tmp_path, monkeypatch):
+    """What the disk of a local part is asked now and then, an object cannot be asked."""
+    monkeypatch.setattr(text._EarlyWriteBack.__init__, "__defaults__", (1024**2,))
+    line = "".join(make_texts(40))[:999] + "\n"
+    (tmp_path / "a.txt").write_text("".join(f"{number:07d} {line}" for number in range(1500)))
+    tree = settings(Path("unused"), [tmp_path / "a.txt"], work_dir=str(tmp_path / "work"))
+    tree["output_dir"] = f"{BUCKET}/text"
+    tree["shards"] |= {
+        "content": "text",
+        "compress_text": False,
+        "validation_share": 0,
+        "target_bytes": 10**8,
+    }
+    manifest = prepare(tree)
+    assert (
+        manifest.splits["train"].documents == 1500 and manifest.splits["train"].shards[0].file_bytes > 2**20
+    )
+    assert command_line(tree, tmp_path, "verify").returncode == 0
 
 
 def test_a_url_that_holds_something_else_is_refused(s3, tmp_path):

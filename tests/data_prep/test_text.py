@@ -13,13 +13,13 @@ import pytest
 import xxhash
 import zstandard
 
-from data_prep import merge, sources, spill, text
+from data_prep import merge, run, sources, spill, text
 from data_prep import plan as plan_module
 from data_prep import scatter as scatter_module
 from data_prep.audit import verify
 from data_prep.config import PrepareConfig
 from data_prep.decompress import zstd_frames
-from data_prep.errors import AuditError
+from data_prep.errors import AuditError, DataPrepError
 from data_prep.executor import LocalExecutor
 from data_prep.fingerprint import line_sum
 from data_prep.progress import RunProgress
@@ -111,6 +111,20 @@ def test_verify_finds_a_part_that_is_not_of_the_data_set(tmp_path, raw, name):
     (tmp_path / "out" / "train" / name).write_bytes(b"a line of somebody else\n")
     with pytest.raises(AuditError, match=f"{name}: not a shard of this data set; take it out of the folder"):
         verify(tmp_path / "out", LocalExecutor(1), RunProgress(None, 60))
+
+
+def test_an_input_file_that_is_gone_is_named_on_the_quick_way(tmp_path, raw, monkeypatch):
+    original = run.run_scatter
+
+    def when_it_is_gone(plan, *others):
+        Path(plan.files[0].path).unlink()
+        return original(plan, *others)
+
+    monkeypatch.setattr(run, "run_scatter", when_it_is_gone)
+    with pytest.raises(
+        DataPrepError, match=rf"^{tmp_path}/raw/odd.txt: cannot be read \(No such file or directory\)"
+    ):
+        prepare(tree_of(tmp_path, "out"))
 
 
 @pytest.mark.parametrize("last", [b"plain\n", b"odd\r\n"], ids=["quick", "careful at the end"])
