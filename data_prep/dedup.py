@@ -23,7 +23,7 @@ import xxhash
 import zstandard
 
 from .errors import DataPrepError
-from .files import atomic_file, size_or_none, write_json
+from .files import atomic_file, size_or_none, write_array, write_json
 from .fingerprint import digest_of, document_sum, line_sum
 from .keys import philox_words, share_threshold, stream_id
 from .measure import TaskMeter
@@ -263,7 +263,7 @@ def find_duplicates(task: DedupTask) -> dict[str, Any]:
     drops = np.stack([taken[name].astype("<u8") for name in _DROP_ROWS])
     path = drops_path(task.folder, task.number)
     with atomic_file(path) as file:
-        np.save(file, drops, allow_pickle=False)
+        write_array(file, drops)
     manifest = {
         "run": task.run_hash,
         "upstream": task.upstream,

@@ -10,12 +10,16 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from .errors import DataPrepError, DiskFullError
 from .places import is_remote
@@ -101,6 +105,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Write an array in numpy's format. `np.save` alone writes to a real file behind its back, by a stream of C whose
+    last bytes are lost without a word where the disk is full.
+    """
+    np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, readable and with a final newline."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
@@ -124,14 +135,15 @@ def free_bytes(path: Path) -> int:
 
 
 def write_speed(folder: Path, size_bytes: int = 24 * 1024**2) -> float:
-    """Bytes a second that the disk of a folder takes, measured with a file that is written, synced and removed."""
+    """Bytes a second that the disk of a folder takes, NaN where it takes none, measured with a file that is written and
+    synced, and that is gone with this process, however it ends.
+    """
     while not folder.is_dir():
         folder = folder.parent
     data = os.urandom(1024**2)
-    path = folder / f".probe{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}"
     started = time.monotonic()
     try:
-        with path.open("wb") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             for _ in range(size_bytes // len(data)):
                 file.write(data)
             file.flush()
@@ -139,8 +151,6 @@ def write_speed(folder: Path, size_bytes: int = 24 * 1024**2) -> float:
         return size_bytes / (time.monotonic() - started)
     except OSError:
         return math.nan
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def size_or_none(path: Path) -> int | None:

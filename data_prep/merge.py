@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DataPrepError
-from .files import atomic_file, size_or_none, write_json
+from .files import atomic_file, size_or_none, write_array, write_json
 from .measure import TaskMeter
 from .shards import SPLITS
 from .spill import (
@@ -231,7 +231,7 @@ def merge(task: MergeTask) -> dict[str, Any]:
         writer.end_run()
         index = writer.finish()
         with atomic_file(paths[1]) as table:
-            np.save(table, index, allow_pickle=False)
+            write_array(table, index)
     manifest = {
         "task": task.number,
         "run": task.run_hash,

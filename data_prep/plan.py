@@ -155,16 +155,17 @@ def choose_codec(plan: Plan, disk_bytes_per_second: float) -> str:
 
     Ids cost so much to make that zstd-1 is lost in it, and it keeps the disk free; only a disk that takes more
     than two gigabytes a second makes it pointless. Text is moved in a fraction of that time, so zstd pays only
-    where what it spares the disk is more than what it costs the cores.
+    where what it spares the disk is more than what it costs the cores. Of a disk whose speed cannot be told (NaN), as
+    it is full, room is spared.
     """
     resources = plan.config.resources
     if resources.spill != "auto":
         return resources.spill
     if plan.config.shards.content == "tokens":
-        return "zstd" if disk_bytes_per_second < 2e9 else "none"
+        return "none" if disk_bytes_per_second >= 2e9 else "zstd"
     saved_seconds = 2 * (1 - _TEXT_RATIO) / disk_bytes_per_second
     return (
-        "zstd" if saved_seconds > _ZSTD_SECONDS_PER_BYTE / (resources.workers or usable_cores()) else "none"
+        "none" if saved_seconds <= _ZSTD_SECONDS_PER_BYTE / (resources.workers or usable_cores()) else "zstd"
     )
 
 

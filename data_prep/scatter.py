@@ -21,7 +21,7 @@ from .clean import make_cleaner
 from .config import CleaningSection
 from .dedup import HashWriter, hashes_index_path, hashes_path, repeated, selected
 from .errors import DataPrepError
-from .files import atomic_file, size_or_none, write_json
+from .files import atomic_file, size_or_none, write_array, write_json
 from .fingerprint import document_hashes, line_hashes
 from .keys import share_threshold
 from .measure import TaskMeter, boot_id, keep_freed_memory
@@ -135,10 +135,10 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
                 writer.add(records, side)
         index = writer.finish()
         with atomic_file(paths[1], task.sync) as file:
-            np.save(file, index, allow_pickle=False)
+            write_array(file, index)
         if hashes is not None:
             with atomic_file(paths[4], task.sync) as file:
-                np.save(file, hashes.finish(), allow_pickle=False)
+                write_array(file, hashes.finish())
     spilled = [path.stat().st_size for path in paths]
     manifest = {
         "task": task.number,
