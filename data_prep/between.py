@@ -119,7 +119,7 @@ def run_merges(
                 memory_bytes=records_bytes(
                     resources.worker_memory_bytes, plan.config.cleaning.max_record_bytes
                 ),
-                frame_bytes=frame_bytes(plan),
+                frame_bytes=frame_bytes(plan, groups),
                 codec=codec,
             )
             for number, group in enumerate(np.array_split(np.arange(len(numbers)), groups))

@@ -40,7 +40,7 @@ _MIN_TASK_BYTES, _MAX_TASK_BYTES = BLOCK_BYTES, 1024**3
 _TASKS_PER_RUN = 64
 # Rough sizes per byte of text, for the estimate only (16-bit ids, Chinese statutes).
 _SPILL_SHARE, _OUTPUT_SHARE = 0.35, 0.3
-_MIN_FRAME_BYTES, _MAX_FRAME_BYTES = 16 * 1024, 512 * 1024
+_LEAST_FRAME_BYTES, _MIN_FRAME_BYTES, _MAX_FRAME_BYTES = 4 * 1024, 16 * 1024, 512 * 1024
 _TEXT_RATIO, _ZSTD_SECONDS_PER_BYTE = 0.45, 1 / 330e6 + 1 / 1000e6  # zstd-1, measured
 PROGRAM_BYTES = 256 * 1024**2  # of a worker before it has read anything
 _RECORD_BYTES_PER_TEXT_BYTE = 8  # at most: ids, words, places and what sorting them takes
@@ -141,13 +141,21 @@ class Plan:
         ]
 
 
-def frame_bytes(plan: Plan) -> int:
-    """Size of a frame of the spill files. Frames that lie across the border of two shards are read twice, so a run
-    has eight of them for each shard, as long as they stay worth a read.
+def frame_bytes(plan: Plan, runs: int = 0) -> int:
+    """Size of a frame of spill files that hold so many sorted runs in all (0: those of pass 1), in bytes of payload.
+
+    Frames that lie across the border of two shards are read twice, so a run has eight of them for each shard, as long
+    as they stay worth a read. And whoever puts the runs together holds a frame of each that reaches over the keys at
+    hand: with their columns these are up to twice as large, and may fill half of what a worker holds.
     """
-    run_bytes = min(plan.config.resources.worker_memory_bytes, plan.spill_bytes // max(1, len(plan.tasks)))
-    shards = max(1, plan.output_bytes // plan.config.shards.target_bytes)
-    return min(max(run_bytes // (8 * shards), _MIN_FRAME_BYTES), _MAX_FRAME_BYTES)
+    config = plan.config
+    held_bytes = records_bytes(config.resources.worker_memory_bytes, config.cleaning.max_record_bytes)
+    runs = runs or max(
+        1, len(plan.tasks), plan.text_bytes // held_bytes
+    )  # a record takes about what its text does
+    shards = max(1, plan.output_bytes // config.shards.target_bytes)
+    wanted = min(max(plan.spill_bytes // runs // (8 * shards), _MIN_FRAME_BYTES), _MAX_FRAME_BYTES)
+    return min(wanted, max(held_bytes // (4 * runs), _LEAST_FRAME_BYTES))
 
 
 def choose_codec(plan: Plan, disk_bytes_per_second: float) -> str:

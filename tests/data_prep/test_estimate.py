@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -11,9 +12,11 @@ from rich.console import Console
 from data_prep import between, run
 from data_prep.config import PrepareConfig
 from data_prep.estimate import estimate, needed_groups
-from data_prep.plan import Plan, make_plan
+from data_prep.memory import records_bytes
+from data_prep.plan import Plan, choose_codec, frame_bytes, make_plan
 from data_prep.progress import RunProgress
 from data_prep.shards import SplitReader
+from data_prep.sources import InputFile
 from data_prep.tokenizer import Tokenizer
 from tests.data_prep.made import command_line, make_texts, prepare, settings, write_jsonl
 
@@ -127,6 +130,30 @@ def test_an_output_far_away_takes_no_room_here(several_tasks, tmp_path, monkeypa
         console = Console(file=io.StringIO(), width=1000)
         run.warn_of_a_small_disk(plan, RunProgress(None, 60, console))
         assert console.file.getvalue().count("MB free, about") == lines
+
+
+@pytest.mark.parametrize("content", ["tokens", "text"])
+def test_on_a_disk_that_takes_nothing_intermediate_files_are_compressed(several_tasks, content):
+    several_tasks["shards"] |= {"content": content}
+    plan = make_plan(PrepareConfig.model_validate(several_tasks))
+    assert [choose_codec(plan, speed) for speed in (math.nan, 1e7, 1e11)] == ["zstd", "zstd", "none"]
+
+
+@pytest.mark.parametrize("gigabytes", [0.01, 1, 30, 1000])
+@pytest.mark.parametrize("memory", [128, 256, 1024])
+@pytest.mark.parametrize("target", [1, 256, 4096])
+def test_a_frame_of_every_run_fits_the_memory_of_pass_2(tmp_path, gigabytes, memory, target):
+    """memory of a worker and target_bytes of a shard in MiB; records with their columns are twice their payload."""
+    tree = settings(tmp_path / "out", [tmp_path / "a.txt"], resources={"worker_memory_bytes": memory * 2**20})
+    tree["shards"] |= {"target_bytes": target * 2**20}
+    config, size = PrepareConfig.model_validate(tree), int(gigabytes * 1e9)
+    file = InputFile(0, "a.txt", "a.txt", size, "", "txt", "text", "")
+    plan = Plan(config, [file], [], [[]] * (1 + size // 2**30))
+    held = records_bytes(memory * 2**20, 2**20)
+    for runs in (0, 2, 400):  # 0: as many as pass 1 makes, each of which fills the memory
+        bytes_each, runs = frame_bytes(plan, runs), runs or max(len(plan.tasks), size // held)
+        assert bytes_each == 4096 or 2 * bytes_each * runs <= held / 2
+        assert 4096 <= bytes_each <= 2**19
 
 
 def test_a_pass_is_added_where_reads_would_be_too_small():
