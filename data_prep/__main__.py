@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(config: configuration.PrepareConfig, options: argparse.Namespace) -> int:
-    report(make_plan(config, lambda text: print(text, file=sys.stderr)), Console(soft_wrap=True))
+    report(
+        make_plan(config, lambda text: print(text, file=sys.stderr)), Console(soft_wrap=True, markup=False)
+    )
     return 0
 
 

@@ -49,6 +49,7 @@ def run_dedup(
             finished_dedup,
             find_duplicates,
             executor,
+            progress,
             lambda result: progress.advance(result["entries"]),
         )
 
@@ -126,7 +127,7 @@ def run_merges(
         ]
         with progress.stage("merge", spill_bytes, len(tasks)):
             latest = run_missing(
-                tasks, finished_merge, merge, executor, lambda r: progress.advance(r["read_bytes"])
+                tasks, finished_merge, merge, executor, progress, lambda r: progress.advance(r["read_bytes"])
             )
         results += latest
         folder, numbers, runs = target, range(groups), groups
@@ -156,6 +157,7 @@ def run_missing(
     finished: Callable[[Any], dict[str, Any] | None],
     function: Callable[[Any], dict[str, Any]],
     executor: Executor,
+    progress: RunProgress,
     account: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Results of all tasks, running those that `finished` finds no result of."""
@@ -166,6 +168,7 @@ def run_missing(
             result["taken_over"] = True  # from an earlier run
             results.append(result)
             account(result)
+    progress.took_over()
     missing = [task for task, result in zip(tasks, done, strict=True) if result is None]
     for result in executor.run(function, missing, finished):
         results.append(result)

@@ -35,20 +35,20 @@ class RunProgress:
     """Shows the progress of the stages of a run, and records it in `folder` unless that is None."""
 
     def __init__(self, folder: Path | None, log_seconds: float, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, markup=False)
         self.stage_seconds: dict[str, float] = {}
         self.records: Counter[str] = Counter()
         self._reason = ""
         self._folder, self._log_seconds = folder, log_seconds
         self._stage, self._unit = "", "bytes"
-        self._done = self._total = self._tasks_done = self._tasks = 0.0
+        self._done = self._taken_over = self._total = self._tasks_done = self._tasks = 0.0
         self._started = time.monotonic()
 
     @contextmanager
     def stage(self, name: str, total: float, tasks: int, unit: str = "bytes") -> Iterator[None]:
         """A stage with `total` units of work in `tasks` tasks; ends with its line of summary."""
         self._stage, self._unit, self._total, self._tasks = name, unit, total, tasks
-        self._done = self._tasks_done = 0
+        self._done = self._taken_over = self._tasks_done = 0
         self._started = time.monotonic()
         ended = threading.Event()
         ticker = threading.Thread(target=self._tick, args=(ended,), daemon=True)
@@ -79,6 +79,10 @@ class RunProgress:
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=self._done, note=self._rate_and_note())
 
+    def took_over(self) -> None:
+        """What is done of the stage by now was done by an earlier run, and says nothing about the rate of this one."""
+        self._taken_over = self._done
+
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
@@ -89,14 +93,13 @@ class RunProgress:
             self._write_files()
 
     def _line(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._started)
-        rate = self._done / seconds
+        rate = self._rate()
         parts = [f"{self._stage}: {int(self._tasks_done)}/{int(self._tasks)} tasks"]
         if self._total:
-            parts.append(f"{min(1.0, self._done / self._total):.0%}")
+            parts.append(f"{self._share():.0%}")
         scale, unit = (1e6, "MB") if self._unit == "bytes" else (1e3, f"k {self._unit}")
         parts.append(f"{self._done / scale:,.1f} {unit} at {rate / scale:,.1f} {unit}/s")
-        if rate and self._done < self._total:
+        if rate and self._done < self._total and self._tasks_done < self._tasks:
             parts.append(f"{(self._total - self._done) / rate:,.0f} s left")
         return ", ".join(parts + ([self._note()] if self.records else []))
 
@@ -104,8 +107,18 @@ class RunProgress:
         lost = self.records["dropped"] + self.records["quarantined"]
         return f"{self.records['written']:,} records, {lost:,} dropped or quarantined" if self.records else ""
 
+    def _rate(self) -> float:
+        """Units of work a second of this run."""
+        return (self._done - self._taken_over) / max(1e-9, time.monotonic() - self._started)
+
+    def _share(self) -> float:
+        """Share of the stage that is done. How much work there is may be unknown, or a guess; how many tasks is not."""
+        if not self._total or self._tasks_done >= self._tasks > 0:
+            return self._tasks_done / max(1, self._tasks)
+        return min(1.0, self._done / self._total)
+
     def _rate_and_note(self) -> str:
-        rate = self._done / max(1e-9, time.monotonic() - self._started)
+        rate = self._rate()
         scale, unit = (1e6, "MB") if self._unit == "bytes" else (1e3, f"k {self._unit}")
         return ", ".join(filter(None, (f"{rate / scale:,.1f} {unit}/s", self._note())))
 
@@ -143,7 +156,7 @@ class RunProgress:
             "time": time.time(),
             **({"failed": self._reason} if self._reason else {}),
         }
-        share = min(1.0, self._done / (self._total or 1))
+        share = self._share()
         lines = [
             "# HELP data_prep_records_total Raw records by outcome.",
             "# TYPE data_prep_records_total counter",

@@ -36,7 +36,7 @@ from .quarantine import check_losses, is_hopeless, lost_records
 from .readable import refuse_unreadable
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
-from .shards import Manifest, token_dtype
+from .shards import SPLITS, Manifest, token_dtype
 from .storage import check_storage
 from .text import leaves_text_alone
 from .tokenizer import AnyTokenizer, load_tokenizer, training_bytes
@@ -173,7 +173,12 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
     ]
     with progress.stage("sample", plan.input_bytes, len(tasks)):
         results = run_missing(
-            tasks, finished_sample, collect_sample, executor, lambda r: progress.advance(r["input_bytes"])
+            tasks,
+            finished_sample,
+            collect_sample,
+            executor,
+            progress,
+            lambda r: progress.advance(r["input_bytes"]),
         )
     lost: Counter[str] = Counter()
     for result in results:
@@ -246,8 +251,7 @@ def run_scatter(
             check_losses(config, len(plan.files), merge_books(plan, seen))
 
     with progress.stage("scatter", plan.text_bytes, len(tasks)):
-        results = run_missing(tasks, finished_scatter, scatter, executor, account)
-    books = merge_books(plan, results)
+        results = run_missing(tasks, finished_scatter, scatter, executor, progress, account)
     write_quarantine(plan)
     check_losses(config, len(plan.files), books)
     return sorted(results, key=lambda result: result["task"])
@@ -301,7 +305,13 @@ def run_gather(
         for split, shards in shard_counts.items()
         for shard in range(shards)
     ]
-    with progress.stage("gather", 0, len(tasks), "tokens"):
+    tokens = sum(result["splits"][split]["tokens"] for result in scattered for split in SPLITS)
+    with progress.stage("gather", tokens, len(tasks), "tokens"):
         return run_missing(
-            tasks, finished_gather, gather, executor, lambda r: progress.advance(r["shard"]["tokens"])
+            tasks,
+            finished_gather,
+            gather,
+            executor,
+            progress,
+            lambda r: progress.advance(r["shard"]["tokens"]),
         )
