@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from .decompress import is_bomb
+
 if TYPE_CHECKING:
     from .sources import RawBatch
 
@@ -56,7 +58,8 @@ def read_rows(
 ) -> Iterator[RawBatch]:
     """The texts of some row groups as bytes; the offset of a record is its row in the file.
 
-    A page that does not decode costs the rest of its row group, as one lost record. Raises OSError where the storage
+    A page that does not decode costs the rest of its row group, as one lost record; a row group of which so much would
+    come that it cannot be text is not unpacked (Arrow unpacks a page as a whole). Raises OSError where the storage
     does not give the bytes: that is no damage, and reading again may go well.
     """
     import pyarrow as pa
@@ -75,6 +78,10 @@ def read_rows(
     counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     for group in range(first_group, len(counts) if stop_group is None else stop_group):
         before, number = sum(counts[:group]), 0
+        column = _column(file.metadata.row_group(group), text_field)
+        if is_bomb(column.total_compressed_size, column.total_uncompressed_size):
+            yield RawBatch(group, 0, np.array([before], dtype=np.int64), ["decompression_bomb"])
+            continue
         for lines in _batches(file, watched, group, text_field, max_record_bytes):
             offsets = before + number + np.arange(len(lines), dtype=np.int64)
             yield RawBatch(group, number, offsets, lines)
@@ -132,9 +139,14 @@ def _batches(
 
 def _decoded_rows(group: Any, text_field: str) -> int:
     """How many rows Arrow may decode at a time."""
-    columns = (group.column(i) for i in range(group.num_columns))
-    size_bytes = next(c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
+    size_bytes = _column(group, text_field).total_uncompressed_size
     return max(1, min(_DECODED_ROWS, _DECODED_BYTES * group.num_rows // max(1, size_bytes)))
+
+
+def _column(group: Any, text_field: str) -> Any:
+    """What a row group's metadata says of the column of text."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    return next(column for column in columns if column.path_in_schema == text_field)
 
 
 def _lines(column: Any, max_record_bytes: int) -> Iterator[bytes | str]:

@@ -69,6 +69,29 @@ def test_columns_of_every_kind_of_text_are_taken(tmp_path, kind):
     assert found == [b"one", "field_is_not_text", "record_too_large"]
 
 
+def test_a_row_group_that_cannot_be_text_is_not_unpacked(tmp_path):
+    """70 MB of one letter in some kilobytes, which Arrow would unpack as a whole, between two groups of text."""
+    path, schema = tmp_path / "a.parquet", pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        for texts in (["one", "two"], ["a" * 1_000_000] * 70, ["three"]):
+            writer.write_table(pa.table({"text": texts}, schema))
+    assert path.stat().st_size < 100_000
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        found = whole(listed(path), _LIMIT)
+    finally:
+        pa.set_memory_pool(before)
+    assert found == [
+        (0, 0, 0, b"one"),
+        (0, 1, 1, b"two"),
+        (1, 0, 2, "decompression_bomb"),
+        (2, 0, 72, b"three"),
+    ]
+    assert pool.max_memory() < 8 * 1024**2
+
+
 class FailingStorage(io.FileIO):
     """A file whose reads fail from some byte on, as those of a share or a bucket do for a while."""
 
