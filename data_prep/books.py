@@ -45,6 +45,11 @@ def merge_books(plan: Plan, scattered: list[dict[str, Any]]) -> list[dict[str, A
     ]
 
 
+def files_cut_short(scattered: list[dict[str, Any]]) -> int:
+    """How many files could not be read to their end, or not without a gap, whatever the number of gaps and tasks."""
+    return len({file for result in scattered for file in result["cut_short"]})
+
+
 def close_books(
     plan: Plan, tokenizer: dict[str, Any], scattered: list[dict[str, Any]], gathered: list[dict[str, Any]]
 ) -> Manifest:

@@ -35,7 +35,7 @@ from .tokenizer import read_model
 from .words import segmenter_identity
 
 WORK_PREFIX = ".sutrain-"
-_WORK_VERSION = 3  # of the intermediate files; another program must not take up what it cannot read
+_WORK_VERSION = 4  # of the intermediate files; another program must not take up what it cannot read
 _MIN_TASK_BYTES, _MAX_TASK_BYTES = BLOCK_BYTES, 1024**3
 _TASKS_PER_RUN = 64
 # Rough sizes per byte of text, for the estimate only (16-bit ids, Chinese statutes).

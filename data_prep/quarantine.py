@@ -33,6 +33,11 @@ def lost_records(book: dict[str, Any]) -> int:
     return sum(count for reason, count in book["quarantined"].items() if reason not in FILE_REASONS)
 
 
+def cuts(book: dict[str, Any]) -> int:
+    """How often reading a file of an account ended early, or went on behind damage."""
+    return sum(count for reason, count in book["quarantined"].items() if reason in FILE_REASONS)
+
+
 def is_hopeless(config: PrepareConfig, read: int, lost: int, input_share: float) -> bool:
     """Of the records read in this share of the input, are so many lost that the section `quarantine` will forbid it
     whatever comes? Records may be of other sizes in the rest, hence far above what is allowed.
@@ -40,18 +45,19 @@ def is_hopeless(config: PrepareConfig, read: int, lost: int, input_share: float)
     return lost > _FAR_ABOVE * config.quarantine.max_record_share * read / max(input_share, 1e-9)
 
 
-def check_losses(config: PrepareConfig, files: int, books: list[dict[str, Any]]) -> None:
-    """Raises DataPrepError when more is lost than the section `quarantine` allows. books: one for each corpus."""
+def check_losses(config: PrepareConfig, files: int, cut_short: int, books: list[dict[str, Any]]) -> None:
+    """Raises DataPrepError when more is lost than the section `quarantine` allows. files: of the input; cut_short: how
+    many of them were not read to the end, or not without a gap; books: one for each corpus.
+    """
     limits, problems = config.quarantine, []
     read = sum(book["read"] for book in books)
     lost: Counter[str] = Counter()
     for corpus, book in zip(config.corpora, books, strict=True):
         lost.update({f"{corpus.name}: {reason}": count for reason, count in book["quarantined"].items()})
-    damaged = sum(count for key, count in lost.items() if key.rpartition(" ")[2] in FILE_REASONS)
-    records = sum(lost.values()) - damaged
+    records = sum(map(lost_records, books))
     for what, count, total, limit, key in (
         ("records", records, read, limits.max_record_share, "max_record_share"),
-        ("files cut short", damaged, files, limits.max_file_share, "max_file_share"),
+        ("files cut short", cut_short, files, limits.max_file_share, "max_file_share"),
     ):
         if count > limit * total:
             problems.append(

@@ -16,7 +16,7 @@ from typing import Any
 from .account import account, compared
 from .adopt import load
 from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_merges, run_missing
-from .books import close_books, describe_run, merge_books, write_quarantine
+from .books import close_books, describe_run, files_cut_short, merge_books, write_quarantine
 from .config import PrepareConfig
 from .errors import DataPrepError, DiskFullError
 from .estimate import NOTHING_LEFT, estimate, refuse_too_little_memory
@@ -248,12 +248,12 @@ def run_scatter(
         sums["input"] += result["read_bytes"]
         if is_hopeless(config, sums["read"], sums["lost"], sums["input"] / plan.input_bytes):
             write_quarantine(plan, [one["task"] for one in seen])
-            check_losses(config, len(plan.files), merge_books(plan, seen))
+            check_losses(config, len(plan.files), files_cut_short(seen), merge_books(plan, seen))
 
     with progress.stage("scatter", plan.text_bytes, len(tasks)):
         results = run_missing(tasks, finished_scatter, scatter, executor, progress, account)
     write_quarantine(plan)
-    check_losses(config, len(plan.files), books)
+    check_losses(config, len(plan.files), files_cut_short(results), merge_books(plan, results))
     return sorted(results, key=lambda result: result["task"])
 
 

@@ -26,6 +26,7 @@ from .fingerprint import document_hashes, line_hashes
 from .keys import share_threshold
 from .measure import TaskMeter, boot_id, keep_freed_memory
 from .memory import records_bytes
+from .quarantine import cuts
 from .records import Segment, clean_texts, new_book, record_keys, segment_bytes
 from .shards import SPLITS, token_dtype
 from .sources import FileChangedError, RawBatch, read_batches
@@ -109,6 +110,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
     meter = TaskMeter()
     books = {str(segment.input.corpus): new_book() for segment in task.segments}
     sums = {split: {"documents": 0, "tokens": 0, "document_sum": 0} for split in SPLITS}
+    cut_short: list[int] = []
     budget = records_bytes(task.memory_bytes, task.cleaning.max_record_bytes)
     hash_bytes = int(budget * _HASH_SHARE) if task.deduplicate else 0
     kinds: tuple[Callable[[str | Path, int], Path], ...] = (spill_path, index_path, quarantine_path)
@@ -128,11 +130,13 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
             task.codec,
         )
         for segment in task.segments:
-            for records, side in _segment_records(
-                task, segment, tokenizer, books[str(segment.input.corpus)], quarantine, hashes
-            ):
+            book = books[str(segment.input.corpus)]
+            before = cuts(book)
+            for records, side in _segment_records(task, segment, tokenizer, book, quarantine, hashes):
                 _account(records, side, sums)
                 writer.add(records, side)
+            if cuts(book) > before:
+                cut_short.append(segment.file)
         index = writer.finish()
         with atomic_file(paths[1], task.sync) as file:
             write_array(file, index)
@@ -146,6 +150,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
         "tokenizer": task.tokenizer_sha256,
         "files": {path.name: path.stat().st_size for path in paths},
         "books": books,
+        "cut_short": cut_short,  # numbers of files
         "splits": sums,
         "input_bytes": sum(book["bytes"] for book in books.values()),
         "read_bytes": sum(map(segment_bytes, task.segments)),

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 import zstandard
@@ -115,6 +117,32 @@ def test_losses_above_a_limit_fail_the_run_and_a_higher_limit_goes_on(prepared, 
     assert "7 dropped or quarantined" in again.stderr
     assert "\nquarantined: " in again.stdout and "invalid_utf8 2" in again.stdout
     assert "no document was truncated" in again.stdout
+
+
+def test_a_file_with_many_gaps_is_one_file_cut_short(prepared, tmp_path):
+    """A parquet file of which every row group is damaged, read by several tasks, beside three that are whole."""
+    for number in range(4):
+        write_jsonl(tmp_path / "raw" / f"{number}.jsonl", make_texts(50, seed=number))
+    (tmp_path / "raw" / "0.jsonl").unlink()
+    path = tmp_path / "raw" / "0.parquet"
+    pq.write_table(pa.table({"text": make_texts(200)}), path, row_group_size=50, compression="snappy")
+    data, metadata = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata
+    for number in range(metadata.num_row_groups):
+        column = metadata.row_group(number).column(0)
+        begin = column.dictionary_page_offset or column.data_page_offset
+        data[begin : begin + 100] = b"\xff" * 100
+    path.write_bytes(data)
+    tree = settings(
+        tmp_path / "out",
+        [tmp_path / "raw"],
+        tokenizer={"load": str(prepared / "tokenizer" / "tokenizer.model")},
+        quarantine={"max_record_share": 0.0, "max_file_share": 0.24},
+        resources={"task_bytes": 1},
+    )
+    with pytest.raises(DataPrepError, match=r"1 of 4 files cut short, 25\.000%, above .*damaged_parquet 4\)"):
+        prepare(tree)
+    manifest = prepare(tree | {"quarantine": {"max_record_share": 0.0, "max_file_share": 0.25}})
+    assert manifest.sources[0]["quarantined"] == {"damaged_parquet": 4} and manifest.records["written"] == 150
 
 
 def test_a_run_that_loses_far_too_much_stops_early_and_goes_on_with_a_higher_limit(prepared, tmp_path):
