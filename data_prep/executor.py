@@ -78,10 +78,18 @@ def make_executor(
     return LocalExecutor(workers or usable_cores(), fence)
 
 
-def call(fence: Any, function: Task, description: Any, finished: Finished | None = None) -> dict[str, Any]:
+def call(
+    fence: Any,
+    function: Task,
+    description: Any,
+    finished: Finished | None = None,
+    before: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Run a task in a worker by the right of its run, unless it is finished: Ray runs a task again whose worker died
     after it had done all but tell.
     """
+    if before is not None:
+        before()
     set_fence(fence)
     found = finished(description) if finished is not None else None
     return function(description) if found is None else found
@@ -171,6 +179,7 @@ class RayExecutor:
         import ray
 
         self._ray, self._fence = ray, fence
+        self.before: Callable[[], None] | None = None  # what a process does before each task
         self._wanted, self._memory_bytes, self._say = workers, memory_bytes, say
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS", "auto")
@@ -208,7 +217,8 @@ class RayExecutor:
                 window, looked = self._room(memory) + 2, time.monotonic()
             free = max(0, window - len(running))
             running += [
-                remote.remote(self._fence, function, task, finished) for task in islice(waiting, free)
+                remote.remote(self._fence, function, task, finished, self.before)
+                for task in islice(waiting, free)
             ]
             if not running:
                 return

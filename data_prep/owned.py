@@ -19,6 +19,7 @@ from .plan import WORK_PREFIX, Plan, differences
 from .publish import clear_far, refuse_strangers
 from .shards import SPLITS, Manifest
 
+from .storage import TOKEN
 _FILES = (
     "manifest.json",
     "run.json",
@@ -104,7 +105,7 @@ def remove_leftovers(output: Path, work: Path | None = None) -> None:
         inside = "" if folder == output else f"{folder.name}/"
         for path in _entries(folder):
             name = _TEMPORARY.sub("", path.name)
-            ours = f"{inside}{name}" in (*_FILES, "plan.json") or (inside and SHARD.fullmatch(name))
+            ours = f"{inside}{name}" in (*_FILES, "plan.json", TOKEN) or (inside and SHARD.fullmatch(name))
             if name != path.name and ours:
                 path.unlink(missing_ok=True)
     for path in (path for folder in _entries(work) for path in _entries(folder)) if work else ():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from .readable import refuse_unreadable
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import SPLITS, Manifest, token_dtype
-from .storage import check_storage
+from .storage import seen_by_every_node
 from .text import leaves_text_alone
 from .tokenizer import AnyTokenizer, load_tokenizer, training_bytes
 from .wordpiece import WordPieceTokenizer
@@ -81,14 +83,7 @@ def _carry_out(plan: Plan, executor_name: str, fence: Fence, progress: RunProgre
         plan.work_path.mkdir(parents=True, exist_ok=True)
     warn_of_a_small_disk(plan, progress)
     started, begun = time.time(), time.monotonic()
-    executor = make_executor(
-        executor_name, config.resources.workers, fence, plan.worker_bytes(), progress.say
-    )
-    try:
-        if isinstance(executor, RayExecutor):
-            firsts = {file.corpus: file.path for file in reversed(plan.files)}
-            places = [output, plan.work_path]
-            check_storage(executor.on_every_node, places, list(firsts.values()))
+    with _workers(plan, executor_name, fence, progress) as executor:
         tokenizer = prepare_tokenizer(plan, executor, progress)
         planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
         refuse_too_little_memory(plan, planned)
@@ -103,10 +98,6 @@ def _carry_out(plan: Plan, executor_name: str, fence: Fence, progress: RunProgre
         gathered = run_gather(
             plan, tokenizer, scattered, spills, shard_counts, len(duplicates), executor, progress
         )
-    except DiskFullError as error:
-        raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
-    finally:
-        executor.close()
     remove_leftovers(output)  # of workers that were killed while the run went on
     manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
     stages = {"scatter": scattered, "dedup": duplicates, "merge": merged, "gather": gathered}
@@ -119,6 +110,19 @@ def _carry_out(plan: Plan, executor_name: str, fence: Fence, progress: RunProgre
     publish(output, config.output_dir)
     remove_work(plan)
     progress.finish()
+
+
+@contextmanager
+def _workers(plan: Plan, name: str, fence: Fence, progress: RunProgress) -> Iterator[Executor]:
+    """The executor of a run, whose nodes see what the driver sees; a full disk is told with what it lacks."""
+    executor = make_executor(name, plan.config.resources.workers, fence, plan.worker_bytes(), progress.say)
+    try:
+        with seen_by_every_node(executor, plan) if isinstance(executor, RayExecutor) else nullcontext():
+            yield executor
+    except DiskFullError as error:
+        raise DiskFullError(f"{error}; {missing_bytes(plan)}") from None
+    finally:
+        executor.close()
 
 
 def warn_of_a_small_disk(plan: Plan, progress: RunProgress) -> None:

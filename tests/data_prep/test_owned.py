@@ -86,6 +86,9 @@ def test_what_killed_tasks_left_in_the_work_folder_is_gone_before_the_run_goes_o
     left = [
         work / folder / f"task-000001.spill{TEMPORARY_MARK}0123456789ab" for folder in ("scatter", "merge-1")
     ]
+    left.append(
+        Path(tree["output_dir"]) / f".seen{TEMPORARY_MARK}0123456789ab"
+    )  # which the nodes of a Ray looked for
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
