@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from .places import is_remote, place
 from .plan import WORK_PREFIX, Plan, differences
 from .publish import clear_far, refuse_strangers
 from .shards import SPLITS, Manifest
-
 from .storage import TOKEN
+
 _FILES = (
     "manifest.json",
     "run.json",
@@ -36,8 +37,9 @@ _TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + "[0-9a-f]{12}$")
 _WORK = re.compile(re.escape(WORK_PREFIX) + "[0-9a-f]{16}")
 
 
-def adopt_plan(plan: Plan, fresh: bool) -> Plan:
-    """Make OUTPUT that of this plan, or take up where an earlier run of the same plan stopped.
+def adopt_plan(plan: Plan, fresh: bool, say: Callable[[str], None] = print) -> Plan:
+    """Make OUTPUT that of this plan, or take up where an earlier run of the same plan stopped; `say` hears of finished
+    tasks that are given up because they lie elsewhere.
 
     Raises DataPrepError when the folder holds what no run of ours wrote, and when the plans differ.
     """
@@ -69,6 +71,10 @@ def adopt_plan(plan: Plan, fresh: bool) -> Plan:
             clear(output, saved)  # nothing was finished that the change could spoil
     if saved is None or saved != plan.to_json():
         if saved is not None and saved.get("work") != str(plan.work_path):
+            if lost := _finished_tasks(saved):
+                say(
+                    f"pass 1 begins anew in {plan.work_path}: {lost:,} finished task(s) in {saved['work']} are removed"
+                )
             _remove_work(saved)
         write_json(path, plan.to_json())
     return plan
@@ -152,8 +158,13 @@ def _is_worth_keeping(output: Path, saved: dict[str, Any]) -> bool:
     """
     if any((output / name).exists() for name in ("tokenizer/tokenizer.json", "manifest.json")):
         return True
+    return _finished_tasks(saved) > 0
+
+
+def _finished_tasks(saved: dict[str, Any]) -> int:
+    """Tasks of pass 1 that are done in the work folder of a saved plan."""
     work = _work_folder(saved)
-    return work is not None and any(work.glob("scatter/task-*.json"))
+    return 0 if work is None else sum(1 for _ in work.glob("scatter/task-*.json"))
 
 
 def _work_folder(saved: dict[str, Any]) -> Path | None:

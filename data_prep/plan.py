@@ -150,9 +150,8 @@ def frame_bytes(plan: Plan, runs: int = 0) -> int:
     """
     config = plan.config
     held_bytes = records_bytes(config.resources.worker_memory_bytes, config.cleaning.max_record_bytes)
-    runs = runs or max(
-        1, len(plan.tasks), plan.text_bytes // held_bytes
-    )  # a record takes about what its text does
+    # A record takes about as much memory as its text.
+    runs = runs or max(1, len(plan.tasks), plan.text_bytes // held_bytes)
     shards = max(1, plan.output_bytes // config.shards.target_bytes)
     wanted = min(max(plan.spill_bytes // runs // (8 * shards), _MIN_FRAME_BYTES), _MAX_FRAME_BYTES)
     return min(wanted, max(held_bytes // (4 * runs), _LEAST_FRAME_BYTES))

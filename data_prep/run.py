@@ -62,7 +62,7 @@ def run(
     if plan.ignored:
         progress.say(f"{len(plan.ignored)} file(s) in the input folders are not taken; `plan` lists them")
     with owned(output, config.resources.lease_seconds, progress.say) as fence:
-        plan = adopt_plan(plan, fresh)
+        plan = adopt_plan(plan, fresh, progress.say)
         with progress.telling_failure():  # in a folder that is this run's own by now
             _carry_out(plan, executor_name, fence, progress)
     return Manifest.load(config.output_dir if is_remote(config.output_dir) else output)

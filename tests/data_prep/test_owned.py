@@ -77,7 +77,7 @@ def test_what_a_killed_worker_left_is_gone_when_the_run_ends(tree, tmp_path, mon
     assert not list((tmp_path / "out").rglob(f"*{TEMPORARY_MARK}*"))
 
 
-def test_what_killed_tasks_left_in_the_work_folder_is_gone_before_the_run_goes_on(tree, monkeypatch):
+def test_what_a_killed_run_left_is_gone_before_the_run_goes_on(tree, monkeypatch):
     with monkeypatch.context() as patch:
         kill_at(patch, run, "run_gather")
         with pytest.raises(KilledError):
@@ -157,6 +157,18 @@ def test_a_shared_work_folder_mixes_no_runs(tree, tmp_path, monkeypatch):
         alone = tmp_path / f"alone{number}"
         prepare(one | {"output_dir": str(alone), "work_dir": None})
         assert content_files(Path(one["output_dir"])) == content_files(alone)
+
+
+def test_another_work_dir_begins_anew_and_says_what_that_costs(tree, tmp_path, monkeypatch, capsys):
+    first, second = ({"work_dir": str(tmp_path / name)} for name in ("first", "second"))
+    with monkeypatch.context() as patch:
+        kill_at(patch, run, "run_gather")
+        with pytest.raises(KilledError):
+            prepare(tree | first)
+    (old,) = (tmp_path / "first").iterdir()
+    prepare(tree | second)
+    told = f"pass 1 begins anew in {tmp_path / 'second' / old.name}: 1 finished task(s) in {old} are removed"
+    assert told in capsys.readouterr().err and not old.exists()
 
 
 def test_finished_parts_of_another_run_or_tokenizer_are_not_taken_up(tree, tmp_path, monkeypatch):

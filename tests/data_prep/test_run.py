@@ -217,7 +217,14 @@ def test_an_interrupt_from_the_keyboard_ends_training_at_once(tmp_path, seconds)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "data_prep", "run", "--config", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A shell that puts the tests into the background has them, and what they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     try:
