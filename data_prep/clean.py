@@ -52,6 +52,7 @@ _CJK = (
     (0x20000, 0x3FFFD),
 )
 _PART_CHARACTERS = 1024**2
+_MOST_MARKS, _FIRST_MARK, _LAST_MARK = 512, 0x300, 0x1EFFF
 _CODE_POINTS, _LAST_WITH_LETTERS, _VARIATION_SELECTORS = 0x110000, 0x40000, (0xE0100, 0xE01F0)
 
 DROP_REASONS = ("empty", "too_short", "too_long", "few_letters", "few_cjk")
@@ -147,7 +148,7 @@ class Cleaner:
         if not plain:
             text = "".join([self._unwanted.sub("", part) for part in _parts(text)])
         if self._form and not text.isascii():
-            text = unicodedata.normalize(self._form, text)
+            text = _normalised(text, self._form)
         if collapse and (not plain or "  " in text or text[:1] == " " or text[-1:] == " "):
             text = _collapse(text)
         if not text or text.isspace():
@@ -193,6 +194,27 @@ def function_identity(path: str) -> str:
 def _parts(text: str) -> list[str]:
     """A text cut anywhere: lists of what lies in it take many times its memory."""
     return [text[begin : begin + _PART_CHARACTERS] for begin in range(0, len(text), _PART_CHARACTERS)]
+
+
+def _normalised(text: str, form: Literal["NFC", "NFKC"]) -> str:
+    """In a normal form of Unicode. Putting combining marks in order takes time by the square of how many follow each
+    other, hours for a megabyte: a run of more than any script has is put in order by parts.
+    """
+    parts, begin, half = [], 0, _MOST_MARKS // 2
+    for place in range(_MOST_MARKS, len(text), _MOST_MARKS):
+        if text[place] in _marks() and _marks().issuperset(text[place - half : place + half]):
+            parts.append(text[begin:place])
+            begin = place
+    return "".join([unicodedata.normalize(form, part) for part in (*parts, text[begin:])])
+
+
+@lru_cache(maxsize=1)
+def _marks() -> frozenset[str]:
+    """Characters that are, or become, combining marks."""
+    points = map(chr, range(_FIRST_MARK, _LAST_MARK + 1))
+    return frozenset(
+        point for point in points if unicodedata.combining(unicodedata.normalize("NFKD", point)[0])
+    )
 
 
 def _collapse(text: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from data_prep import clean
 from data_prep.clean import DROP_REASONS, make_cleaner
 from data_prep.config import CleaningSection
 from data_prep.errors import DataPrepError
@@ -125,6 +128,23 @@ def test_nothing_that_the_table_leaves_alone_is_ever_changed():
     text = "".join(map(chr, alone[128:]))
     assert make_cleaner(CleaningSection())(text) == (text, "")
     assert not seconds & set(alone) and not any(map(unicodedata.combining, text))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+def test_combining_marks_without_end_take_no_time_without_end(form):
+    """A hundred thousand in the worst order would take half a minute; what scripts have is put in order as a whole."""
+    started = time.monotonic()
+    for pair in ("\u0301\u0316", "\u0f73"):  # the second becomes two marks
+        found = clean._normalised(f"a{pair * 50_000}b", form)
+        alone = Counter("".join(unicodedata.normalize("NFKD", character) for character in found))
+        assert alone == Counter(dict.fromkeys(unicodedata.normalize("NFKD", pair), 50_000)) + Counter("ab")
+    assert time.monotonic() - started < 10
+    draw = random.Random(0)
+    alphabet = "aZ法 \u0301\u0316\u0f73\u1100\u1161\u11a8\uff9e"
+    for _ in range(300):
+        words = ["".join(draw.choices(alphabet, k=draw.randint(1, 200))) for _ in range(20)]
+        text = "".join(draw.choice((word, "e" + "\u0323\u0302" * draw.randint(1, 120))) for word in words)
+        assert clean._normalised(text, form) == unicodedata.normalize(form, text)
 
 
 def test_the_share_is_the_one_counted_character_by_character():
