@@ -13,7 +13,7 @@ import yaml
 
 from data_prep.config import PrepareConfig
 from data_prep.run import run
-from data_prep.shards import Manifest
+from data_prep.shards import Manifest, SplitReader
 
 ROOT = Path(__file__).resolve().parents[2]
 _WORDS = [f"{a}{b}" for a in "人法权国规应机责合财" for b in "民律利家定当关任同产"]
@@ -73,3 +73,21 @@ def content_files(output: Path) -> dict[str, bytes]:
     names = ["manifest.json", "token_counts.bin", "quarantine.jsonl", "tokenizer/tokenizer.model"]
     paths = [output / name for name in names] + sorted(output.glob("*/shard-*"))
     return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+
+
+def documents_of(output: Path, split: str) -> list[tuple[tuple[int, int, int], list[int]]]:
+    """((file, block, record), ids) of every document of a split, in the order on disk."""
+    reader = SplitReader(output, split)
+    found: list[tuple[tuple[int, int, int], list[int]]] = []
+    for shard in range(len(reader.manifest.splits[split].shards)):
+        blocks = reader._reader(shard)
+        for number in range(len(blocks.blocks)):
+            block = blocks.read(number)
+            for row, start, length, _, file, block_number, record, piece in block.pieces.T.tolist():
+                tokens = block.tokens_NL[row, start : start + length].tolist()
+                if piece:
+                    assert found[-1][0] == (file, block_number, record)
+                    found[-1][1].extend(tokens)
+                else:
+                    found.append(((file, block_number, record), tokens))
+    return found
