@@ -95,6 +95,12 @@ class RunOutputs:
             layers_every_steps=config.monitor.layers_every_steps,
         )
         self.spike_watch = SpikeWatch(self.groups)
+        if lines := self.metrics.damaged:
+            print(
+                f"warning: {folder / FILE_NAME}: {len(lines):,} line(s) with a damaged beginning were left out, "
+                f"first line {lines[0]:,}",
+                flush=True,
+            )
         self.spike_watch.restore(last_steps(folder / FILE_NAME, WINDOW_STEPS + 1))
         self.metrics.run(
             steps_done,

@@ -49,11 +49,12 @@ class MetricsLog:
     """The writer: appends a line, flushed, per call; open it on one rank only.
 
     With `resume_from_step` = k the lines of later steps, written by a run that was then lost, are dropped
-    first, and so is a line torn by a crash. That rewrite is atomic: a copy is synced and renamed over the
-    file. The table per layer is written every `layers_every_steps` steps and on every step that spiked, but on
-    average no more than TABLE_BYTES_PER_STEP: at 1000 layers it is 120 kB, so it is written on every third step
-    or so. Raises DamagedLogError if a new run (no `resume_from_step`) would be appended to
-    the log of another.
+    first, and so is a line torn by a crash. So are lines whose beginning is damaged, which no reader could place:
+    `damaged` has their numbers. That rewrite is atomic: a copy is synced and renamed over the file.
+
+    The table per layer is written every `layers_every_steps` steps and on every step that spiked, but on average no
+    more than TABLE_BYTES_PER_STEP: at 1000 layers it is 120 kB, so it is written on every third step or so. Raises
+    DamagedLogError if a new run (no `resume_from_step`) would be appended to the log of another.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class MetricsLog:
         self.path = Path(path)
         self._layers_every_steps = max(1, layers_every_steps)
         self._table_budget_bytes = float(TABLE_BYTES_AHEAD)
+        self.damaged: list[int] = []
         if resume_from_step is not None and self.path.exists():
-            _drop_after(self.path, resume_from_step)
+            self.damaged = _drop_after(self.path, resume_from_step)
         elif self.path.exists() and self.path.stat().st_size:
             raise DamagedLogError(
                 f"{self.path}: holds another run already; resume that run or choose a new run folder"
@@ -164,17 +166,21 @@ def set_aside(path: Path) -> Path | None:
     return path.rename(f"{path}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Rewrite the log without the lines of steps after `step` and without a torn last line."""
-    copy = path.with_name(path.name + ".part")
+def _drop_after(path: Path, step: int) -> list[int]:
+    """Rewrite the log without the lines of steps after `step` and without a torn last line; returns the numbers of the
+    lines that went because their beginning is damaged."""
+    copy, damaged = path.with_name(path.name + ".part"), []
     with open(path, "rb") as old, open(copy, "wb") as new:
-        for line in old:
-            start = _START.match(line)
-            if line.endswith(b"\n") and start and int(start.group(2)) <= step:
+        for number, line in enumerate(old, 1):
+            start, whole = _START.match(line), line.endswith(b"\n")
+            if whole and start and int(start.group(2)) <= step:
                 new.write(line)
+            elif whole and not start:
+                damaged.append(number)
         new.flush()
         os.fsync(new.fileno())
     os.replace(copy, path)
+    return damaged
 
 
 @dataclass
