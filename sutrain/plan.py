@@ -20,10 +20,11 @@ from rich.table import Table
 from data_prep.config_file import field_help, load_config, split_arguments, to_yaml
 from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
-from sutrain.data import BatchPlan, open_manifest
+from sutrain.data import BatchPlan, MixedSamples, open_manifest, open_samples
 from sutrain.engine import deepspeed_config
-from sutrain.labelling import predicted_share
+from sutrain.labelling import labelling_of, predicted_share
 from sutrain.launch import check_model_fits_data
+from sutrain.mixture import PERIOD
 from sutrain.models.configuration import flops_per_token, parameter_count
 from sutrain.monitor.probe_interval import planned_interval
 from sutrain.objectives.training_model import TrainingModel
@@ -78,8 +79,6 @@ def plan_table(config: PretrainConfig, ranks: int, columns: int = 80) -> Table:
     check_settings_of_tensors(config)
     plan = batch_plan(config, manifest.row_tokens, ranks, 0)
     parameters = parameter_count(config.model)
-    flops = flops_per_token(config.model, manifest.row_tokens, predicted_share(config))
-    rows = manifest.splits["train"].rows
     samples = plan.samples_after(config.steps)
     tokens = samples * manifest.row_tokens
 
@@ -99,10 +98,9 @@ def plan_table(config: PretrainConfig, ranks: int, columns: int = 80) -> Table:
     table.add_row("global batch", f"{plan.global_sequences:,} rows x {manifest.row_tokens} tokens")
     table.add_row("", micro_batches_in_words(plan))
     table.add_row("training", f"{config.steps:,} updates, {samples:,} rows, {tokens:,} tokens")
-    table.add_row("data", f"{rows:,} rows; seen {samples / rows:.2f} times")
-    table.add_row(
-        "arithmetic", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens / 1e15:,.3g} PFLOP in all"
-    )
+    for number, words in enumerate(data_in_words(config, manifest, samples)):
+        table.add_row("" if number else "data", words)
+    table.add_row("arithmetic", arithmetic_in_words(config, plan, manifest.row_tokens))
     table.add_row("probes", probes_in_words(config, -(-plan.global_sequences // ranks), manifest))
     width = min(56, max(1, columns - 32))  # 22 are the table's frame and first column, 10 the axis
     table.add_row("learning rate", drawn(learning_rate_by_update(config), config.steps, width))
@@ -132,6 +130,45 @@ def micro_batches_in_words(plan: BatchPlan) -> str:
     busiest = max(sum(n for _, n in replace(plan, rank=rank).ranges(0)) for rank in range(plan.world_size))
     idle = 1 - plan.global_sequences / (busiest * plan.world_size)
     return f"{words} at most, which would hold {room:,}: micro-batches are smaller, {idle:.1%} of the ranks' time idle"
+
+
+def data_in_words(config: PretrainConfig, manifest: Manifest, samples: int) -> list[str]:
+    """How often each data set is seen, a line each. Raises DataError for sets that cannot be mixed."""
+    opened = open_samples(config.data, config.seed, labelling_of(config, manifest, stream="masks"))
+    if not isinstance(opened, MixedSamples):
+        rows = opened.rows_per_epoch
+        return [f"{rows:,} rows; seen {samples / rows:.2f} times"]
+    return [
+        f"{corpus.manifest.directory}: {corpus.rows_per_epoch:,} rows, {places / PERIOD:.1%} of the samples; "
+        f"seen {samples * places / PERIOD / corpus.rows_per_epoch:.2f} times"
+        for corpus, places in zip(opened.corpora, opened.mixture.places, strict=True)
+    ]
+
+
+def samples_by_length(plan: BatchPlan, samples: int, row_tokens: int) -> dict[int, int]:
+    """{tokens of a row: samples trained on in rows of that length} over the first `samples` of a run, which end with an
+    update; an update is of one length, the one at its first sample."""
+    ends = sorted({at for at, _ in (*plan.size_warmup, *plan.length_warmup) if 0 < at < samples} | {samples})
+    found: dict[int, int] = {}
+    position = 0
+    for end in ends:
+        sequences, tokens = plan.sequences_at(position), plan.tokens_at(position) or row_tokens
+        made = max(0, -(-(end - position) // sequences)) * sequences
+        found[tokens] = found.get(tokens, 0) + made
+        position += made
+    return {tokens: count for tokens, count in found.items() if count}
+
+
+def arithmetic_in_words(config: PretrainConfig, plan: BatchPlan, row_tokens: int) -> str:
+    """FLOPs of a token and of the whole run; a length warm-up computes attention over shorter rows."""
+    spent = samples_by_length(plan, plan.samples_after(config.steps), row_tokens)
+    flops = {tokens: flops_per_token(config.model, tokens, predicted_share(config)) for tokens in spent}
+    total = sum(flops[tokens] * samples * row_tokens for tokens, samples in spent.items())
+    each = [f"{flops[tokens] / 1e6:,.1f}" for tokens in spent]
+    if len(spent) == 1:
+        return f"{each[0]} MFLOP a token, {total / 1e15:,.3g} PFLOP in all"
+    lengths = ", ".join(f"{number} in rows of {tokens}" for number, tokens in zip(each, spent, strict=True))
+    return f"MFLOP a token: {lengths}; {total / 1e15:,.3g} PFLOP in all"
 
 
 def probes_in_words(config: PretrainConfig, rows_a_rank: int, manifest: Manifest) -> str:

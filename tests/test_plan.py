@@ -1,20 +1,26 @@
 """`python -m sutrain.plan`: the learning rate as it will be, in words and pictures."""
 
+import json
 import math
+import shutil
 from xml.etree import ElementTree
 
 import pytest
 
 from data_prep.config_file import load_config
-from sutrain.config import PretrainConfig
+from sutrain.config import PretrainConfig, batch_plan
+from sutrain.data import open_manifest
+from sutrain.models.configuration import flops_per_token
 from sutrain.optim import build_schedule
 from sutrain.plan import (
+    arithmetic_in_words,
     check_settings_of_tensors,
     draw_picture,
     drawn,
     learning_rate_by_update,
     learning_rate_in_words,
     main,
+    samples_by_length,
 )
 
 
@@ -100,3 +106,56 @@ def test_the_curve_fits_the_terminal_and_a_picture_that_cannot_be_written_is_one
     first = next(i for i, line in enumerate(lines) if "┤" in line)
     assert all("┤" in line for line in lines[first : first + 6]) and "└1" in lines[first + 6]
     assert lines[first + 6].rstrip(" │").endswith("1,000")
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("sizes", "lengths"),
+    [({}, {}), ({}, {50: 8}), ({10: 3, 40: 5}, {9: 4, 11: 8, 41: 16}), ({100: 7}, {3: 8, 4: 16, 90: 8})],
+)
+def test_the_rows_of_each_length_are_those_that_the_updates_read(write_config, sizes, lengths, steps):
+    batch = {"global_sequences": 12, "micro_sequences": 4, "size_warmup": sizes, "length_warmup": lengths}
+    plan = batch_plan(load(write_config(batch=batch)), 32, 2, 0)
+    expected, position = {}, 0
+    for _ in range(steps):
+        tokens, sequences = plan.tokens_at(position) or 32, plan.sequences_at(position)
+        expected[tokens] = expected.get(tokens, 0) + sequences
+        position += sequences
+    assert samples_by_length(plan, position, 32) == expected
+
+
+def test_arithmetic_counts_rows_that_a_length_warm_up_cuts_as_long_as_they_are(write_config):
+    whole = load(write_config(steps=10, batch={"global_sequences": 10, "micro_sequences": 5}))
+    cut = load(
+        write_config(steps=10, batch={"global_sequences": 10, "micro_sequences": 5, "length_warmup": {75: 8}})
+    )
+    short, full = (flops_per_token(whole.model, tokens, 0.15) for tokens in (8, 32))
+    plan = batch_plan(whole, 32, 2, 0)
+    assert (
+        arithmetic_in_words(whole, plan, 32)
+        == f"{full / 1e6:,.1f} MFLOP a token, {full * 3200 / 1e15:,.3g} PFLOP in all"
+    )
+    expected = (80 * short + 20 * full) * 32 / 1e15
+    words = arithmetic_in_words(cut, batch_plan(cut, 32, 2, 0), 32)
+    assert words.startswith(f"MFLOP a token: {short / 1e6:,.1f} in rows of 8, ")
+    assert words.endswith(f" in rows of 32; {expected:,.3g} PFLOP in all") and short < full
+
+
+def test_of_a_mixture_each_data_set_is_seen_as_often_as_its_weight_has_it(
+    dataset, write_config, tmp_path, monkeypatch, capsys
+):
+    other = shutil.copytree(dataset, tmp_path / "other")
+    data = {"dir": str(dataset), "weight": 3.0, "others": [{"dir": str(other), "weight": 1.0}]}
+    path = write_config(
+        data=data, steps=1024, batch={"global_sequences": 2, "micro_sequences": 1}, monitor={"port": 0}
+    )
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("sys.argv", ["plan", f"--config={path}"])
+    main()
+    said, rows = capsys.readouterr().out, open_manifest(load(path).data).splits["train"].rows
+    assert f"{dataset}: {rows:,} rows, 75.0% of the samples; seen {1536 / rows:.2f} times" in said
+    assert f"{other}: {rows:,} rows, 25.0% of the samples; seen {512 / rows:.2f} times" in said
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"row_tokens": 16}))
+    with pytest.raises(SystemExit, match="error: .*other"):
+        main()
