@@ -295,7 +295,7 @@ def export_run(run_dir: Path, output_dir: Path, choice: str = "best") -> Path:
         )
     card = {
         "name": run_dir.resolve().name,
-        "optimizer updates": f"{checkpoint.counters['steps'] - checkpoint.counters['skipped']:,}",
+        "optimizer updates": f"{checkpoint.counters['optimizer']['updates']:,}",
         "sequences seen": f"{checkpoint.counters['samples_consumed']:,}",
         "tokens seen": f"{checkpoint.counters['tokens']:,}",
         **_validation_numbers(run_dir, checkpoint.counters["steps"]),

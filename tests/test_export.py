@@ -239,6 +239,7 @@ def write_run(folder, dataset, config_file):
         counters = {
             "steps": updates,
             "skipped": 0,
+            "optimizer": {"updates": updates - 2},  # two were refused
             "samples_consumed": 72,
             "tokens": 2304,
             "corpora": [{"content_hash": "abc"}],
@@ -260,6 +261,7 @@ def test_a_run_is_exported_from_its_best_checkpoint_or_another(tmp_path, dataset
         card = (tmp_path / "out/README.md").read_text()
         assert ("| held-out loss, nats per predicted token | 1.2500 |" in card) == (model is best)
         assert "| sequences seen | 72 |" in card
+        assert f"| optimizer updates | {4 if model is best else 10} |" in card
     assert "loads and computes" in capsys.readouterr().out
     assert choose_checkpoint(run, "last").name == "step-00000012"
 
