@@ -70,12 +70,16 @@ def local_device(deterministic: bool = False) -> torch.device:
     return torch.device("cpu")
 
 
-def parse_arguments(arguments: list[str]) -> PretrainConfig:
+def parse_arguments(
+    arguments: list[str],
+    program: str = "pretrain.py",
+    description: str = "Pretrain an encoder on prepared shards. Started again, a run goes on from its last checkpoint.",
+) -> PretrainConfig:
     """The configuration a command line asks for; exits with one line a mistake when it is wrong."""
     overrides, rest = split_arguments(arguments, "config", "local_rank")
     parser = argparse.ArgumentParser(
-        prog="deepspeed --num_gpus N sutrain/pretrain.py",
-        description="Pretrain an encoder on prepared shards. Started again, a run goes on from its last checkpoint.",
+        prog=f"deepspeed --num_gpus N sutrain/{program}",
+        description=description,
         epilog="every key of the configuration can be set with --section.key=value:\n"
         + field_help(PretrainConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,14 +16,16 @@ if __package__ in (None, ""):  # started by its path, as the deepspeed launcher 
 
 import torch.distributed as dist
 
-from sutrain.launch import stop
-from sutrain.pretrain import Run, parse_arguments
+from sutrain.launch import parse_arguments, stop
+from sutrain.pretrain import Run
 
 
 def main(arguments: list[str] | None = None) -> None:
     """One clear line and a non-zero exit where the engine cannot be mapped."""
+    given = sys.argv[1:] if arguments is None else arguments
+    config = parse_arguments(given, "show_fragments.py", (__doc__ or "").split("\n\n")[0])
     try:
-        run = Run(parse_arguments(sys.argv[1:] if arguments is None else arguments))
+        run = Run(config)
     except ValueError as error:
         stop(str(error))
     for rank in range(run.world_size):

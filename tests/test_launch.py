@@ -100,6 +100,14 @@ def test_the_first_ctrl_c_asks_to_stop_and_the_second_ends_at_once():
     assert result.returncode == -signal.SIGINT
 
 
+@pytest.mark.parametrize("program", ["pretrain.py", "show_fragments.py"])
+def test_help_is_that_of_the_program_asked(program):
+    command = [sys.executable, ROOT / "sutrain" / program, "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, env=shell()).stdout
+    assert f"deepspeed --num_gpus N sutrain/{program}" in said and "optimizer.learning_rate" in said
+    assert ("which part of which tensor" in said) == (program == "show_fragments.py")
+
+
 def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):
     held = hold_run_folder(tmp_path / "run")
     code = "import pathlib, sys; from sutrain.launch import hold_run_folder as hold; hold(pathlib.Path(sys.argv[1]))"
