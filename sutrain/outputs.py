@@ -75,6 +75,7 @@ class RunOutputs:
             config.checkpoint.every_steps,
             steps_done,
             facts.get("totals_before"),
+            config.steps,
         )
         self.exporter.board = board
         if config.monitor.port:
@@ -94,13 +95,13 @@ class RunOutputs:
             resume_from_step=resumed_from,
             layers_every_steps=config.monitor.layers_every_steps,
         )
-        self.spike_watch = SpikeWatch(self.groups)
         if lines := self.metrics.damaged:
             print(
                 f"warning: {folder / FILE_NAME}: {len(lines):,} line(s) with a damaged beginning were left out, "
                 f"first line {lines[0]:,}",
                 flush=True,
             )
+        self.spike_watch = SpikeWatch(self.groups)
         self.spike_watch.restore(last_steps(folder / FILE_NAME, WINDOW_STEPS + 1))
         self.metrics.run(
             steps_done,
@@ -167,6 +168,11 @@ class RunOutputs:
     def checkpoint(self, step: int) -> None:
         """A checkpoint of `step` is complete."""
         self.exporter.checkpoint(step)
+
+    def finished(self) -> None:
+        """All steps are done and kept: let the one who scrapes see the last of it."""
+        self.worker.wait()
+        self.exporter.wait_for_scrape()
 
     def dump(self, record: Mapping[str, Any], last_good_step: int) -> str:
         """Write what is needed to look into a run that is being stopped; returns where."""

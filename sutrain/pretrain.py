@@ -283,6 +283,8 @@ class Run:
             self.clock.waiting(self.steps_done)
         if self.steps_done == config.steps:
             self.writer.wait()
+            if self.rank == 0:
+                self.outputs.finished()
         batches.close()
 
     def close(self) -> None:

@@ -51,7 +51,11 @@ QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 MAX_LAYERS = 48
 """Layers with series of their own by default: a 1000-layer run then has fewer than 2,000 series."""
 MAX_RANKS = 32
+LAST_SCRAPE_SECONDS = 60.0
+"""How long a finished run waits at most for the one who scrapes it."""
 _RANK_FIELDS = {"rank_heartbeat_timestamp_seconds": "time"}
+_ANSWER_SECONDS = 0.5
+"""For an answer whose text is made to reach the one who asked."""
 OTHER = "other"
 
 
@@ -80,7 +84,8 @@ class Exporter(Collector):
     `mfu_reference`).  `start()` raises ValueError, naming the setting, if the address cannot be listened on.
     Counters start at zero with the process, as Prometheus counters do: a run that goes on from an older checkpoint
     repeats steps, and a counter that goes back would be taken for one that began anew, all of it as an increase.
-    `folder` is the run's, for the free space of its disk; `checkpoint_every_steps` as configured. `started_at_step` and
+    `folder` is the run's, for the free space of its disk; `checkpoint_every_steps` and `total_steps` are as configured,
+    `started_at_step` and
     `totals_before`, by the keys of the counters of series.STEP, are of the checkpoint that the run goes on from.
     `board`, once set, has the states of the ranks; above `MAX_RANKS` ranks only the most conspicuous are shown.
     """
@@ -96,9 +101,13 @@ class Exporter(Collector):
         checkpoint_every_steps: int = 0,
         started_at_step: int = 0,
         totals_before: Mapping[str, float] | None = None,
+        total_steps: int = 0,
     ) -> None:
         self.board: RankBoard | None = None
         self._folder, self._checkpoint_every_steps = folder, checkpoint_every_steps
+        self._total_steps = total_steps
+        self._scrapes: tuple[float, ...] = ()  # when the last two ended
+        self._scraped = threading.Event()
         self._maxima_G, self._maxima = RollingMaximum(), RollingMaximum()
         self.host, self.port = host, port
         self._groups = groups
@@ -138,6 +147,18 @@ class Exporter(Collector):
             raise ValueError(_address_problem(self.host, self.port, error)) from None
         self.port = self._server.server_port
         return self
+
+    def wait_for_scrape(self) -> None:
+        """Return when the last numbers have been fetched, or are not going to be: an interval and a half after the last
+        scrape, at once where nobody scrapes. To be called by a run that has finished."""
+        self._scraped.clear()
+        scrapes = self._scrapes
+        if len(scrapes) < 2:
+            return
+        earlier, last = scrapes
+        left = min(1.5 * (last - earlier), LAST_SCRAPE_SECONDS) - (time.monotonic() - last)
+        if left > 0 and self._scraped.wait(left):
+            time.sleep(_ANSWER_SECONDS)
 
     def close(self) -> None:
         """Stop listening and free the port; further calls do nothing."""
@@ -229,6 +250,7 @@ class Exporter(Collector):
         counts = [((part,), count) for part, count in now.direction_spikes.items()]
         yield _family(contract.DIRECTION_SPIKES, counts)
         yield _family(contract.SKIPPED_IN_A_ROW, [((), now.skipped_in_a_row)])
+        yield _family(contract.TOTAL_STEPS, [((), self._total_steps)])
         yield _family(contract.HEARTBEAT, [((), now.heartbeat)])
         info = tuple(str(self._run_info.get(label, "")) for label in contract.RUN_INFO.labels)
         yield _family(contract.RUN_INFO, [(info, 1)])
@@ -244,6 +266,8 @@ class Exporter(Collector):
         if now.update_ratio_max_G is not None:
             rows = [(self._groups.keys[g], now.update_ratio_max_G[g]) for g in self._shown]
             yield _family(contract.WINDOW_LAYERED, rows)
+        self._scrapes = (*self._scrapes[-1:], time.monotonic())
+        self._scraped.set()
 
     def _storage(self, checkpoint: tuple[int, float]) -> Iterator[Metric]:
         values = [checkpoint[0], self._checkpoint_every_steps, checkpoint[1], math.nan, math.nan]
@@ -304,7 +328,7 @@ def series_count(
     parts = len(groups.layer_groups)
     hidden = parts if groups.layers > max_layers else 0
     all_parts = len({part for _, part in groups.keys})
-    single = all_parts + len((*STEP, *POSITION, *PROBE, *EVALUATION, *GLOBAL, *WINDOW, *contract.STORAGE)) + 4
+    single = all_parts + len((*STEP, *POSITION, *PROBE, *EVALUATION, *GLOBAL, *WINDOW, *contract.STORAGE)) + 5
     columns = 4 + optimizer_columns
     quantiles = parts * ((columns + 1) * len(QUANTILES) + 2)  # with the ratio per rate; slope and dead layers
     return single + (columns + 3) * shown + hidden + quantiles + probed * len(chosen)

@@ -231,6 +231,7 @@ STORAGE = (
     Series("disk_free_ratio", "gauge", "", "Free share of the disk with the run's folder"),
     Series("disk_free_bytes", "gauge", "bytes", "Free bytes of it"),
 )
+TOTAL_STEPS = Series("total_steps", "gauge", "steps", "Steps of the whole run, as configured")
 HEARTBEAT = Series(
     "heartbeat_timestamp_seconds", "gauge", "s", "Unix time at which the training loop last spoke"
 )
@@ -241,5 +242,5 @@ RUN_INFO = Series(
 ALL: tuple[Series, ...] = (
     *STEP, *POSITION, *PROBE, *PROBE_LAYERED, *EVALUATION, *EVALUATION_BY, *GLOBAL, *LAYERED, PARAMETERS, *OVER_DEPTH,
     WINDOW_LAYERED, *WINDOW, DEAD_LAYERS, DEPTH_SLOPE, UPDATE_SPIKES, DIRECTION_SPIKES, LOSS_SPIKES, SKIPPED_IN_A_ROW,
-    *RANK, *STORAGE, HEARTBEAT, RUN_INFO,
+    *RANK, *STORAGE, TOTAL_STEPS, HEARTBEAT, RUN_INFO,
 )  # fmt: skip

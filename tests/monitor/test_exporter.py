@@ -1,5 +1,6 @@
 """The endpoint over real HTTP: what it says, that a scrape is consistent, and that it goes away again."""
 
+import itertools
 import math
 import socket
 import threading
@@ -61,6 +62,30 @@ def test_every_series_of_the_contract_is_served_and_no_other():
     # Spike counters are there, at zero, before the first step: else the first increase could not be seen.
     assert before["sutrain_loss_spikes_total",] == 0
     assert before["sutrain_update_spikes_total", ("layer", "2"), ("part", "mixer")] == 0
+
+
+def test_a_finished_run_waits_for_the_one_who_scrapes_it_and_for_nobody_else():
+    """For the next scrape of one that comes every 0.4 s; not for one that has gone, or that came only once."""
+    (record, table, _), (later, *_) = itertools.islice(made_up_run(layers=1), 2)
+    with Exporter("127.0.0.1", 0, groups_of(1), total_steps=2) as exporter:
+        exporter.step(record, table)
+        started = time.monotonic()
+        scrape(exporter)
+        exporter.wait_for_scrape()
+        assert time.monotonic() - started < 0.3
+        time.sleep(0.4)
+        scrape(exporter)
+        found = {}
+        scraper = threading.Timer(0.4, lambda: found.update(scrape(exporter)))
+        scraper.start()
+        exporter.step(later, table)
+        exporter.wait_for_scrape()
+        assert found["sutrain_step",] == found["sutrain_total_steps",] == 2
+        started = time.monotonic()
+        exporter.wait_for_scrape()
+        assert time.monotonic() - started < 1.5
+        exporter.wait_for_scrape()
+        assert time.monotonic() - started < 1.5, "one that did not come is not waited for again"
 
 
 def test_numbers_are_those_of_the_table():
