@@ -249,6 +249,7 @@ class FragmentOptimizer(torch.optim.Optimizer):
             part._prepare(first, second)
             fragments.all_reduce(second.flat)
             part._apply(first, second)
+        part._passes.end()
         if part is self._parts[-1]:
             fragments.around.forget_gradients()
 

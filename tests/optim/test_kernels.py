@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sutrain.optim import Fragment, FragmentMap, build_optimizer
 from sutrain.optim.fragments import Surroundings
@@ -155,6 +156,22 @@ def test_chunks_cover_every_element_once_and_never_share_a_sum():
     assert partials > 0
     in_groups = {chunk for first, last, _, _ in groups.tolist() for chunk in range(first, last)}
     assert in_groups == {i for i, chunk in enumerate(chunks.tolist()) if chunk[3] >= 0}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lamb", "egd"])
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+def test_the_memory_of_gradients_is_free_after_an_update(name, kernels):
+    """The engine lets go of them before the next forward pass, which needs the room."""
+    model = torch.nn.Linear(6, 5)
+    optimizer = build_optimizer(name, model.named_parameters(), kernels=kernels)
+    optimizer.attach(FragmentMap.whole(model.named_parameters()))
+    for value in (1.0, float("nan")):  # also of an update that is not made
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        held = [StorageWeakRef(parameter.grad.untyped_storage()) for parameter in model.parameters()]
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        assert all(memory.expired() for memory in held)
 
 
 def test_memory_of_another_type_is_refused():

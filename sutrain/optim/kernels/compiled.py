@@ -74,6 +74,9 @@ class CompiledKernels:
         self._gradients = self._in_buffers(gradients)
         self._weights = self._in_buffers(self._layout.buffers)
 
+    def end(self) -> None:
+        self._gradients_alive = []
+
     def square_sums(self, row_sums: Tensor, column_sums: Tensor) -> Tensor:
         result = self._result(2)
         self._library.square_sums(

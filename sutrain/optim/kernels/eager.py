@@ -34,10 +34,14 @@ class EagerKernels:
         ]
 
     def begin(self, gradients: Tensors) -> None:
-        """What the other methods work on, until the next begin(): flat fp32 gradients of every buffer."""
+        """What the other methods work on, until end(): flat fp32 gradients of every buffer."""
         owned = list(zip(self._layout.fragments, self._layout.buffer_of, strict=True))
         self._gradients = [gradients[i].view(-1).narrow(0, f.start, f.length) for f, i in owned]
         self._weights = [fragment.values() for fragment, _ in owned]
+
+    def end(self) -> None:
+        """Let go of the gradients: held on to, they would stand beside those of the next update, 4 bytes a weight."""
+        self._gradients = []
 
     def square_sums(self, row_sums: Tensor, column_sums: Tensor) -> Tensor:
         """Σg² and Σθ² of every fragment, [F, 2]; row and column sums of g² are added into the flat arrays."""

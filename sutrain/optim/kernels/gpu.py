@@ -265,6 +265,9 @@ class TritonKernels:
         self._gradients = self._in_buffers("gradients", gradients)
         self._weights = self._in_buffers("weights", self._layout.buffers)
 
+    def end(self) -> None:
+        self._gradients_alive = []
+
     def square_sums(self, row_sums: Tensor, column_sums: Tensor) -> Tensor:
         self._launch(_square_sums, self._gradients, self._weights, row_sums, self._partials, self._sums)
         if len(self._groups):
