@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=16)
-def _cached_table(length: int, size: int, base: float, device: torch.device) -> Tensor:
+def _table(length: int, size: int, base: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a cached inference tensor could never serve in training again
         exponent = torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / -size
         angle = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), base**exponent)
         return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, torch.float32)
+
+
+_cached_table = lru_cache(maxsize=16)(_table)
 
 
 def rotary_table(length: int, size: int, base: float, device: torch.device) -> Tensor:
@@ -29,7 +31,9 @@ def rotary_table(length: int, size: int, base: float, device: torch.device) -> T
     rounding of a large fp32 angle would make scores depend on the position itself.
     """
     whole = 1 << max(length - 1, 127).bit_length()  # a few sizes, not one per batch
-    return _cached_table(whole, size, base, device)[:length]
+    # A program that is being recorded (torch.export) has stand-ins for tensors, which nobody else must find.
+    table = _table if torch.compiler.is_compiling() else _cached_table
+    return table(whole, size, base, device)[:length]
 
 
 def rotate(x_BLHK: Tensor, table: Tensor | None, half: bool = False) -> Tensor:

@@ -70,3 +70,16 @@ def test_tables_of_all_lengths_are_slices_of_each_other():
         table = rotary_table(length, 8, 10000.0, CPU)
         assert table.shape == (length, 4, 2)
         assert torch.equal(table, long[:length])
+
+
+def test_a_table_of_a_recorded_program_is_nobody_elses():
+    """What torch.export sees are stand-ins without numbers."""
+
+    class Turn(torch.nn.Module):
+        def forward(self, x_BLHK):
+            return rotate(x_BLHK, rotary_table(x_BLHK.shape[1], x_BLHK.shape[3], 10000.0, CPU))
+
+    _cached_table.cache_clear()
+    x_BLHK = torch.randn(2, 9, 3, 8)
+    recorded = torch.export.export(Turn(), (x_BLHK,)).module()
+    torch.testing.assert_close(Turn()(x_BLHK), recorded(x_BLHK))
