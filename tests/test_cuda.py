@@ -84,9 +84,12 @@ def test_no_layer_waits_for_the_device():
 
 
 def test_a_run_in_fp32_follows_that_of_the_cpu(dataset, tmp_path):
+    """From the same weights: first ones are drawn on the device that trains, and a GPU draws other numbers."""
     config = write_run(tmp_path, dataset, precision="fp32", model={**RUN["model"], **UNDROPPED})
-    train(config, 1)
-    train(config, 1, f"--run_dir={tmp_path / 'gpu'}", variables=ON_GPU)
+    begun = f"--init_from={tmp_path / 'first'}"
+    train(config, 1, f"--run_dir={tmp_path / 'first'}", "--steps=1")
+    train(config, 1, begun)
+    train(config, 1, begun, f"--run_dir={tmp_path / 'gpu'}", variables=ON_GPU)
     assert compare_steps(read_steps(tmp_path / "run"), read_steps(tmp_path / "gpu"), 1e-3) == []
 
 
