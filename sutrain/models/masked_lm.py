@@ -44,6 +44,11 @@ class MaskedLanguageModel(nn.Module):
             if part is not None:
                 part.apply(partial(initialise, config=config))
 
+    def reset_parameters(self) -> None:
+        """The bias of BERT's head starts at 0."""
+        if self.head_bias is not None:
+            nn.init.zeros_(self.head_bias)
+
     def forward(
         self, tokens_BL: Tensor, document_BL: Tensor | None = None, token_types_BL: Tensor | None = None
     ) -> Tensor:

@@ -30,6 +30,9 @@ class SutrainPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding) and not hasattr(module, "role"):
             super()._init_weights(module)  # a layer that somebody added to the model
+        elif isinstance(module, nn.Linear) and getattr(module.weight, "_is_hf_initialized", False):
+            if module.bias is not None:  # the weight was in the file; initialise() would draw its parts anew
+                nn.init.zeros_(module.bias)
         else:
             initialise(module, self.config.encoder_config())
 

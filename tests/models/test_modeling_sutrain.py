@@ -94,6 +94,26 @@ def test_weights_missing_from_a_file_are_initialised_by_their_role(tmp_path):
     assert head.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.03)
 
 
+def test_the_bias_of_a_head_that_a_file_has_not_begins_at_zero(tmp_path, monkeypatch):
+    """The library hands over memory as it is."""
+    SutrainModel(SutrainConfig(**vars(CONFIGS["bert"]))).save_pretrained(tmp_path)
+    made = torch.empty_like
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **more: made(x, **more).fill_(float("nan"))
+    )  # on the meta device that changes nothing
+    bias = SutrainForMaskedLM.from_pretrained(tmp_path).model.head_bias
+    assert torch.equal(bias, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("initialisation", ["gau_alpha", "su_lamb"])
+def test_biases_that_a_file_has_not_leave_its_weights_alone(tmp_path, initialisation):
+    config = replace(CONFIGS["gau_alpha"], initialisation=initialisation)
+    model = saved(config, tmp_path)
+    loaded = SutrainForMaskedLM.from_pretrained(tmp_path, biases=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS, MASK).logits, model(TOKENS, MASK).logits)
+
+
 def test_loss_ignores_minus_100_and_has_gradients(config):
     model = hugging_face(config)
     labels = torch.where(torch.rand(TOKENS.shape) < 0.3, TOKENS, -100)
@@ -310,3 +330,24 @@ def test_the_configuration_keeps_every_setting_and_the_customary_names(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).encoder_config() == config.encoder_config()
     with pytest.raises(EncoderConfigError, match=r"model\.num_layers"):
         SutrainConfig(num_layers=0)
+
+
+def test_settings_that_are_surely_a_mistake_are_refused(tmp_path):
+    sizes = {"hidden_size": 32, "vocab_size": 300}
+    with pytest.raises(EncoderConfigError) as error:
+        SutrainConfig(num_layers=3, num_hidden_layers=4, num_head=2, initialization="plain", **sizes)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and "num_layers: found 3, and 4 under its other name num_hidden_layers" in lines[0]
+    assert "did you mean num_heads?" in lines[1] and "did you mean initialisation?" in lines[2]
+    assert SutrainConfig(num_layers=3, num_hidden_layers=3, **sizes).num_layers == 3
+    own = {
+        "num_labels": 5,
+        "problem_type": "regression",
+        "sep_token_id": 3,
+        "use_cache": False,
+        "dtype": "bfloat16",
+    }
+    config = SutrainConfig(**sizes, **own, task_specific_params={}, classifier_dropout=0.2)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path, num_labels=4, hidden_dropout_prob=0.0)
+    assert (again.num_labels, again.hidden_dropout, again.classifier_dropout) == (4, 0.0, 0.2)
