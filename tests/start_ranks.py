@@ -2,7 +2,8 @@
 
 python tests/start_ranks.py RANKS PORT PROGRAM [ARGUMENT …]. When a rank fails the others are ended and its exit status
 becomes this program's; SIGTERM and SIGINT are handed on. The launcher itself is used where a test is about more than
-what the ranks compute: the demo, the README's commands, and one run of tests/test_pretrain.py.
+what the ranks compute: the demo, the README's commands, and a few runs of tests/test_pretrain.py and
+test_pretrain_failures.py.
 """
 
 import os
