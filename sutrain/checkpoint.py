@@ -4,8 +4,10 @@
         rank-00000.safetensors   this rank's slices: "master|NAME|OFFSET", "STATE KEY|NAME|OFFSET" (flat, fp32)
         rank-00000.json          checksum of that file
         replicated.safetensors   small optimizer state that is the same on every rank (rank 0 writes it)
-        manifest.json            counters, tensor shapes, time, and size and checksum of every file; written last
-    checkpoints/best.json        {"step", "validation_loss", "basis"}: that step is never pruned
+        manifest.json            counters, tensor shapes, time, and size and checksum of every file; of a new best one
+                                 its held-out loss too; written last
+    checkpoints/best.json        {"step", "validation_loss", "basis"}: that step is never pruned; "to_better" has what a
+                                 loss on another basis must be below to take its place, {basis: loss}
 
 A checkpoint appears under its name only when it is complete: files are written and synced in a temporary folder,
 which is then renamed (checkpoint_writer.py). Nothing is pickled.
@@ -56,16 +58,27 @@ def step_name(step: int) -> str:
 def mark_best(directory: Path, step: int, validation_loss: float, basis: str) -> None:
     """Remember which checkpoint has the lowest held-out loss; `prune` keeps it. `basis` says what it was measured on:
     losses over other rows or masks are not compared."""
+    _write_best(directory, {"step": step, "validation_loss": validation_loss, "basis": basis})
+
+
+def mark_to_better(directory: Path, validation_loss: float, basis: str) -> None:
+    """Remember, as long as the best checkpoint stays the best, what a loss on another basis must be below to take its
+    place: measured anew at every start, it would follow a run that gets worse."""
+    if marked := best(directory):
+        _write_best(directory, marked | {"to_better": marked.get("to_better", {}) | {basis: validation_loss}})
+
+
+def _write_best(directory: Path, content: dict[str, Any]) -> None:
     temporary = directory / ".best.json"
     with temporary.open("w", encoding="utf-8") as handle:
-        json.dump({"step": step, "validation_loss": validation_loss, "basis": basis}, handle, indent=1)
+        json.dump(content, handle, indent=1)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.rename(directory / "best.json")
 
 
 def best(directory: Path) -> dict[str, Any] | None:
-    """{"step", "validation_loss", "basis"} of the best checkpoint, or None when there is none (any more)."""
+    """What best.json says of the best checkpoint, or None when there is none (any more)."""
     try:
         marked = json.loads((directory / "best.json").read_text())
         return marked if (directory / step_name(marked["step"])).is_dir() else None
@@ -101,8 +114,10 @@ class Agreed(NamedTuple):
     """What all ranks resume from, as rank 0 finds it."""
 
     checkpoint: Checkpoint | None  # the newest intact one
-    best_loss: float  # the best held-out loss up to it on this basis, infinite if there is none
-    other_basis: bool  # the best checkpoint was found on another basis, so that losses do not compare
+    best_loss: (
+        float  # what a held-out loss on this basis must be below to be the best, infinite if nothing is known
+    )
+    other_basis: bool  # there is a best checkpoint, and on this basis nothing is known to compare it by
     damaged: list[str]  # one line for each that was passed over; empty but on rank 0
 
 
@@ -117,12 +132,8 @@ def agree_on_latest(directory: Path, basis: str, device: torch.device) -> Agreed
     if _rank() == 0:
         found, damaged = find_latest(directory)
         decision[0] = found.step if found else _ALL_DAMAGED if damaged else _NOTHING
-        marked = best(directory)
-        if found and marked and marked["step"] <= found.step:
-            if marked.get("basis") == basis:
-                decision[1] = marked["validation_loss"]
-            else:
-                decision[2] = True
+        if found:
+            decision[1], decision[2] = _to_better(directory, found, basis)
     dist.broadcast(decision, 0)
     step, best_loss, other_basis = int(decision[0]), float(decision[1]), bool(decision[2])
     if step == _ALL_DAMAGED:
@@ -141,6 +152,18 @@ def agree_on_latest(directory: Path, basis: str, device: torch.device) -> Agreed
 
 
 _NOTHING, _ALL_DAMAGED = -1, -2
+
+
+def _to_better(directory: Path, found: Checkpoint, basis: str) -> tuple[float, bool]:
+    """best_loss and other_basis of a run that goes on from `found`."""
+    marked, own = best(directory), found.manifest.get("best")
+    if own and not (marked and marked["step"] == found.step):
+        mark_best(directory, found.step, **own)  # killed between the rename that published it and the mark
+        marked = best(directory)
+    if marked is None or marked["step"] > found.step:
+        return float("inf"), False
+    known = {**marked.get("to_better", {}), marked.get("basis"): marked["validation_loss"]}
+    return known.get(basis, float("inf")), basis not in known
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class CheckpointWriter:
         self.copy_seconds = time.perf_counter() - started
         self.last_step = step
         manifest = {"format": checkpoints.FORMAT, "step": step, "counters": counters, "shapes": shapes}
+        if best is not None:
+            manifest["best"] = {"validation_loss": best[0], "basis": best[1]}
         self._thread = threading.Thread(
             target=self._write, args=(step, files, manifest, best), name="checkpoint-writer", daemon=True
         )

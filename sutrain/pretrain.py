@@ -241,6 +241,8 @@ class Run:
             self.evaluate()
         elif self.other_basis:  # the best checkpoint stays the best until something betters this
             self.best_loss = self.evaluate()
+            if self.rank == 0:
+                checkpoints.mark_to_better(self.checkpoint_dir, self.best_loss, self.evaluator.basis)
         ahead = (config.steps - self.steps_done, config.data.prefetch_updates, config.data.workers)
         batches = prefetch(self.samples, self.plan, self.samples_consumed, *ahead)
         ended = started = time.perf_counter()

@@ -94,6 +94,43 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
     assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["4", "5"]
 
 
+@pytest.fixture
+def agreed(tmp_path, monkeypatch):
+    """agreed(basis) -> (best loss, other basis) of a run of one rank that goes on in tmp_path."""
+    monkeypatch.setattr(checkpoints.dist, "broadcast", lambda decision, source: None)
+    return lambda basis: checkpoints.agree_on_latest(tmp_path, basis, torch.device("cpu"))[1:3]
+
+
+def test_what_is_to_be_bettered_on_another_basis_stays_as_long_as_the_best_checkpoint_does(tmp_path, agreed):
+    save(tmp_path, 4)
+    checkpoints.mark_best(tmp_path, 4, 1.5, "40 rows")
+    assert agreed("40 rows") == (1.5, False) and agreed("20 rows") == (float("inf"), True)
+    checkpoints.mark_to_better(tmp_path, 1.75, "20 rows")
+    checkpoints.mark_to_better(tmp_path, 1.25, "10 rows")
+    save(tmp_path, 8)  # of a run that got worse
+    assert [agreed(f"{rows} rows") for rows in (40, 20, 10)] == [(1.5, False), (1.75, False), (1.25, False)]
+    checkpoints.mark_best(tmp_path, 8, 1.5, "20 rows")
+    assert agreed("20 rows") == (1.5, False) and agreed("40 rows") == (float("inf"), True)
+
+
+def test_a_kill_between_a_new_best_checkpoint_and_its_mark_loses_neither(tmp_path, agreed, monkeypatch):
+    writer = CheckpointWriter(tmp_path, Keep(last=1))
+    arguments = ([(MASTER, "a", 0, torch.arange(12.0))], {}, {"a": [3, 4]}, {})
+    writer.save(4, *arguments, best=(1.5, "40 rows"))
+    assert writer.wait(20)
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoints, "mark_best", lambda *_: sys.exit())
+        writer.save(8, *arguments, best=(1.25, "40 rows"))
+        with pytest.raises(SystemExit):
+            writer.wait(20)
+    assert checkpoints.best(tmp_path)["step"] == 4
+    assert agreed("40 rows") == (1.25, False) and checkpoints.best(tmp_path)["step"] == 8
+    writer.save(12, *arguments)
+    assert writer.wait(20)
+    prune(tmp_path, keep_last=1)
+    assert [path.name[-2:] for path in checkpoints.by_age(tmp_path)] == ["12", "08"]
+
+
 def test_a_best_checkpoint_that_is_gone_or_a_damaged_mark_is_none(tmp_path):
     save(tmp_path, 5)
     checkpoints.mark_best(tmp_path, 2, 1.5, "")
