@@ -36,10 +36,19 @@ class Remote:
     """One data set at `url`, mirrored in `directory`, with at most `cache_bytes` of blocks on the local disk."""
 
     def __init__(self, url: str, directory: Path, cache_bytes: int):
+        """Raises ConfigError for a URL that cannot be read here."""
         self.directory, self.cache_bytes = Path(directory), cache_bytes
-        self._files, self._root = fsspec.core.url_to_fs(url)
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"data.remote: {url}: {error}") from None
         self._lock = threading.Lock()
         self._cache = self.directory / ".blocks"
+        # A look at all blocks of a large cache takes longer than it takes to fetch one. So a look leaves a sixteenth of
+        # it free, which the ranks of this host may fill before the next.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        self._spare_bytes, self._look_after_bytes = cache_bytes // 16, cache_bytes // 16 // ranks
+        self._unseen_bytes = cache_bytes  # kept since the last look; at the start nothing has been seen
 
     def mirror(self) -> None:
         """Bring the small files here; the manifest comes last, so a folder with one is whole.
@@ -111,7 +120,7 @@ class Remote:
         data = self._get(f"{split}/{shard}", offset, offset + length)
         if len(data) == length and length <= self.cache_bytes:
             _write(file, data)
-            self._evict()
+            self._evict(length)
         return data
 
     def forget(self, split: str, shard: str, offset: int) -> None:
@@ -142,9 +151,12 @@ class Remote:
                 time.sleep(_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
-    def _evict(self) -> None:
+    def _evict(self, added_bytes: int) -> None:
         with self._lock:
-            found = []
+            self._unseen_bytes += added_bytes
+            if self._unseen_bytes < self._look_after_bytes:
+                return
+            self._unseen_bytes, found = 0, []
             for file in self._cache.iterdir():
                 try:
                     status = file.stat()
@@ -153,7 +165,7 @@ class Remote:
                 found.append((status.st_mtime, status.st_size, file))
             total = sum(size for _, size, _ in found)
             for _, size, file in sorted(found):
-                if total <= self.cache_bytes:
+                if total <= self.cache_bytes - self._spare_bytes:
                     break
                 file.unlink(missing_ok=True)
                 total -= size

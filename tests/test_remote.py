@@ -1,6 +1,8 @@
 """Shards that lie elsewhere: the same rows, by range reads, with a bounded cache, through a network that fails."""
 
 import shutil
+import sys
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -76,6 +78,30 @@ def test_the_cache_stays_within_its_bound(url, tmp_path):
         reader.rows(start, start + 10)
         assert sum(file.stat().st_size for file in (tmp_path / ".blocks").glob("*")) <= bound
     assert list((tmp_path / ".blocks").glob("*"))
+
+
+def test_all_blocks_of_the_cache_are_looked_at_now_and_then_and_the_bound_holds_for_all_ranks(
+    url, tmp_path, monkeypatch
+):
+    """A look takes longer than it takes to fetch a block, where a hundred thousand are there."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    looks, real = [], Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: looks.append(path) or real(path))
+    ranks = [open_remote(url, tmp_path, 160_000) for _ in range(4)]
+    blocks = tmp_path / ".blocks"
+    for number in range(800):
+        ranks[number % 4].block("train", "shard-000000.tar", number, 1000)
+        if number % 10 == 0:
+            assert sum(file.stat().st_size for file in blocks.glob("*")) <= 160_000 + 1000
+    assert sum(file.stat().st_size for file in blocks.glob("*")) > 100_000
+    assert 0 < len([path for path in looks if path == blocks]) < 400
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket", "gs://bucket"])
+def test_a_url_that_cannot_be_read_here_is_one_clear_line(tmp_path, url, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # a storage whose package is not installed
+    with pytest.raises(ConfigError, match=f"data.remote: {url}: "):
+        Remote(url, tmp_path, 1000)
 
 
 def test_a_network_that_fails_for_a_moment_is_asked_again(url, tmp_path, monkeypatch):
