@@ -97,8 +97,7 @@ class RunOutputs:
         )
         if lines := self.metrics.damaged:
             print(
-                f"warning: {folder / FILE_NAME}: {len(lines):,} line(s) with a damaged beginning were left out, "
-                f"first line {lines[0]:,}",
+                f"warning: {folder / FILE_NAME}: {lines:,} line(s) with a damaged beginning were cut off its end",
                 flush=True,
             )
         self.spike_watch = SpikeWatch(self.groups)

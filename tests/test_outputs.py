@@ -76,15 +76,14 @@ def test_a_log_without_a_step_and_that_of_a_run_that_goes_on_are_not_put_aside(
     assert (folder / "metrics.jsonl").read_text().splitlines(True)[:-1] == kept
 
 
-def test_lines_with_a_damaged_beginning_are_left_out_and_told(start, capsys):
+def test_lines_with_a_damaged_beginning_that_are_cut_off_are_told(start, capsys):
     folder, open_and_close = start
     log = folder / "metrics.jsonl"
     later, torn = STEP.replace('"step": 1', '"step": 2'), '{"kind": "step", "st'
-    log.write_text(RUN + "\0" + STEP + STEP + STEP[5:] + later + torn)
+    log.write_text(RUN + STEP + "\0" + STEP + STEP[5:] + later + torn)
     open_and_close(1)
     assert log.read_text().splitlines(True)[:-1] == [RUN, STEP]
-    said = capsys.readouterr().out
-    assert f"{log}: 2 line(s) with a damaged beginning were left out, first line 2\n" in said
+    assert f"{log}: 2 line(s) with a damaged beginning were cut off its end\n" in capsys.readouterr().out
     open_and_close(1)
     assert "damaged" not in capsys.readouterr().out, (
         "what ends a log torn or lies after the checkpoint is no damage"

@@ -15,6 +15,7 @@ are kept to the last bit, so that two runs can be compared exactly; the norms of
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -48,12 +49,11 @@ class DamagedLogError(ValueError):
 class MetricsLog:
     """The writer: appends a line, flushed, per call; open it on one rank only.
 
-    With `resume_from_step` = k the lines of later steps, written by a run that was then lost, are dropped
-    first, and so is a line torn by a crash. So are lines whose beginning is damaged, which no reader could place:
-    `damaged` has their numbers. That rewrite is atomic: a copy is synced and renamed over the file.
-
-    The table per layer is written every `layers_every_steps` steps and on every step that spiked, but on average no
-    more than TABLE_BYTES_PER_STEP: at 1000 layers it is 120 kB, so it is written on every third step or so. Raises
+    With `resume_from_step` = k the lines of later steps, written by a run that was then lost, are cut off
+    first, and so is a line torn by a crash: both are at the end, and a log of weeks is not read for it. Lines
+    among them whose beginning is damaged cannot be placed: `damaged` says how many. The table per layer is
+    written every `layers_every_steps` steps and on every step that spiked, but on average no more than
+    TABLE_BYTES_PER_STEP: at 1000 layers it is 120 kB, so it is written on every third step or so. Raises
     DamagedLogError if a new run (no `resume_from_step`) would be appended to the log of another.
     """
 
@@ -63,7 +63,7 @@ class MetricsLog:
         self.path = Path(path)
         self._layers_every_steps = max(1, layers_every_steps)
         self._table_budget_bytes = float(TABLE_BYTES_AHEAD)
-        self.damaged: list[int] = []
+        self.damaged = 0
         if resume_from_step is not None and self.path.exists():
             self.damaged = _drop_after(self.path, resume_from_step)
         elif self.path.exists() and self.path.stat().st_size:
@@ -166,21 +166,36 @@ def set_aside(path: Path) -> Path | None:
     return path.rename(f"{path}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
 
 
-def _drop_after(path: Path, step: int) -> list[int]:
-    """Rewrite the log without the lines of steps after `step` and without a torn last line; returns the numbers of the
-    lines that went because their beginning is damaged."""
-    copy, damaged = path.with_name(path.name + ".part"), []
-    with open(path, "rb") as old, open(copy, "wb") as new:
-        for number, line in enumerate(old, 1):
-            start, whole = _START.match(line), line.endswith(b"\n")
-            if whole and start and int(start.group(2)) <= step:
-                new.write(line)
-            elif whole and not start:
-                damaged.append(number)
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(copy, path)
+def _drop_after(path: Path, step: int) -> int:
+    """Cut off the lines of steps after `step` and a torn last line; lines are in the order of steps. Returns how many
+    whole lines without a step were among them."""
+    damaged = 0
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        for offset, line in _from_the_end(file):
+            start = _START.match(line)
+            if line.endswith(b"\n") and start and int(start.group(2)) <= step:
+                break
+            damaged += start is None and line.endswith(b"\n")
+            end = offset
+        file.truncate(end)
+        os.fsync(file.fileno())
     return damaged
+
+
+def _from_the_end(file: BinaryIO, block_bytes: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of each line of a file, the last one first."""
+    position, rest = file.seek(0, os.SEEK_END), b""
+    while position:
+        size = min(position, block_bytes)
+        position -= size
+        file.seek(position)
+        lines = io.BytesIO(file.read(size) + rest).readlines()
+        offset = position + size + len(rest)
+        rest = lines.pop(0) if position else b""  # begins before this block
+        for line in reversed(lines):
+            offset -= len(line)
+            yield offset, line
 
 
 @dataclass

@@ -3,13 +3,22 @@
 import json
 import math
 import tracemalloc
+from io import BytesIO
 
 import numpy as np
 import pytest
 
 from sutrain.compare import read_steps as compared_steps
-from sutrain.monitor import tables
-from sutrain.monitor.log import DamagedLogError, MetricsLog, find_steps, last_steps, read_run, read_steps
+from sutrain.monitor import log, tables
+from sutrain.monitor.log import (
+    DamagedLogError,
+    MetricsLog,
+    _from_the_end,
+    find_steps,
+    last_steps,
+    read_run,
+    read_steps,
+)
 from tests.monitor.made_up import COLUMNS, groups_of, made_up_run, write_run
 
 
@@ -60,6 +69,31 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
     run = read_run(path)
     assert run.steps[-1]["step"] == run.evaluations[-1]["step"] == 20 and not run.notes
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 50, 10_000])
+def test_lines_are_found_from_the_end(tmp_path, block_bytes):
+    path = tmp_path / "lines"
+    for content in (b"", b"\n", b"one\n\nthree", b"x" * 100 + b"\n" + b"y" * 30 + b"\n"):
+        path.write_bytes(content)
+        with open(path, "rb") as file:
+            found = list(_from_the_end(file, block_bytes))
+        assert [line for _, line in reversed(found)] == content.splitlines(True)
+        assert all(content[offset:].startswith(line) for offset, line in found)
+
+
+def test_resume_reads_the_end_of_a_long_log_alone(tmp_path, monkeypatch):
+    """Rewritten, a log of weeks would hold up a start for minutes, and take its size of the disk once more."""
+    write_run(tmp_path, layers=8, steps=2000)
+    path = tmp_path / "metrics.jsonl"
+    whole, before = path.read_bytes(), path.stat()
+    read, real = [], log._from_the_end
+    monkeypatch.setattr(log, "_from_the_end", lambda file: real(file, 10_000))
+    monkeypatch.setattr(log.io, "BytesIO", lambda block: read.append(len(block)) or BytesIO(block))
+    with MetricsLog(path, resume_from_step=1990):
+        pass
+    assert path.stat().st_ino == before.st_ino and whole.startswith(path.read_bytes())
+    assert sum(read) < before.st_size / 10 and read_run(path).steps[-1]["step"] == 1990
 
 
 def test_a_new_run_does_not_continue_the_log_of_another(tmp_path, table):
