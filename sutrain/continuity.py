@@ -79,6 +79,8 @@ def check(saved: Mapping[str, Any], current: Mapping[str, Any], accepted: Sequen
             continue
         line = f"{key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
         rule = rule_of(key)
+        if key == "init_from" or (key == "loss_scale.initial" and before.get("precision") == "fp16"):
+            line += " (without effect: only a run that begins looks at it)"
         if rule == "may change":
             allowed.append(line)
         elif rule in accepted:

@@ -76,6 +76,16 @@ def test_what_may_change_is_let_through_and_told(saved, path, value):
     )
 
 
+def test_what_only_a_run_that_begins_looks_at_is_told_as_such(saved):
+    saved["config"]["precision"] = "fp16"
+    now = changed(changed(saved, "config.init_from", "/x"), "config.loss_scale.initial", 1024.0)
+    lines = continuity.check(saved, now, [])
+    assert len(lines) == 2 and all("(without effect: " in line for line in lines)
+    saved["config"]["precision"] = "bf16"
+    lines = continuity.check(saved, now, [])
+    assert [line.split(":")[0] for line in lines if "without effect" in line] == ["init_from"]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "way_out"),
     [
