@@ -254,6 +254,15 @@ def sweep(directory: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def leftover_bytes(directory: Path) -> int:
+    """Disk space that `sweep` frees at the next start."""
+    found = 0
+    for file in (file for pattern in _SWEPT for file in directory.glob(f"{pattern}/*")):
+        with contextlib.suppress(FileNotFoundError):
+            found += file.stat().st_size
+    return found
+
+
 def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None) -> None:
     """Delete all checkpoints but the best one, the last `keep_last` besides it, and one for every `keep_every_hours`
     hours.
@@ -266,10 +275,12 @@ def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None
     besides = [folder.name for folder in newest_first if folder.name not in kept]
     kept |= set(besides[:keep_last])
     if keep_every_hours is not None:
-        last_kept = float("-inf")
+        last_kept = None
         for folder in reversed(newest_first):
-            written = _written_at(folder)
-            if written - last_kept >= keep_every_hours * 3600:
+            if (written := _written_at(folder)) is None:
+                continue
+            # Either way: a clock that was set back must not have all be deleted until it is where it was.
+            if last_kept is None or abs(written - last_kept) >= keep_every_hours * 3600:
                 last_kept = written
                 kept.add(folder.name)
     for folder in newest_first:
@@ -282,11 +293,11 @@ def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None
             shutil.rmtree(unnamed, ignore_errors=True)
 
 
-def _written_at(folder: Path) -> float:
+def _written_at(folder: Path) -> float | None:
     try:
         return float(json.loads((folder / "manifest.json").read_text())["written_unix_seconds"])
     except (OSError, ValueError, KeyError, TypeError):
-        return float("-inf")
+        return None
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

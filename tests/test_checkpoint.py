@@ -276,16 +276,26 @@ def test_files_of_all_ranks_make_one_checkpoint_and_a_failure_of_one_reaches_ran
     assert found.step == 4 and not damaged
 
 
+def written_at(folder, hours):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["xxh3_128"]
+    manifest["written_unix_seconds"] = int(hours * 3600)
+    manifest["xxh3_128"] = checkpoints.json_checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_one_checkpoint_every_so_many_hours_is_kept_for_good(tmp_path):
     for step in range(1, 9):
-        folder = save(tmp_path, step)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        del manifest["xxh3_128"]
-        manifest["written_unix_seconds"] = step * 1800  # one every half hour
-        manifest["xxh3_128"] = checkpoints.json_checksum(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        written_at(save(tmp_path, step), hours=step / 2)
         prune(tmp_path, keep_last=1, keep_every_hours=1)
     assert [path.name[-1] for path in checkpoints.by_age(tmp_path)] == ["8", "7", "5", "3", "1"]
+
+
+def test_a_clock_that_is_set_back_does_not_end_the_keeping_of_one_every_so_many_hours(tmp_path):
+    for step, hours in enumerate((100, 101, 1, 1.5, 2, 2.5, 3, 3.5), 1):
+        written_at(save(tmp_path, step), hours)
+        prune(tmp_path, keep_last=1, keep_every_hours=1)
+    assert [path.name[-1] for path in checkpoints.by_age(tmp_path)] == ["8", "7", "5", "3", "2", "1"]
 
 
 def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path):
