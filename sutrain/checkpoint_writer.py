@@ -9,6 +9,7 @@ making at a time; a second waits for the first.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -243,13 +244,16 @@ def publish(directory: Path, step: int, manifest: dict[str, Any], names: list[st
     _sync_directory(directory)
 
 
+_SWEPT = (".writing-*", ".pruned-*")
+
+
 def sweep(directory: Path) -> None:
     """Delete what interrupted saves and prunings left behind. Call it before the first save, on one rank."""
     for replaced in directory.glob(".replaced-*"):  # killed between the two renames of `publish`
         final = directory / replaced.name.removeprefix(".replaced-")
         if not final.exists():
             replaced.rename(final)
-    for pattern in (".writing-*", ".replaced-*", ".pruned-*"):
+    for pattern in (*_SWEPT, ".replaced-*"):
         for leftover in directory.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
 

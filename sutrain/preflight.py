@@ -30,6 +30,7 @@ from data_prep.config_file import ConfigError
 from data_prep.shards import Manifest, ShardError, index_name
 from sutrain import heartbeat
 from sutrain.checkpoint import by_age
+from sutrain.checkpoint_writer import leftover_bytes
 from sutrain.config import PretrainConfig
 from sutrain.data import remote_of
 from sutrain.launch import hold_run_folder
@@ -86,11 +87,14 @@ def folder_findings(run_dir: Path, checkpoint_bytes: int, rank: int) -> list[str
         probe = run_dir / f".preflight-{rank}"
         probe.write_bytes(b"x")
         probe.unlink()
-        more = 2 - min(1, len(by_age(run_dir / "checkpoints")))
-        free, needed = shutil.disk_usage(run_dir).free, more * checkpoint_bytes
+        checkpoints = run_dir / "checkpoints"  # a link to another disk, as it may be
+        more = 2 - min(1, len(by_age(checkpoints)))
+        disk = checkpoints if checkpoints.is_dir() else run_dir
+        free = shutil.disk_usage(disk).free + leftover_bytes(checkpoints)
+        needed = more * checkpoint_bytes
         if free < needed:
             what = "a checkpoint and the one before it take" if more == 2 else "another checkpoint takes"
-            return [f"run_dir {run_dir}: {_mb(free)} free, {what} {_mb(needed)}"]
+            return [f"run_dir {disk}: {_mb(free)} free, {what} {_mb(needed)}"]
     except OSError as error:
         return [f"run_dir {run_dir}: cannot be written ({error.strerror})"]
     return []

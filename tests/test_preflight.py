@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from sutrain import preflight
 from sutrain.data import load_manifest
 from sutrain.preflight import folder_findings, interface_to, shard_findings
 from tests.conftest import ROOT, environment
@@ -155,6 +157,25 @@ def test_each_rank_looks_at_its_share_of_the_shards(dataset, tmp_path):
     whole = shard_findings(nowhere, 0, 1)
     shares = [line for rank in (0, 1) for line in shard_findings(nowhere, rank, 2)]
     assert sorted(whole) == sorted(shares) and len(whole) > 2
+
+
+def test_room_is_looked_for_where_checkpoints_go_and_what_a_start_sweeps_away_is_room(tmp_path, monkeypatch):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (elsewhere / ".writing-step-00000008").mkdir(parents=True)
+    run.mkdir()
+    (run / "checkpoints").symlink_to(elsewhere)
+    there = elsewhere.stat().st_ino
+    free = {there: 1500}
+
+    def disk_usage(path):
+        return SimpleNamespace(free=free.get(path.stat().st_ino, 0))
+
+    monkeypatch.setattr(preflight.shutil, "disk_usage", disk_usage)
+    assert f"run_dir {run / 'checkpoints'}: 0 MB free" in folder_findings(run, 1000, 0)[0]
+    (elsewhere / ".writing-step-00000008/rank-00000.safetensors").write_bytes(bytes(500))
+    assert folder_findings(run, 1000, 0) == []
+    free[there] = 1499
+    assert len(folder_findings(run, 1000, 0)) == 1
 
 
 @pytest.mark.parametrize("name", ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"])
