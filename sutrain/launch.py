@@ -149,6 +149,12 @@ def hold_run_folder(folder: Path) -> TextIO:
         raise ConfigError(
             f"{folder}: another run is writing there; stop it, or choose another run_dir"
         ) from None
+    except OSError as error:
+        lock.close()
+        raise ConfigError(
+            f"{folder}: its file system locks no files ({error.strerror}), by which two runs keep out of each other's "
+            "way; mount it with locks (Lustre: -o flock), or choose another run_dir"
+        ) from None
     return lock
 
 
@@ -175,6 +181,8 @@ def explain(error: BaseException) -> str | None:
         return f"out of memory: {text[:200]}; lower batch.micro_sequences (the global batch stays as it is)"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk of {error.filename or 'the run folder'}; make room and start again"
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more (its pipe is closed); start again with the output in a file"
     if any(said in text for said in ("Connection closed by peer", "Connection reset", "Broken pipe")):
         return "another rank ended; its own message says why"
     if "EADDRINUSE" in text or "address already in use" in text:

@@ -104,6 +104,11 @@ def _lock(file: Path) -> TextIO | None:
     except BlockingIOError:
         lock.close()
         return None
+    except OSError as error:
+        lock.close()
+        raise ValueError(
+            f"{file.parent}: its file system locks no files ({error.strerror}); choose another run_dir"
+        ) from None
     return lock
 
 

@@ -1,6 +1,7 @@
 """Around training: devices and threads of a rank, what may go on, and failures in one line."""
 
 import errno
+import fcntl
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from sutrain.launch import (
     stop,
 )
 from sutrain.models.configuration import EncoderConfig
+from sutrain.supervise import hold_alone
 from tests.conftest import ROOT, ROW_TOKENS, VOCAB_SIZE
 from tests.conftest import environment as shell
 
@@ -118,6 +120,17 @@ def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):
     assert subprocess.run(command, cwd=ROOT, env=shell()).returncode == 0
 
 
+def test_a_file_system_without_locks_is_named_with_the_way_out(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ConfigError, match="run: its file system locks no files .* or choose another run_dir"):
+        hold_run_folder(tmp_path / "run")
+    with pytest.raises(ValueError, match="run: its file system locks no files .*; choose another run_dir"):
+        hold_alone(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -129,6 +142,7 @@ def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):
         ),
         (torch.OutOfMemoryError("CUDA out of memory"), "lower batch.micro_sequences"),
         (RuntimeError("The server socket has failed: EADDRINUSE"), "deepspeed --master_port PORT"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "nobody reads the output any more"),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:2"), "another rank ended"),
     ],
 )
