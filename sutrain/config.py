@@ -7,10 +7,11 @@ settings follow from it. Units are in the names; steps are optimizer updates, ne
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from data_prep.config_file import ConfigError, Section
 from sutrain.data import BatchPlan
@@ -20,14 +21,17 @@ from sutrain.optim import Schedule, ScheduleError, build_schedule
 from sutrain.optim.build import check_settings
 from sutrain.precision import resolve as resolve_precision
 
+HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+"""A path that may begin with ~, which a shell leaves alone behind `--run_dir=`."""
+
 
 class OtherData(Section):
-    dir: Path = Field(description="folder with prepared shards, made with the same tokenizer and row length")
+    dir: HomePath = Field(description="folder with shards of the same tokenizer and row length")
     weight: float = Field(gt=0, description="share of the samples, relative to the others")
 
 
 class Data(Section):
-    dir: Path = Field(description="folder with the prepared shards (it holds manifest.json)")
+    dir: HomePath = Field(description="folder with the prepared shards (it holds manifest.json)")
     weight: float = Field(
         1.0, gt=0, description="share of the samples from this folder, relative to `others`"
     )
@@ -245,7 +249,7 @@ class Acting(Section):
 class PretrainConfig(Section):
     """A whole run; `run_dir` is where everything it makes goes."""
 
-    run_dir: Path = Field(description="folder of the run: config, metrics, checkpoints, report")
+    run_dir: HomePath = Field(description="folder of the run: config, metrics, checkpoints, report")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of initialisation, order, masks and dropout")
     determinism: bool = Field(False, description="on an accelerator: kernels of fixed order only, slower")
     steps: int = Field(ge=1, description="optimizer updates of the whole run")
@@ -259,7 +263,7 @@ class PretrainConfig(Section):
     )
     loss_scale: LossScale = LossScale()
     compile_layers: bool = Field(False, description="torch.compile a layer's passes, once for all layers")
-    init_from: Path | None = Field(
+    init_from: HomePath | None = Field(
         None, description="begin a new run with the weights of a checkpoint, run or exported folder"
     )
     accept_changes: list[Literal["corpora", "seed", "masking"]] = Field(

@@ -137,7 +137,7 @@ def run_folder(command: list[str]) -> Path:
     found = tree.get("run_dir")
     if not isinstance(found, str):
         raise ValueError(f"{override or config}: run_dir: expected a path, found {found!r}")
-    return Path(found)
+    return Path(os.path.expanduser(found))
 
 
 class Supervisor:

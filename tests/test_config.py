@@ -28,6 +28,20 @@ def test_every_shipped_config_is_valid_and_reads_back(path, tmp_path):
     assert not bare, "every setting of a shipped configuration says what it is"
 
 
+def test_a_path_may_begin_at_home_as_those_of_the_preparation_may(write_config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = {"run_dir": "~/runs/x", "init_from": "~/runs/y", "data.dir": "~/data"}
+    config = load(
+        write_config(),
+        *(f"--{key}={path}" for key, path in paths.items()),
+        "--data.others=[{dir: ~/other, weight: 1}]",
+    )
+    found = [config.run_dir, config.init_from, config.data.dir, config.data.others[0].dir]
+    assert list(map(str, found)) == [
+        f"/home/someone/{name}" for name in ("runs/x", "runs/y", "data", "other")
+    ]
+
+
 def test_all_mistakes_at_once(write_config):
     """Also those that only a check across keys finds, in sections that have other mistakes."""
     path = write_config(

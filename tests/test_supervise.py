@@ -15,6 +15,7 @@ import pytest
 
 from data_prep.config_file import Section, load_config
 from sutrain import heartbeat
+from sutrain.config import HomePath
 from sutrain.launch import hold_run_folder
 from sutrain.supervise import Supervisor, main, run_folder
 from tests.conftest import ROOT, environment
@@ -226,6 +227,7 @@ def test_the_run_folder_is_found_in_the_command(tmp_path, command):
         (["--run_dir=runs/y", "--steps=9", "--run_dir=runs/z"], "runs/z"),
         (["--run_dir='runs/with a space'"], "runs/with a space"),
         (["--run_dir=runs/x  # this time"], "runs/x"),
+        (["--run_dir=~/runs/x"], str(Path.home() / "runs/x")),
     ],
 )
 def test_an_override_of_the_run_folder_means_what_it_means_to_the_trainer(tmp_path, overrides, expected):
@@ -233,7 +235,7 @@ def test_an_override_of_the_run_folder_means_what_it_means_to_the_trainer(tmp_pa
     file.write_text("run_dir: runs/first\n")
 
     class Trained(Section):
-        run_dir: Path
+        run_dir: HomePath
         steps: int = 1
 
     found = run_folder(["train", "--config", str(file), *overrides])
