@@ -156,8 +156,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Start, watch, start again. Returns the exit status of the run, 1 where it was given up."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+                signal.signal(number, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_save)
         fruitless, start = 0, 0
         while True:
@@ -305,7 +306,10 @@ class Supervisor:
         ):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         shown = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("command", "ranks"))
-        print(f"supervise: {event} {shown}", flush=True)
+        try:
+            print(f"supervise: {event} {shown}", flush=True)
+        except OSError:  # a terminal that was closed, a pipe that nobody reads: the file has it all
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def describe(beats: list[heartbeat.Beat]) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -69,11 +70,11 @@ time.sleep(3)
 """
 
 
-def supervise(run_dir, *plan, restarts=3, hang_seconds=60, launcher=LAUNCHER):
+def supervise(run_dir, *plan, restarts=3, hang_seconds=60, launcher=LAUNCHER, before=()):
     command = [sys.executable, "-m", "sutrain.supervise", f"--restarts={restarts}", "--pause_seconds=0.1"]
     command += [f"--hang_seconds={hang_seconds}", "--", sys.executable, "-c", launcher, RANK]
     return subprocess.Popen(
-        [*command, f"--run_dir={run_dir}", *plan], cwd=ROOT, env=environment(), text=True,
+        [*before, *command, f"--run_dir={run_dir}", *plan], cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -154,12 +155,16 @@ def test_a_run_without_a_supervisor_is_left_alone(tmp_path):
     assert status == 2 and "a run is writing there" in output and not (tmp_path / "starts").exists()
 
 
-def test_a_disk_that_takes_nothing_does_not_end_the_supervisor(tmp_path, monkeypatch):
+def test_a_disk_or_a_terminal_that_takes_nothing_does_not_end_the_supervisor(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def closed(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
     command = [sys.executable, "-c", f"import pathlib; open({str(tmp_path / 'starts')!r}, 'a').write('x')"]
     monkeypatch.setattr(heartbeat, "request", full)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=closed, flush=closed))
     (tmp_path / "supervise.jsonl").mkdir()  # no line can be written there
     assert Supervisor(command, tmp_path, 1, 0.1, 60, 60, 60).run() == 0
     failing = [*command[:2], command[2] + "; raise SystemExit(1)"]
@@ -192,6 +197,21 @@ def test_signals_reach_the_rank_behind_a_launcher_that_hands_none_down(tmp_path,
     status, output = finish(process)
     assert status == 0 and (tmp_path / "saved").exists(), output
     assert events(tmp_path)[-1] | {"time": ""} == {"event": "end", "time": "", "status": 0, "stopped": True}
+
+
+@pytest.mark.parametrize("before", [(), ("nohup",)])
+def test_a_terminal_that_is_closed_leaves_a_checkpoint_and_no_process_or_under_nohup_the_run(
+    tmp_path, sleepers, before
+):
+    process = supervise(tmp_path, "work", before=before)
+    wait_until(lambda: any(beat.phase == "training step" for beat in heartbeat.read_beats(tmp_path)))
+    process.send_signal(signal.SIGHUP)
+    if before:
+        time.sleep(2.5)
+        assert process.poll() is None and not (tmp_path / "saved").exists()
+        process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 0 and (tmp_path / "saved").exists(), output
 
 
 def test_a_rank_on_another_host_ends_when_asked_and_ignores_what_was_asked_before_it_began(tmp_path):
