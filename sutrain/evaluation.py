@@ -37,7 +37,10 @@ class Evaluator:
         """Raises DataError when the data set has no validation rows."""
         labelling = labelling_of(config, manifest, stream="validation masks")
         self.samples = Samples(config.data.dir, "validation", config.seed, labelling)
-        self.sequences = min(config.evaluation.sequences, self.samples.rows_per_epoch)
+        asked, there = config.evaluation.sequences, self.samples.rows_per_epoch
+        self.sequences = min(asked, there)
+        self.remark = f"evaluation: on all {there} held-out rows; evaluation.sequences asks for {asked}"
+        self.remark = self.remark if there < asked else ""
         self.micro_sequences = config.batch.micro_sequences
         self.device, self.rank, self.world_size = device, rank, world_size
         classes = range(max(0, (manifest.row_tokens - 1).bit_length() - (SHORTEST - 1).bit_length()) + 1)

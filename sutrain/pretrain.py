@@ -223,6 +223,7 @@ class Run:
             self.writer.on_complete = self.outputs.checkpoint
         self.say(f"{describe(config.model)}\n{self.recomputation}\n{self.probe.interval.words()}")
         self.say(precision.remark(config.precision))
+        self.say(self.evaluator.remark)
         begun = "resumed at" if resumed else "starting"
         self.say(f"{begun} step {self.steps_done} of {config.steps} in {config.run_dir}")
         self.training = True
