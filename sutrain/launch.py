@@ -23,8 +23,9 @@ from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig
 from sutrain.models.configuration import EncoderConfig
 
-EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
-"""Started again, a run that failed may go on (see supervise.py); one that is wrong may not."""
+EXIT_FAILURE, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 3
+"""Started again, a run that failed may go on (see supervise.py); one that is wrong, or that stopped itself because it
+was told to (acting.stop_after_broken_steps), would only do the same again."""
 _PACKAGES = (
     "torch",
     "deepspeed",

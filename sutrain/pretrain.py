@@ -37,6 +37,7 @@ from sutrain.evaluation import Evaluator
 from sutrain.labelling import labelling_of
 from sutrain.launch import (
     EXIT_FAILURE,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     check_model_fits_data,
     explain,
@@ -47,7 +48,7 @@ from sutrain.launch import (
     stop,
 )
 from sutrain.models.depth import describe
-from sutrain.monitor.acting import NOTHING_REFUSED, BrokenStreak, StepGate
+from sutrain.monitor.acting import NOTHING_REFUSED, BrokenStreak, StepGate, TrainingStoppedError
 from sutrain.monitor.mfu import device_peak
 from sutrain.monitor.probes import Probe
 from sutrain.monitor.ranks import RankClock
@@ -67,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = Run(config)
         run.train()
+    except TrainingStoppedError as error:
+        stop(str(error), on_every_rank=True, status=EXIT_STOPPED)
     except (ValueError, ExtensionError) as error:
         # Before training ranks find the same mistakes and one line says them, except what only one may meet.
         training = run is not None and run.training
@@ -174,6 +177,7 @@ class Run:
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
         self.broken.without_update = self.skipped + self.gate.refused
+        self.broken.length = counters.get("broken_steps", 0)
         self.other_basis = agreed.other_basis
         self.probe.interval.load(counters.get("probe", {}))
         return True
@@ -188,6 +192,7 @@ class Run:
             "tokens": self.tokens,
             "skipped": self.skipped,
             "gate": self.gate.state(),
+            "broken_steps": self.broken.length,
             "probe": self.probe.interval.state(),
             "optimizer": state.counters,
             **self.identity(),

@@ -31,7 +31,7 @@ from data_prep.config_file import apply_override, read_tree
 from sutrain import heartbeat
 from sutrain.heartbeat import MARK
 
-EXIT_USER_ERROR = 2  # as in launch.py, which would import torch here
+EXIT_USER_ERROR, EXIT_STOPPED = 2, 3  # as in launch.py, which would import torch here
 LONGEST_PAUSE_SECONDS = 300.0
 
 
@@ -171,6 +171,9 @@ class Supervisor:
             if self.stop_asked_at is not None or status == 0:
                 self._log("end", status=status, stopped=self.stop_asked_at is not None)
                 return max(status, 0) if self.stop_asked_at is None else 0
+            if status == EXIT_STOPPED:
+                self._log("given_up", reason="exit status 3: the run stopped itself; its last lines say why")
+                return EXIT_STOPPED
             if status == EXIT_USER_ERROR and not self.trained:
                 # Later it is a storage that does not answer, a port or a lock of processes that are still dying, …
                 self._log("given_up", reason="exit status 2: a mistake that starting again cannot mend")

@@ -1,4 +1,4 @@
-"""Training that meets what it cannot use: damaged data, on one rank or all, and an update that is not finite."""
+"""Training that meets what it cannot use: damaged data, on one rank or all, and updates that are not finite."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from sutrain import pretrain
+from sutrain.launch import EXIT_STOPPED
 from tests.conftest import ROOT, environment
 from tests.test_pretrain import launch, records, write_run
 
@@ -104,3 +105,24 @@ def test_an_update_that_is_not_finite_is_dropped_counted_and_trained_over(datase
     command += ["--steps=8", "--acting.stop_after_broken_steps=1"]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert "unchanged: [] skipped: 1" in result.stdout, result.stdout + result.stderr
+
+
+def test_a_streak_of_broken_steps_goes_on_where_the_run_does(dataset, tmp_path):
+    """Begun anew at every start, it would never be long enough for a run that is started again: the steps of a run
+    without a finite loss would push its good checkpoints out. And a rest of the split is told."""
+    config = write_run(
+        tmp_path, dataset, steps=20, acting={"stop_after_broken_steps": 4},
+        checkpoint={"every_steps": 1, "keep_last": 20},
+        schedule={"shape": "piecewise_linear", "points": {0: 1.0, 3: 1.0, 4: 1e38, 20: 1e38}},
+        evaluation={"every_steps": 100, "sequences": 100_000}, monitor={"port": 0, "probe_every_steps": 0},
+    )  # fmt: skip
+    dumps = []
+    for start in ("starting step 0", "resumed at step"):
+        process = launch(config, 0)
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == EXIT_STOPPED and "Traceback" not in output, output
+        assert start in output and "held-out rows; evaluation.sequences asks for 100000" in output
+        (dump,) = (tmp_path / "run").glob("dump-step-*.json")
+        dumps.append(json.loads(dump.read_text()))
+    assert dumps[0]["step"] == dumps[1]["step"] and dumps[0]["last_good_checkpoint"] is not None
+    assert dumps[0]["last_good_checkpoint"] == dumps[1]["last_good_checkpoint"]

@@ -48,6 +48,7 @@ def checkpoint():
 if todo == "crash": os.kill(os.getpid(), signal.SIGKILL)
 if todo == "progress": checkpoint(); sys.exit(1)
 if todo == "mistake": sys.exit(2)
+if todo == "stopped itself": checkpoint(); sys.exit(3)
 if todo == "late mistake":
     heartbeat.beat("training step", 7)
     time.sleep(3)
@@ -130,6 +131,13 @@ def test_what_looks_like_a_mistake_after_training_is_tried_again(tmp_path, sleep
     """A storage that does not answer for a moment, the port of a process that is still dying."""
     status, output = finish(supervise(tmp_path, "late mistake", "mistake", "end"))
     assert status == 0 and (tmp_path / "starts").read_text() == "3", output
+
+
+def test_a_run_that_stopped_itself_is_not_started_again(tmp_path, sleepers):
+    """Whether or not it has trained before: every start would train a few broken steps more, and write them down."""
+    status, output = finish(supervise(tmp_path, "progress", "stopped itself", "end"))
+    assert status == 3 and (tmp_path / "starts").read_text() == "2", output
+    assert "given_up" in output and "the run stopped itself" in output
 
 
 def test_a_launcher_that_leaves_its_ranks_behind_has_not_succeeded(tmp_path, sleepers):
