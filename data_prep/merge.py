@@ -25,6 +25,7 @@ from .measure import TaskMeter
 from .shards import SPLITS
 from .spill import (
     FRAME_INDEX,
+    LOADED_OVERHEAD_BYTES,
     Records,
     SpillWriter,
     arena,
@@ -36,8 +37,6 @@ from .spill import (
     spill_path,
 )
 
-# Beside the payload, a loaded record takes its columns, its place in the order and its offset.
-_OVERHEAD_BYTES = 56
 _LOADED_SHARE = 0.9  # the rest for what the arrays of the columns take while they are put together
 _KEYS = 1 << 64
 
@@ -105,7 +104,7 @@ def _parts_within(frames: np.ndarray, split: int, low: int, high: int) -> Iterat
 
 def loaded_bytes(frames: np.ndarray, has_words: bool) -> np.ndarray:
     """Memory that the records of frames take once they are loaded, int64 [frames]."""
-    size = frames["raw_bytes"].astype(np.int64) + _OVERHEAD_BYTES * frames["documents"].astype(np.int64)
+    size = frames["raw_bytes"].astype(np.int64) + LOADED_OVERHEAD_BYTES * frames["documents"].astype(np.int64)
     return size + frames["tokens"] if has_words else size
 
 

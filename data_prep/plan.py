@@ -142,11 +142,12 @@ class Plan:
 
 
 def frame_bytes(plan: Plan, runs: int = 0) -> int:
-    """Size of a frame of spill files that hold so many sorted runs in all (0: those of pass 1), in bytes of payload.
+    """Size of a frame of spill files that hold so many sorted runs in all (0: those of pass 1), in bytes as it is
+    loaded, word starts left out.
 
     Frames that lie across the border of two shards are read twice, so a run has eight of them for each shard, as long
     as they stay worth a read. And whoever puts the runs together holds a frame of each that reaches over the keys at
-    hand: with their columns these are up to twice as large, and may fill half of what a worker holds.
+    hand: these may fill half of what a worker holds.
     """
     config = plan.config
     held_bytes = records_bytes(config.resources.worker_memory_bytes, config.cleaning.max_record_bytes)

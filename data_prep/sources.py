@@ -31,6 +31,7 @@ from .places import open_to_read, stamp_of
 
 BLOCK_BYTES = 64 * 1024**2
 CHUNK_BYTES = 1024**2
+_BATCH_RECORDS = 32 * 1024
 # json.loads fails on deep nesting, but how deep depends on the stack below it, so on who calls.
 _MAX_NESTING = 200
 _JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -152,14 +153,16 @@ def _read(
 
 
 def _numbered(cuts: Iterator[Cut], first_block: int) -> Iterator[RawBatch]:
-    """Give the records the numbers that they have in their blocks."""
+    """Give the records the numbers that they have in their blocks. A batch is never of so many that what is held for
+    each of them, some hundred bytes, adds up to more than a worker has.
+    """
     block, number = first_block, 0
     for batch, offsets in cuts:
         begin = 0
         while begin < len(batch):
             if offsets[begin] // BLOCK_BYTES != block:
                 block, number = int(offsets[begin] // BLOCK_BYTES), 0
-            end = int(np.searchsorted(offsets, (block + 1) * BLOCK_BYTES))
+            end = min(int(np.searchsorted(offsets, (block + 1) * BLOCK_BYTES)), begin + _BATCH_RECORDS)
             yield RawBatch(block, number, offsets[begin:end], batch[begin:end])
             number += end - begin
             begin = end

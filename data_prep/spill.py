@@ -50,6 +50,8 @@ ORIGIN = ("file", "block", "record")
 RECORD_OVERHEAD_BYTES = 72
 # A line of text output has no lineage; its key and length are all that travels with it.
 TEXT_OVERHEAD_BYTES = 48
+# Beside its payload, a record that is loaded again takes its columns, its place in the order and its offset.
+LOADED_OVERHEAD_BYTES = 56
 _SORT_BYTES = 2 * 1024**2  # payload put in order at a time
 
 
@@ -89,13 +91,18 @@ class Items:
         return np.frombuffer(data, self._dtype, stop // self._dtype.itemsize)
 
 
-def portions(records: Records, order: np.ndarray, portion_bytes: int | None = None) -> Iterator[Records]:
-    """The records at positions `order`, in that order, in portions of about `portion_bytes` of payload."""
+def portions(
+    records: Records, order: np.ndarray, portion_bytes: int | None = None, record_bytes: int = 0
+) -> Iterator[Records]:
+    """The records at positions `order`, in that order, in portions of about `portion_bytes` of payload, and
+    `record_bytes` for each record.
+    """
     portion_bytes = portion_bytes or _SORT_BYTES
     lengths = records.columns["length"]
     tokens = Items(records.tokens, lengths)
     words = None if records.words is None else Items(records.words, lengths)
     filled = np.cumsum(lengths[order], dtype=np.int64) * records.tokens.itemsize
+    filled += record_bytes * np.arange(1, len(order) + 1)
     # A record that is larger than a portion goes alone.
     cuts = np.flatnonzero(np.diff(filled // portion_bytes)) + 1
     for chosen in np.split(order, cuts) if len(order) else []:
@@ -213,7 +220,7 @@ class SpillWriter:
 
     def write_sorted(self, split: int, records: Records, order: np.ndarray) -> None:
         """Append the records at positions `order` to the run as frames; they must follow what it holds."""
-        for portion in portions(records, order, self._frame_bytes):
+        for portion in portions(records, order, self._frame_bytes, LOADED_OVERHEAD_BYTES):
             self._write(split, portion)
 
     def end_run(self) -> None:

@@ -28,6 +28,7 @@ from .sources import BLOCK_BYTES, FileChangedError, InputFile, input_errors, is_
 from .spill import Items, Records
 
 _CHUNK_BYTES = 4 * 1024**2
+_LINES = 128 * 1024  # taken at a time: what is held for each is many times a short one
 _FRAME_BYTES = 2 * 1024**2  # of text behind zstd
 _LINE_END = 10
 # First bytes of a line that may be white space; of the longer characters the second byte decides.
@@ -86,15 +87,17 @@ def read_lines(
             stops = np.flatnonzero(values == _LINE_END) + 1
             if position + size > limit:  # lines that start behind the block are those of the next one
                 stops = stops[: int(np.searchsorted(stops[:-1] + position, limit)) + 1]
-                values = values[: int(stops[-1])]
-            lengths = np.diff(stops, prepend=0)
-            if int(lengths.max()) > max_record_bytes:
-                return number
-            records = _as_they_are(values, lengths, keys_of(block, number, len(lengths)), book)
-            number += len(lengths)
-            if len(records):
-                yield records
-            del values, records
+            begin = 0
+            for some in np.split(stops, range(_LINES, len(stops), _LINES)):
+                lengths = np.diff(some, prepend=begin)
+                if int(lengths.max()) > max_record_bytes:
+                    return number
+                lines, begin = values[begin : int(some[-1])], int(some[-1])
+                records = _as_they_are(lines, lengths, keys_of(block, number, len(lengths)), book)
+                number += len(lengths)
+                if len(records):
+                    yield records
+            del values, lines, records
         if not is_unchanged(file, cast(BinaryIO, handle)):
             raise FileChangedError(f"{file.path}: changed while it was read")
     return None

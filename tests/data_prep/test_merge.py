@@ -64,6 +64,15 @@ def test_a_finished_merge_is_taken_up_with_the_results_it_was_made_of_alone(corp
     assert merge.finished_merge(replace(done[0], upstream="other")) is None
 
 
+def test_frames_of_short_records_are_no_larger_than_others_when_they_are_loaded():
+    columns = {"key": np.arange(20_000, dtype=np.uint64), "length": np.full(20_000, 2, dtype=np.uint32)}
+    writer = SpillWriter(io.BytesIO(), 10**7, 16_000, "none")
+    writer.add(Records(columns, np.zeros(40_000, dtype=np.uint8), None), np.zeros(20_000, dtype=np.uint8))
+    frames = writer.finish()
+    assert int(frames["documents"].sum()) == 20_000
+    assert merge.loaded_bytes(frames, False).max() < 20_000
+
+
 def test_payloads_are_taken_in_any_order_whatever_their_length():
     draw = np.random.default_rng(1)
     for dtype in (np.uint8, np.uint16, np.uint32):

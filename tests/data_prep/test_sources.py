@@ -9,6 +9,7 @@ import lzma
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 
@@ -146,6 +147,22 @@ def test_a_huge_line_is_read_once_by_all_its_blocks_together(tmp_path, small_blo
     found = [(offset, line) for _, _, offset, line in by_blocks]
     assert found == [(0, b"one"), (4, "record_too_large"), (20_005, b"two")]
     assert sum(taken) < 2 * path.stat().st_size
+
+
+def test_many_short_lines_come_in_several_batches(tmp_path, monkeypatch):
+    """What is held for each record is many times a short one."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"".join(b"%d\n" % (number % 10) for number in range(2500)))
+    whole = list(read_batches(planned(path), 0, None, 100))
+    monkeypatch.setattr(sources, "_BATCH_RECORDS", 1000)
+    batches = list(read_batches(planned(path), 0, None, 100))
+    assert [(batch.first_record, len(batch.lines)) for batch in batches] == [
+        (0, 1000),
+        (1000, 1000),
+        (2000, 500),
+    ]
+    assert [line for batch in batches for line in batch.lines] == whole[0].lines
+    assert np.concatenate([batch.offsets for batch in batches]).tolist() == whole[0].offsets.tolist()
 
 
 def test_line_ends_and_byte_order_mark(tmp_path):

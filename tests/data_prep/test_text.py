@@ -63,6 +63,7 @@ def raw(tmp_path, monkeypatch) -> list[bytes]:
     for module in (sources, plan_module, text):
         monkeypatch.setattr(module, "BLOCK_BYTES", 9000)
     monkeypatch.setattr(text, "_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(text, "_LINES", 4)
     lines = [line.encode() for line in make_texts(1500)]
     mixed = [
         line
