@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -330,6 +331,13 @@ def _start_server() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
+    except OSError as error:
+        if "path too long" not in str(error):
+            raise
+        raise DataPrepError(
+            f"TMPDIR: {tempfile.gettempdir()} is too long a path for the sockets of worker processes, which may have "
+            "about a hundred characters; set TMPDIR to a shorter one"
+        ) from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

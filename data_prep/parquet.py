@@ -43,6 +43,8 @@ def read_footer(handle: BinaryIO, text_field: str) -> Footer | str:
     names = file.schema_arrow.names
     if text_field not in names:
         return f"no column {text_field!r}; there are {', '.join(names)}; set text_field"
+    if names.count(text_field) > 1:
+        return f"{names.count(text_field)} columns are called {text_field!r}; rename all but one"
     kind = file.schema_arrow.field(text_field).type
     if not _is_text(kind):
         return f"column {text_field!r} is {kind}, not text; set text_field"

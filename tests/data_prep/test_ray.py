@@ -12,7 +12,7 @@ import yaml
 
 from data_prep.errors import DataPrepError
 from data_prep.executor import LocalExecutor, make_executor, usable_cores
-from tests.data_prep.made import ROOT, content_files, settings
+from tests.data_prep.made import ROOT, command_line, content_files, settings
 from tests.data_prep.ray_here import ray_here
 
 _SCRIPT = """
@@ -130,6 +130,18 @@ def test_without_a_cluster_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(DataPrepError, match="no Ray cluster can be reached"):
         make_executor("ray", None)
+
+
+def test_a_long_tmpdir_is_told(corpus, prepared, tmp_path, monkeypatch):
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    tree = settings(tmp_path / "out", [corpus], resources={"workers": 2, "task_bytes": 1})
+    tree["tokenizer"] = {"load": str(prepared / "tokenizer" / "tokenizer.model")}
+    result = command_line(tree, tmp_path, "run")
+    assert result.returncode == 2 and f"error: TMPDIR: {folder} is too long a path" in result.stderr, (
+        result.stderr
+    )
 
 
 def test_usable_cores():

@@ -276,6 +276,10 @@ def test_damaged_and_wrong_parquet_files_are_told(tmp_path):
     assert "no column 'body'; there are id, text; set text_field" in problems[0]
     with (tmp_path / "a.parquet").open("rb") as handle:
         assert "is int64, not text" in str(read_footer(handle, "id"))
+    twice = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with (tmp_path / "twice.parquet").open("rb") as handle:
+        assert read_footer(handle, "text") == "2 columns are called 'text'; rename all but one"
 
 
 def test_planning_does_not_read_a_file_of_one_frame(tmp_path):
