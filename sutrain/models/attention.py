@@ -198,7 +198,7 @@ def varlen_attention() -> Callable[..., Any] | None:
 
 @torch.compiler.disable  # as above: the number of documents and the longest change with every batch
 def _attend_varlen(query_1HTK: Tensor, key_1HTK: Tensor, value_1HTE: Tensor, documents: Documents) -> Tensor:
-    boundaries, longest = documents.boundaries, max(documents.lengths)
+    boundaries, longest = documents.boundaries.to(query_1HTK.device), max(documents.lengths)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query_1HTK, key_1HTK, value_1HTE))
     kernel = varlen_attention()
     assert kernel is not None  # else the encoder would have left the rows together

@@ -60,7 +60,10 @@ class MaskedLanguageModel(nn.Module):
         if self.transform is not None:
             hidden_ND = self.transform(hidden_ND)
         weight_VD = self.encoder.embeddings.token.weight if self.head is None else self.head.weight
-        return F.linear(self.dropout(hidden_ND), weight_VD, self.head_bias)
+        # Of layers that are spread over several devices, the last are elsewhere than the embedding.
+        device = weight_VD.device
+        bias_V = None if self.head_bias is None else self.head_bias.to(device)
+        return F.linear(self.dropout(hidden_ND).to(device), weight_VD, bias_V)
 
     def set_ramp(self, updates: int) -> None:
         """Say how many updates have been made; matters to residual ramp alone (kexue.fm/archives/8998)."""

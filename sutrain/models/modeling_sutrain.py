@@ -194,7 +194,8 @@ class SutrainForMaskedLM(SutrainWithHead):
         logits_BLV = self.model.logits(encoded.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_BLV.flatten(0, 1).to(torch.float32), labels.flatten())
+            expected_N = labels.flatten().to(logits_BLV.device)
+            loss = F.cross_entropy(logits_BLV.flatten(0, 1).to(torch.float32), expected_N)
         output = MaskedLMOutput(loss=loss, logits=logits_BLV, hidden_states=encoded.hidden_states)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -289,7 +290,7 @@ class SutrainForCausalLM(SutrainWithHead, GenerationMixin):
         logits_BLV = self.model.logits(hidden_BLD[:, kept])
         loss = None
         if labels is not None:
-            next_BL = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept]
+            next_BL = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept].to(logits_BLV.device)
             loss = F.cross_entropy(logits_BLV.flatten(0, 1).to(torch.float32), next_BL.flatten())
         output = CausalLMOutput(loss=loss, logits=logits_BLV, hidden_states=encoded.hidden_states)
         as_dict = self.config.return_dict if return_dict is None else return_dict

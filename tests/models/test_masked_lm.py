@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from sutrain.models.configuration import EncoderConfig
@@ -28,6 +30,22 @@ def test_a_tied_head_is_the_token_embedding_and_an_untied_one_its_own():
     untied = MaskedLanguageModel(CONFIGS["pre"]).eval()
     torch.testing.assert_close(untied.logits(hidden), hidden @ untied.head.weight.T)
     assert "head.weight" in untied.state_dict() and "head.weight" not in tied.state_dict()
+
+
+@pytest.mark.parametrize("name", ["roformer_v2", "pre", "bert"])
+def test_layers_spread_over_devices_end_elsewhere_than_the_head_begins(name):
+    """As device_map="auto" of transformers spreads them; devices and numbers are made up."""
+    model = MaskedLanguageModel(CONFIGS[name]).eval()
+    with FakeTensorMode(), torch.no_grad():
+        for part, weights in [(part, part._parameters) for part in model.modules()]:
+            device = "cuda:1" if part in (model, model.transform) else "cuda:0"
+            for key, weight in weights.items():
+                if weight is not None:
+                    weights[key] = nn.Parameter(torch.empty(weight.shape, device=device), False)
+        if model.transform is not None:  # on one device, as the library's hooks have it
+            model.transform = nn.Identity()
+        scores = model.logits(torch.empty(7, 32, device="cuda:1"))
+    assert scores.shape == (7, 300) and scores.device == torch.device("cuda:0")
 
 
 def test_dropout_comes_before_the_head():
