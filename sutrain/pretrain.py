@@ -53,11 +53,12 @@ from sutrain.monitor.mfu import device_peak
 from sutrain.monitor.probes import Probe
 from sutrain.monitor.ranks import RankClock
 from sutrain.optim import FragmentMap
+from sutrain.optim.kernels import KernelError
 from sutrain.optim.state import StateError
 from sutrain.outputs import RunOutputs
 from sutrain.prefetch import prefetch
 
-_OF_ONE_RANK = (ShardError, checkpoints.CheckpointError, StateError, ExtensionError)
+_OF_ONE_RANK = (ShardError, checkpoints.CheckpointError, StateError, ExtensionError, KernelError)
 """Errors of reading this rank's part of data and state, and of building on this host."""
 
 
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         run.train()
     except TrainingStoppedError as error:
         stop(str(error), on_every_rank=True, status=EXIT_STOPPED)
-    except (ValueError, ExtensionError) as error:
+    except (ValueError, ExtensionError, KernelError) as error:
         # Before training ranks find the same mistakes and one line says them, except what only one may meet.
         training = run is not None and run.training
         alone = training or (

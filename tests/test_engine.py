@@ -13,6 +13,7 @@ from deepspeed.runtime.fp16 import loss_scaler
 from data_prep.config_file import ConfigError, load_config
 from sutrain.config import PretrainConfig, batch_plan
 from sutrain.engine import _MUON, deepspeed_config, quicken_start, step_engine
+from tests.test_pretrain import launch, write_run
 
 
 def engine_settings(path, *overrides):
@@ -115,3 +116,11 @@ def test_parameters_that_an_optimizer_has_twice_are_named_in_linear_time():
     optimizer.param_groups[0]["params"].append(module[7].weight)
     with pytest.raises(ValueError, match="has 7.weight more than once"):
         DeepSpeedEngine._check_for_duplicates(engine, optimizer)
+
+
+def test_kernels_that_do_not_run_here_are_refused_in_one_line(dataset, tmp_path):
+    optimizer = {"name": "adafactor", "learning_rate": 0.05, "settings": {"kernels": "triton"}}
+    process = launch(write_run(tmp_path, dataset, optimizer=optimizer), 0)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert [line for line in output.splitlines() if line.startswith("error: kernels triton")], output

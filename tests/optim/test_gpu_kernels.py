@@ -1,4 +1,5 @@
-"""The Triton passes against the eager ones, in Triton's interpreter: torch's CPU build comes without Triton."""
+"""The Triton passes against the eager ones, in Triton's interpreter, and compiled for a GPU that need not be there:
+torch's CPU build comes without Triton."""
 
 import importlib.util
 import os
@@ -22,10 +23,58 @@ for case, (_, settings) in tests.CASES.items():
     assert difference < 2e-6, (case, where, difference)
 """
 
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sutrain.optim.kernels import gpu
+numbers = {"clip", "new_share", "epsilon", "limit", "keep", "floor", "new1", "beta2", "new2", "mean_scale",
+           "root_scale"}
+places = {"chunks", "fragments", "groups", "slabs", "ranges", "gradients", "weights", "moments", "momenta", "means",
+          "squares"}
+chosen = {"LINES": gpu.LINES, "BLOCK": gpu.BLOCK, "COLUMNS": 5}
+for kernel in (gpu._square_sums, gpu._add_columns, gpu._add_up, gpu._row_factors, gpu._adafactor_sums,
+               gpu._adafactor_apply, gpu._moment_sums, gpu._moment_apply):
+    names = kernel.arg_names
+    for momentum in (False, True) if "MOMENTUM" in names else (False,):
+        constants = {(at,): {**chosen, "MOMENTUM": momentum}[name] for at, name in enumerate(names) if name.isupper()}
+        types = {name: "constexpr" if name.isupper() else "fp32" if name in numbers else
+                 "*i64" if name in places else "*fp32" for name in names}
+        source = ASTSource(kernel, signature=types, constexprs=constants)
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"], kernel
+"""
 
-def test_triton_passes_equal_the_eager_ones_in_the_interpreter():
+WITHOUT_A_GPU = """
+import tests.optim.test_kernels as tests
+tests.trained("lamb", "triton", steps=1)
+"""
+
+
+def run(program, folder, **changes):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), **changes}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
+def skip_without_triton():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed (it comes with torch's CUDA build)")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+
+
+def test_triton_passes_equal_the_eager_ones_in_the_interpreter(tmp_path):
+    skip_without_triton()
+    done = run(PROGRAM, tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_triton_passes_compile_for_a_gpu(tmp_path):
+    """Its interpreter takes programs that its compiler refuses."""
+    skip_without_triton()
+    done = run(COMPILE, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_triton_passes_are_refused_for_masters_on_the_cpu(tmp_path):
+    """With offload, say; Triton's own words come with the first update."""
+    skip_without_triton()
+    done = run(WITHOUT_A_GPU, tmp_path)
+    assert "KernelError: kernels triton is for masters on a GPU" in done.stderr, done.stderr[-2000:]

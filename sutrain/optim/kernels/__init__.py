@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -30,6 +31,8 @@ def build_kernels(
             from .gpu import TritonKernels  # there is no Triton in torch's CPU build
         except ImportError as error:
             raise KernelError(f"kernels triton: {error}; it comes with torch's CUDA build") from None
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise KernelError("kernels triton is for masters on a GPU, these are on the CPU: use auto")
         return TritonKernels(layout, first, second)  # type: ignore[return-value]
     if choice == "eager" or device.type != "cpu":
         return EagerKernels(layout, first, second)

@@ -4,7 +4,8 @@ The same arithmetic as cpu.cpp, cut alike: a program takes up to LINES lines of 
 dimension; what is not factored is cut into lines of VECTOR), leaves partial sums, and later launches add these up in
 order. So nothing depends on the order in which programs run, and there are no atomics.
 
-Checked against the eager passes in Triton's interpreter only. It has never run on a GPU, so `auto` does not take it.
+Checked against the eager passes in Triton's interpreter, and compiled for GPUs. It has never run on one, so `auto` does
+not take it.
 """
 
 from __future__ import annotations
