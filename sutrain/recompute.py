@@ -117,8 +117,10 @@ def apply_budget(
     layer_bytes, input_bytes = measure_layer(encoder.config, rows, row_tokens, dtype, device)
     plan = plan_recomputation(len(encoder.layers), layer_bytes, input_bytes, budget_mib * 2**20)
     encoder.recompute_layers, encoder.recompute_together = plan.layers, plan.together
+    flash = encoder.config.mixer == "flash"
+    limit = "; documents that do not fill their chunks need more" if flash else ""
     return (
         f"activations: {plan.layers} of {len(encoder.layers)} layers computed again, {plan.together} together; "
         f"{plan.peak_bytes / 2**20:.0f} MiB of {budget_mib:.0f} ({layer_bytes / 2**20:.2f} MiB a layer, "
-        f"{input_bytes / 2**20:.2f} between two)"
+        f"{input_bytes / 2**20:.2f} between two){limit}"
     )

@@ -95,3 +95,10 @@ def test_a_budget_is_applied_and_held():
     held, _ = bytes_held(model)
     assert held < 1.05 * budget * 2**20 < everything / 3
     assert "all kept" in apply_budget(model.encoder, None, 2, 24, torch.float32, CPU)
+
+
+def test_the_plan_of_flash_says_what_it_was_measured_with():
+    for name, expected in (("flash", True), ("gau_alpha", False)):
+        encoder = MaskedLanguageModel(CONFIGS[name]).encoder
+        line = apply_budget(encoder, 1000, 2, 24, torch.float32, CPU)
+        assert line.endswith("documents that do not fill their chunks need more") == expected, line
