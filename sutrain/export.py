@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sutrain.huggingface import (
     SutrainForMaskedLM,
     SutrainTokenizer,
 )
-from sutrain.model_card import automatic_class, model_card
+from sutrain.model_card import MARK, automatic_class, model_card
 from sutrain.models.configuration import EncoderConfig
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.monitor.log import DamagedLogError, read_run
@@ -113,16 +114,27 @@ def export_weights(
 
 
 def _check_replaceable(output_dir: Path) -> None:
+    """Raises ExportError for a folder with anything in it that replacing an earlier export would lose."""
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return
     try:
-        earlier = (
-            json.loads((output_dir / "config.json").read_text())["model_type"] == SutrainConfig.model_type
-        )
+        earlier = json.loads((output_dir / "config.json").read_text())[
+            "model_type"
+        ] == SutrainConfig.model_type and MARK in (output_dir / "README.md").read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError):
         earlier = False
     if not earlier:
         raise ExportError(f"{output_dir}: exists and is not an earlier export; give an empty or a new folder")
+    more = sorted(p.name for p in output_dir.iterdir() if not any(fnmatch(p.name, own) for own in _WRITTEN))
+    if more:
+        raise ExportError(
+            f"{output_dir}: found {', '.join(more[:3])}{' and more' if len(more) > 3 else ''} in an earlier export, "
+            "which writing it anew would lose; move that away, or give a new folder"
+        )
+
+
+_WRITTEN = ("*.py", "*.json", "*.safetensors", "tokenizer.model", "README.md", "__pycache__")
+"""What an export consists of."""
 
 
 def _trained_model(weights: dict[str, Tensor], model_config: EncoderConfig) -> MaskedLanguageModel:

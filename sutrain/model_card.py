@@ -5,6 +5,9 @@ from typing import Any
 from sutrain.models.configuration import EncoderConfig, parameter_count
 from sutrain.models.tokenization_sutrain import OLDEST
 
+MARK = "pretrained with sutrain"
+"""Words of every card, and of no other folder's."""
+
 
 def automatic_class(model_config: EncoderConfig) -> str:
     """The transformers class that loads a model with its head."""
@@ -46,7 +49,7 @@ tags: [sutrain]
 # {card.get("name", title)}
 
 {purpose}: {model_config.num_layers} layers of {mixer}, hidden size
-{model_config.hidden_size}, pretrained with sutrain on rows of up to {model_config.max_row_tokens} tokens.
+{model_config.hidden_size}, {MARK} on rows of up to {model_config.max_row_tokens} tokens.
 The weights are fp32.
 
 ## Use

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-import sutrain.huggingface  # noqa: F401
 from data_prep.config_file import load_config, to_yaml
 from data_prep.wordpiece import WordPieceTokenizer
 from sutrain import checkpoint as checkpoints
 from sutrain.checkpoint_writer import save_checkpoint
 from sutrain.config import PretrainConfig
 from sutrain.export import ExportError, choose_checkpoint, export_weights, main
+from sutrain.huggingface import SutrainConfig, SutrainForMaskedLM
+from sutrain.model_card import model_card
 from sutrain.models.masked_lm import MaskedLanguageModel
 from tests.models.tiny import CONFIGS, VARIANTS, write_tokenizer
 
@@ -90,6 +91,7 @@ def exports(tokenizer_dir, tmp_path_factory):
         if kind == "pre":  # over an earlier export, and from text that was cleaned in another way
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps({"model_type": "sutrain"}))
+            (folder / "README.md").write_text("A masked language model, pretrained with sutrain on rows")
             (folder / "stale.py").write_text("")
             cleaning = {"unicode": "nfkc", "strip_control": False, "min_characters": 1}
         weights, card = dict(model.state_dict()), {"optimizer updates": 12}
@@ -300,6 +302,20 @@ def test_a_folder_of_something_else_is_left_alone(tokenizer_dir, tmp_path):
     with pytest.raises(ExportError, match="not an earlier export"):
         export_weights(weights_of(), CONFIGS["roformer_v2"], tokenizer_dir, tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_what_was_trained_on_from_an_export_is_left_alone(tokenizer_dir, tmp_path):
+    """A folder of save_pretrained has no card, and what a trainer leaves in an export is named."""
+    SutrainForMaskedLM(SutrainConfig(**vars(CONFIGS["roformer_v2"]))).save_pretrained(tmp_path)
+    arguments = weights_of(), CONFIGS["roformer_v2"], tokenizer_dir, tmp_path, {}
+    with pytest.raises(ExportError, match="not an earlier export"):
+        export_weights(*arguments)
+    (tmp_path / "README.md").write_text(model_card(CONFIGS["roformer_v2"], {}))
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "training_args.bin").write_text("")
+    with pytest.raises(ExportError, match=r"found checkpoint-500, training_args\.bin in an earlier export"):
+        export_weights(*arguments)
+    assert (tmp_path / "checkpoint-500").is_dir()
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is_left(exports):
