@@ -126,6 +126,22 @@ def test_added_tokens_get_new_ids(folder):
     assert tokenizer.decode([300]) == "<entity>"
 
 
+def test_rows_of_a_model_beyond_the_pieces_are_unknown_tokens(tokenizer):
+    """As resize_token_embeddings(pad_to_multiple_of=64) makes them; a fill-mask pipeline decodes what it proposes."""
+    assert len(tokenizer) == 300
+    assert tokenizer.convert_ids_to_tokens([299, 300, 319]) == [
+        tokenizer.convert_ids_to_tokens(299),
+        "[UNK]",
+        "[UNK]",
+    ]
+    assert tokenizer.decode([319], skip_special_tokens=True) == tokenizer.decode([1])
+
+
+def test_offsets_are_refused_instead_of_left_out(tokenizer):
+    with pytest.raises(NotImplementedError, match="return_offsets_mapping: found True"):
+        tokenizer("we walk", return_offsets_mapping=True)
+
+
 def test_another_kind_of_model_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="unicode: found 'nfd'"):
         SutrainTokenizer(str(folder / "tokenizer.model"), unicode="nfd")
