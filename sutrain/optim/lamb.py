@@ -52,10 +52,12 @@ class Lamb(FragmentOptimizer):
 
     def _apply(self, first: Bucket, second: Bucket) -> None:
         adapts = self._adapt & (first["weight"] > 0) & (second["direction"] > 0)
-        trust = torch.where(adapts, (first["weight"] / second["direction"]).sqrt(), 1.0)
+        # Roots first: where gradients have ceased momentum fades, and by a square of 1e-40 a quotient is infinite.
+        length = second["direction"].sqrt()
+        trust = torch.where(adapts, first["weight"].sqrt() / length, 1.0)
         step = self.learning_rate * self._learning_rate_scale * trust
         if self._needs_update_norms:
-            step = step * self._guarded(step**2 * second["direction"])
+            step = step * self._guarded((step * length) ** 2)
         self._column("trust_ratio").copy_(trust)
         numbers = torch.stack([step, torch.zeros_like(step)])
         self._passes.moment_apply((1.0, 1.0), self.epsilon, self._weight_decay, numbers)

@@ -169,6 +169,20 @@ def test_first_update_moves_by_lr_times_parameter_size():
     assert moved.tolist() == pytest.approx([0.01 * 1e-3, 0.01 * 3.0], rel=1e-5)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_lamb_stays_finite_where_gradients_have_ceased(kernels, decay):
+    """Momentum fades to nothing, through squares that fp32 has only as denormal numbers."""
+    own = {"weight": nn.Parameter(torch.randn(6, 5))}
+    optimizer = standalone("lamb", own, learning_rate=1e-3, weight_decay=decay, kernels=kernels)
+    for update in range(1100):
+        own["weight"].grad = torch.full((6, 5), 1e-3 if update < 3 else 0.0)
+        optimizer.step()
+        assert torch.isfinite(optimizer.statistics[:, 3]).all() and torch.isfinite(own["weight"]).all(), (
+            update
+        )
+
+
 def test_lamb_moves_each_tensor_by_lr_times_its_norm():
     own = parameters()
     optimizer = standalone("lamb", own, learning_rate=0.01, weight_decay=0.01)
