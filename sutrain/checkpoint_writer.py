@@ -166,6 +166,8 @@ class CheckpointWriter:
         while left := [name for name in missing if not (temporary / f"{name}.json").is_file()]:
             if failed := sorted(temporary.glob("*.failed")):
                 number, _, text = failed[0].read_text().partition(" ")
+                if not text:  # a full disk takes the name of a file and not the line in it
+                    number, text = str(errno.EIO), "could not write its files; its own message says why"
                 raise OSError(int(number), f"{failed[0].stem}: {text}", str(temporary))
             if len(left) < len(missing):
                 missing, since = left, time.monotonic()

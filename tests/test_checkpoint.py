@@ -274,6 +274,12 @@ def test_files_of_all_ranks_make_one_checkpoint_and_a_failure_of_one_reaches_ran
         writers[1].wait(20)
     found, damaged = checkpoints.find_latest(tmp_path)
     assert found.step == 4 and not damaged
+    # One whose disk is so full that it takes no line about it either.
+    (tmp_path / ".writing-step-00000012").mkdir()
+    (tmp_path / ".writing-step-00000012/rank-00001.failed").touch()
+    writers[0].save(12, [(MASTER, "a", 0, weight)], {}, {"a": [6]}, {})
+    with pytest.raises(OSError, match="rank-00001: could not write its files; its own message says why"):
+        writers[0].wait(20)
 
 
 def written_at(folder, hours):
