@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import threading
@@ -25,6 +26,7 @@ import torch
 import xxhash
 
 from sutrain import checkpoint as checkpoints
+from sutrain import heartbeat
 from sutrain.checkpoint import Slice, step_name
 
 WAIT_SECONDS = 1800.0
@@ -104,10 +106,15 @@ class CheckpointWriter:
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until nothing is being written any more; False when `seconds` were not enough.
 
+        Gives signs of life for as long as a disk that works may take: a run that waits for it does not hang.
         Raises OSError, as `check` does, when writing failed.
         """
         if self._thread is not None:
-            self._thread.join(seconds)
+            began, limit = time.monotonic(), math.inf if seconds is None else seconds
+            while self._thread.is_alive() and (waited := time.monotonic() - began) < limit:
+                if waited < WAIT_SECONDS:
+                    heartbeat.beat("writing a checkpoint", self.last_step or 0)
+                self._thread.join(min(1.0, limit - waited))
             if self._thread.is_alive():
                 return False
             self._thread = None

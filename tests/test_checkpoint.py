@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sutrain import checkpoint as checkpoints
-from sutrain import checkpoint_writer
+from sutrain import checkpoint_writer, heartbeat
 from sutrain.checkpoint import MASTER, Checkpoint, CheckpointError
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, prune, save_checkpoint, sweep
 from tests.conftest import ROOT, environment
@@ -241,7 +241,10 @@ def test_writing_goes_on_in_the_background_one_at_a_time_from_a_copy(tmp_path, m
     arguments = ({"row|a": torch.ones(3)}, {"a": [5]}, {"steps": 1})
     writer.save(1, [(MASTER, "a", 0, weight)], *arguments)
     weight += 100  # the step goes on
+    said = []
+    monkeypatch.setattr(heartbeat, "beat", lambda *what: said.append(what))
     assert not writer.wait(0.05) and checkpoints.find_latest(tmp_path) == (None, [])
+    assert said == [("writing a checkpoint", 1)], "a slow disk is no hang"
     second = threading.Thread(target=writer.save, args=(2, [(MASTER, "a", 0, weight)], *arguments))
     second.start()
     time.sleep(0.1)
