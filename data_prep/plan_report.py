@@ -29,7 +29,7 @@ def report(plan: Plan, console: Console) -> None:
     found = estimate(plan, tokenizer, workers)
     console.print(_input_table(plan))
     facts = Table("what", "estimate", show_header=False, box=None)
-    for what, value in (*_work(plan, found), *_room(plan, found), *_time(found)):
+    for what, value in (*_work(plan, found), *_room(plan, found), *_time(plan, found)):
         facts.add_row(what, value)
     console.print(facts)
     for path in plan.ignored[:5]:
@@ -106,7 +106,9 @@ def _room(plan: Plan, found: Estimate) -> list[tuple[str, str]]:
     ]
 
 
-def _time(found: Estimate) -> list[tuple[str, str]]:
+def _time(plan: Plan, found: Estimate) -> list[tuple[str, str]]:
+    trains = plan.config.shards.content == "tokens" and plan.config.tokenizer.load is None
+    training = ", and what training the tokenizer takes" if trains else ""
     disk = f"{size(found.disk_bytes_per_second)}/s" if found.disk_bytes_per_second > 0 else "unknown"
     cores = found.clean_seconds + found.encode_seconds + found.compress_seconds
     return [
@@ -116,7 +118,7 @@ def _time(found: Estimate) -> list[tuple[str, str]]:
             f"{duration(cores)} (clean {duration(found.clean_seconds)}, encode {duration(found.encode_seconds)}, "
             f"compress {duration(found.compress_seconds)})",
         ),
-        ("time", f"about {duration(found.seconds)} with {found.workers} worker(s)"),
+        ("time", f"about {duration(found.seconds)} with {found.workers} worker(s){training}"),
         ("floor", f"{duration(found.floor_seconds)}: what the disk, or encoding alone, would take"),
     ]
 
@@ -128,7 +130,13 @@ def _input_table(plan: Plan) -> Table:
         blocks = sum(file.blocks or 1 for file in files)
         on_disk = sum(file.size_bytes for file in files)
         text = sum(file.estimated_text_bytes for file in files)
-        table.add_row(corpus.name, f"{len(files):,}", size(on_disk), size(text), f"{blocks:,} places")
+        table.add_row(
+            corpus.name,
+            f"{len(files):,}",
+            size(on_disk),
+            size(text),
+            f"{blocks:,} place{'' if blocks == 1 else 's'}",
+        )
     return table
 
 

@@ -30,6 +30,9 @@ from rich.progress import (
 from .errors import LostLeaseError
 from .files import check_fence
 
+_FILES_SECONDS = 60.0
+"""Longest time between two writes of the files: an alarm is raised over files that are five minutes old."""
+
 
 class RunProgress:
     """Shows the progress of the stages of a run, and records it in `folder` unless that is None."""
@@ -87,9 +90,12 @@ class RunProgress:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def _tick(self, ended: threading.Event) -> None:
-        while not ended.wait(self._log_seconds):
-            if not self.console.is_terminal:
-                self.console.print(self._line(), highlight=False, soft_wrap=True)
+        line_due = time.monotonic() + self._log_seconds
+        while not ended.wait(max(0.0, min(line_due - time.monotonic(), _FILES_SECONDS))):
+            if time.monotonic() >= line_due:
+                line_due += self._log_seconds
+                if not self.console.is_terminal:
+                    self.console.print(self._line(), highlight=False, soft_wrap=True)
             self._write_files()
 
     def _line(self) -> str:

@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--port", type=int, default=9701, help="default: 9701, as in prometheus.yml")
     options = parser.parse_args(arguments)
+    if options.file.is_dir():
+        print(
+            f"error: {options.file} is a folder; give the file, {options.file / 'metrics.prom'}",
+            file=sys.stderr,
+        )
+        return 2
     try:
         server = server_of(options.file, options.host, options.port)
     except OSError as error:

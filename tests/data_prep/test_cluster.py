@@ -113,7 +113,9 @@ def test_a_node_with_a_disk_of_its_own_at_that_path_is_named(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_joins_later_and_sees_another_disk_is_named_by_its_first_task(prepared, tmp_path):
-    for number in range(80):  # so that there is work left when it comes, for minutes on a machine that is busy
+    for number in range(
+        80
+    ):  # so that there is work left when it comes, for minutes on a machine that is busy
         write_jsonl(tmp_path / "raw" / f"{number:02d}.jsonl", make_texts(2000, seed=number))
     model = {"load": str(prepared / "tokenizer" / "tokenizer.model")}
     slowly = {"functions": ["tests.data_prep.functions:slowly"]}

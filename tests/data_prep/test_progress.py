@@ -1,10 +1,16 @@
-"""What a run says of its progress: rates of its own work, shares that end at the whole, paths as they are written."""
+"""What a run says of its progress: rates of its own work, shares that end at the whole, paths as they are written; files
+for alarms in time, lines in a log as often as asked for."""
 
 from __future__ import annotations
 
+import io
 import json
+import time
 from pathlib import Path
 
+from rich.console import Console
+
+from data_prep import progress as module
 from data_prep.between import run_missing
 from data_prep.executor import LocalExecutor
 from data_prep.progress import RunProgress
@@ -71,3 +77,28 @@ def test_names_with_brackets_are_told_as_they_are(prepared, tmp_path):
         done = command_line(tree, tmp_path, "run")
         assert done.returncode == 0, done.stderr
     assert f"{tmp_path}/out [red] is complete" in done.stderr
+
+
+def stage(folder, log_seconds, seconds):
+    """(progress.json as it was within the stage, lines in the log within the stage)."""
+    said = io.StringIO()
+    progress = RunProgress(folder, log_seconds, Console(file=said))
+    with progress.stage("scatter", total=10, tasks=2):
+        progress.advance(4)
+        time.sleep(seconds)
+        file = folder / "progress.json"
+        seen, lines = json.loads(file.read_text()) if file.exists() else None, said.getvalue().splitlines()
+    return seen, lines
+
+
+def test_files_are_written_in_time_for_the_alarm_however_seldom_a_line_is_wanted(tmp_path, monkeypatch):
+    """DataPrepStalled is raised over files that are 300 s old."""
+    assert module._FILES_SECONDS < 150
+    monkeypatch.setattr(module, "_FILES_SECONDS", 0.05)
+    seen, lines = stage(tmp_path, 3600, 0.5)
+    assert seen["done"] == 4 and not lines
+
+
+def test_lines_come_as_often_as_asked_for(tmp_path):
+    seen, lines = stage(tmp_path, 0.1, 0.55)
+    assert seen["done"] == 4 and 2 <= len(lines) <= 5

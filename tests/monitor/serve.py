@@ -11,16 +11,18 @@ from sutrain.monitor.exporter import Exporter
 from sutrain.monitor.spikes import SpikeWatch
 from tests.monitor.made_up import groups_of, made_up_run, probe_of
 
+STEPS = 1200
+
 
 def main() -> None:
     layers = int(sys.argv[1])
     groups = groups_of(layers)
     watch, stop = SpikeWatch(groups), threading.Event()
     run = made_up_run(
-        layers=layers, steps=1200, evaluate_every_steps=20, spike_at=tuple(range(100, 1200, 60))
+        layers=layers, steps=STEPS, evaluate_every_steps=20, spike_at=tuple(range(100, STEPS, 60))
     )
     info = {"run": "made-up", "mfu_reference": "a made-up reference"}
-    with Exporter("127.0.0.1", 0, groups, info) as exporter:
+    with Exporter("127.0.0.1", 0, groups, info, total_steps=STEPS) as exporter:
         print(exporter.port, flush=True)
         threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
         for record, table, evaluation in itertools.chain(run):

@@ -68,13 +68,12 @@ def expressions() -> dict[str, str]:
 def alert_expressions() -> dict[str, str]:
     """The expressions of the alerts by name, with comparisons that answer 0 or 1 instead of hiding what is false."""
     compare = re.compile(r" (>=|<=|==|!=|>|<) ")
-    return {
-        rule["alert"]: compare.sub(r" \1 bool ", rule["expr"]).replace(
-            '{stage="finished"}', '{stage="no such"}'
-        )
-        for rule in rules()
-        if "alert" in rule
-    }
+    found = {}
+    for rule in rules():
+        if "alert" in rule:
+            asked, *unless = rule["expr"].replace('{stage="finished"}', '{stage="no such"}').split("unless")
+            found[rule["alert"]] = "unless".join([compare.sub(r" \1 bool ", asked), *unless])
+    return found
 
 
 @needs_grafana_sdk

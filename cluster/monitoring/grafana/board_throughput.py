@@ -13,7 +13,7 @@ def throughput() -> Rows:
             [
                 curve(
                     "Tokens per second",
-                    "Over all ranks, with the median of the last 30 minutes; the alarm is at 0.7 of it.",
+                    "Over all ranks, with the run's median of the last 30 minutes; the alarm is at 0.7 of it.",
                     "short",
                     query(f"sutrain_tokens_per_second{{{RUN}}}", "last step {{instance}}"),
                     query(f"sutrain:tokens_per_second:median30m{{{RUN}}}", "median {{instance}}"),
@@ -37,7 +37,8 @@ def throughput() -> Rows:
                     query(f"sutrain_step_seconds_max{{{RUN}}}", "longest of a minute {{instance}}"),
                 ),
                 curve(
-                    "Share of time waiting for data", "Above a few percent the devices idle. Alarm: 20 %.",
+                    "Share of time waiting for data",
+                    "Over five minutes. Above a few percent the devices idle. Alarm: 20 %.",
                     "percentunit", query(f"sutrain:data_wait_share{{{RUN}}}"), width=12,
                 ),
                 curve(
@@ -51,7 +52,8 @@ def throughput() -> Rows:
             [
                 curve(
                     "Forward passes, to the lower quartile",
-                    "Time in forward passes, where no rank waits for another. Alarm: 1.4 times the others.",
+                    "Time in forward passes, where no rank waits for another, medians of five minutes. Alarm: 1.4 "
+                    "times the others.",
                     "short", query(f"sutrain:rank_forward_seconds:relative{{{RUN}}}", "rank {{rank}} {{instance}}"),
                 ),
                 curve(
