@@ -110,6 +110,10 @@ def join_alone() -> None:
 
 def check_model_fits_data(model: EncoderConfig, manifest: Manifest, data_dir: Path) -> None:
     """Raises ConfigError, naming every difference, unless model and shards agree on vocabulary, rows and padding."""
+    if manifest.config["shards"].get("content") == "text":
+        raise ConfigError(
+            f"data.dir: {data_dir} holds shuffled text, not rows of tokens; prepare it with shards.content: tokens"
+        )
     expected = {
         "vocab_size": (manifest.vocab_size, "were made with a tokenizer of"),
         "max_row_tokens": (manifest.row_tokens, "have rows of"),

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,16 @@ def test_model_and_data_must_agree_on_vocabulary_rows_and_padding(dataset):
         f"set model.vocab_size={VOCAB_SIZE}" in lines[0]
         and f"set model.max_row_tokens={ROW_TOKENS}" in lines[1]
     )
+
+
+def test_shuffled_text_is_no_data_to_train_on(dataset):
+    """It has a vocabulary of 0, which is not to be set in the model."""
+    manifest = load_manifest(dataset)
+    text = replace(manifest, config=manifest.config | {"shards": {"content": "text"}}, vocab_size=0)
+    with pytest.raises(
+        ConfigError, match="holds shuffled text, not rows of tokens; prepare it with shards.content"
+    ):
+        check_model_fits_data(EncoderConfig(), text, dataset)
 
 
 def test_the_first_ctrl_c_asks_to_stop_and_the_second_ends_at_once():
