@@ -29,7 +29,7 @@ class CorpusSection(Section):
     root: str | None = Field(
         default=None,
         description="folder that file names are taken relative to (they enter the shuffle keys); "
-        "none: the folder in `paths` before the first wildcard",
+        "null: the folder in `paths` before the first wildcard",
     )
     format: Literal["auto", "txt", "jsonl", "parquet"] = Field(
         default="auto",
@@ -77,7 +77,7 @@ class CleaningSection(Section):
         default=1, ge=1, description="shorter texts are dropped as too_short [characters]"
     )
     max_characters: int | None = Field(
-        default=None, ge=1, description="longer texts are dropped as too_long [characters]; none: no limit"
+        default=None, ge=1, description="longer texts are dropped as too_long [characters]; null: no limit"
     )
     min_letter_share: float = Field(
         default=0.0,
@@ -152,7 +152,7 @@ class TrainSection(Section):
     seed_pieces: int | None = Field(
         default=None,
         ge=64,
-        description="unigram: candidates to start from, more than vocab_size; none: 20 x vocab_size, but at "
+        description="unigram: candidates to start from, more than vocab_size; null: 20 x vocab_size, but at "
         "most a million or, where that is more, 5 x vocab_size",
     )
 
@@ -243,7 +243,7 @@ class ResourcesSection(Section):
     """What the machine may give. Nothing here changes a byte of the output."""
 
     workers: int | None = Field(
-        default=None, ge=1, description="tasks at a time; none: every core (on Ray: with memory for one)"
+        default=None, ge=1, description="tasks at a time; null: every core (on Ray: with memory for one)"
     )
     worker_memory_bytes: int = Field(
         default=1024 * MEBIBYTE,
@@ -254,7 +254,7 @@ class ResourcesSection(Section):
         default=None,
         ge=1,
         description="memory of all workers together, programs included: less than they need is refused; "
-        "none: not checked",
+        "null: not checked",
     )
     min_read_bytes: int = Field(
         default=128 * 1024,
@@ -265,7 +265,7 @@ class ResourcesSection(Section):
     task_bytes: int | None = Field(
         default=None,
         ge=1,
-        description="input of one task; none: between 64 MiB and 1 GiB by the size of the corpus",
+        description="input of one task; null: between 64 MiB and 1 GiB by the size of the corpus",
     )
     lease_seconds: float = Field(
         default=30.0,
@@ -293,7 +293,7 @@ class PrepareConfig(Section):
     work_dir: str | None = Field(
         default=None,
         description="where a folder .sutrain-… for the intermediate files is made, and removed at the end; "
-        "none: OUTPUT_DIR/.work",
+        "null: OUTPUT_DIR/.work",
     )
     corpora: list[CorpusSection] = Field(min_length=1)
     cleaning: CleaningSection = CleaningSection()

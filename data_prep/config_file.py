@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -178,12 +179,21 @@ def field_help(schema: type, prefix: str = "") -> str:
             item = "[]." if typing.get_origin(annotation) in (list, tuple) else "."
             lines.append(field_help(section, f"{key}{item}"))
         else:
-            shown = "required" if default is _REQUIRED else f"= {default!r}"
+            shown = "required" if default is _REQUIRED else f"= {_as_typed(default)}"
             lines.append(f"  {key}  ({_type_name(annotation)}, {shown})  {text}".rstrip())
     return "\n".join(lines)
 
 
 _REQUIRED = object()
+
+
+def _as_typed(value: Any) -> str:
+    """A value as one types it behind `--section.key=`: null, true, [a, b]. (None would be taken for a text.)"""
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    except yaml.YAMLError:  # a path, …
+        return str(value)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def apply_override(tree: dict[str, Any], override: str) -> str | None:
@@ -282,7 +292,9 @@ def _type_name(annotation: Any) -> str:
     if origin is typing.Literal:
         return "|".join(str(argument) for argument in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("none" if a is type(None) else _type_name(a) for a in arguments)
+        return " or ".join("null" if a is type(None) else _type_name(a) for a in arguments)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
     if origin is not None:
         return f"{getattr(origin, '__name__', origin)}[{', '.join(map(_type_name, arguments))}]"
     return getattr(annotation, "__name__", str(annotation))

@@ -1,7 +1,7 @@
 """Configuration files: every mistake at once, overrides, defaults, help."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -133,7 +133,7 @@ def test_help_lists_every_key_with_type_default_and_meaning():
     text = field_help(Config)
     assert "corpora[].name  (str, required)  what it is called" in text
     assert "model.width  (int, = 3)  features" in text
-    assert "model.activation  (relu|gelu, = 'relu')" in text
+    assert "model.activation  (relu|gelu, = relu)" in text
 
 
 class Run(Section):
@@ -141,6 +141,22 @@ class Run(Section):
     steps: int = 1
     rate: float | None = None
     fast: bool = False
+
+
+class Typed(Run):
+    place: str | None = None
+    when: str = "12:30"
+    names: list[Annotated[str, Field(pattern="^[ab]$")]] = ["a", "b"]
+
+
+def test_help_shows_types_and_defaults_as_one_types_them(tmp_path):
+    shown = dict(line.strip().split("  (", 1) for line in field_help(Typed).splitlines())
+    assert shown["place"] == "str or null, = null)" and shown["fast"] == "bool, = false)"
+    assert shown["names"] == "list[str], = [a, b])"
+    file = tmp_path / "run.yaml"
+    file.write_text("")
+    defaults = [f"--{key}={text.rpartition(', = ')[2].removesuffix(')')}" for key, text in shown.items()]
+    assert load_config(Typed, file, defaults) == Typed()
 
 
 @pytest.mark.parametrize("text", ["2024-11-29", "12:30", "1:30.5"])
