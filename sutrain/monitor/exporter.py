@@ -51,8 +51,8 @@ QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 MAX_LAYERS = 48
 """Layers with series of their own by default: a 1000-layer run then has fewer than 2,000 series."""
 MAX_RANKS = 32
-LAST_SCRAPE_SECONDS = 60.0
-"""How long a finished run waits at most for the one who scrapes it."""
+LAST_SCRAPE_SECONDS = 100.0
+"""How long a finished run waits at most for the one who scrapes it: for intervals of up to a minute."""
 _RANK_FIELDS = {"rank_heartbeat_timestamp_seconds": "time"}
 _ANSWER_SECONDS = 0.5
 """For an answer whose text is made to reach the one who asked."""
@@ -150,14 +150,15 @@ class Exporter(Collector):
 
     def wait_for_scrape(self) -> None:
         """Return when the last numbers have been fetched, or are not going to be: an interval and a half after the last
-        scrape, at once where nobody scrapes. To be called by a run that has finished."""
+        scrape, at once where nobody scrapes once a minute. To be called by a run that has finished."""
         self._scraped.clear()
         scrapes = self._scrapes
         if len(scrapes) < 2:
             return
         earlier, last = scrapes
-        left = min(1.5 * (last - earlier), LAST_SCRAPE_SECONDS) - (time.monotonic() - last)
-        if left > 0 and self._scraped.wait(left):
+        patience = 1.5 * (last - earlier)
+        left = patience - (time.monotonic() - last)
+        if patience <= LAST_SCRAPE_SECONDS and left > 0 and self._scraped.wait(left):
             time.sleep(_ANSWER_SECONDS)
 
     def close(self) -> None:

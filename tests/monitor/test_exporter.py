@@ -88,6 +88,16 @@ def test_a_finished_run_waits_for_the_one_who_scrapes_it_and_for_nobody_else():
         assert time.monotonic() - started < 1.5, "one that did not come is not waited for again"
 
 
+def test_who_looks_once_in_ten_minutes_is_not_waited_for(monkeypatch):
+    with Exporter("127.0.0.1", 0, groups_of(1)) as exporter:
+        for seconds in (1000.0, 1600.0):
+            monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: seconds)
+            list(exporter.collect())
+        monkeypatch.setattr(exporter._scraped, "wait", lambda *_: pytest.fail("waited"))
+        exporter.wait_for_scrape()
+        monkeypatch.undo()
+
+
 def test_numbers_are_those_of_the_table():
     groups = groups_of(2)
     record, table, _ = next(made_up_run(layers=2, steps=20))
