@@ -1,5 +1,5 @@
-"""What a run says of its progress: rates of its own work, shares that end at the whole, paths as they are written; files
-for alarms in time, lines in a log as often as asked for."""
+"""What a run says of its progress: rates of its own work, shares that end at the whole, paths as they are; files for
+alarms in time, lines in a log as often as asked for."""
 
 from __future__ import annotations
 
