@@ -3,7 +3,8 @@
 Update norms jump before the loss does (marin-community/marin#1368), and one update that is a hundred times too long can
 undo a day. What counts is the size of the update per unit of learning rate, ‖Δθ‖ / lr, so that warm-up and decay are no
 reason to step in. The history is the mean of this size over the first `window` updates and their exponential mean with
-weight 1/window from then on; limited updates enter it as limited. All of Δθ is scaled, weight decay included.
+weight 1/window from then on; limited updates enter it as limited, and where a tensor does not move at all its history
+stays: it would be held back for as long afterwards. All of Δθ is scaled, weight decay included.
 
 The sizes come from sums over all ranks, so every rank decides the same; nothing here waits for the device.
 """
@@ -56,6 +57,7 @@ class UpdateGuard:
         if updates > self._window:
             factor = torch.where(known, (self._limit * self._history / size).clamp(max=1.0), factor)
         mean = self._history.lerp(size * factor, 1.0 / min(updates, self._window))
+        mean = torch.where(size > 0, mean, self._history)
         self._history.copy_(torch.where(known, mean, size))
         return factor
 

@@ -42,6 +42,10 @@ def run(optimizer, own, updates, learning_rate=lambda update: 0.01, spike=("vect
     return seen
 
 
+def column(optimizer, name):
+    return optimizer.statistics[:, STATISTICS.index(name)]
+
+
 @pytest.mark.parametrize("name", ["adafactor", "adamw", "egd"])
 def test_a_spike_is_limited_to_k_times_the_history_of_its_own_tensor(name):
     optimizer, own = optimizer_and_weights(name, update_guard=2.0, guard_window=5)
@@ -76,6 +80,19 @@ def test_a_warm_up_is_no_spike():
     seen = run(optimizer, own, range(1, 10), learning_rate=lambda update: 1e-4 * (update - 1) ** 2)
     assert seen[0][0] == {"matrix": 0.0, "vector": 0.0}
     assert all(factors == [1.0, 1.0] for _, factors in seen)
+
+
+def test_a_tensor_that_rested_goes_on_as_it_was():
+    """With updates clipped, since second moments fade while a tensor rests."""
+    settings = {"update_guard": 2.0, "guard_window": 3, "weight_decay": 0.0, "clip_threshold": 1.0}
+    optimizer, own = optimizer_and_weights("adafactor", **settings)
+    for update in range(1, 60):
+        for key, weight in own.items():
+            rests = key == "vector" and 10 <= update < 50
+            weight.grad = torch.full_like(weight, 0.0 if rests else 1.0)
+        optimizer.step()
+        if update >= 50:
+            assert column(optimizer, "guard_factor").tolist() == [1.0, 1.0], update
 
 
 def test_nothing_is_limited_in_the_first_window():
