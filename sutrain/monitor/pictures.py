@@ -236,8 +236,8 @@ def _map(run: RunLog, column: str, part: str) -> tuple[np.ndarray, np.ndarray, n
         return steps, layers, known / np.nanmedian(known, axis=0)
 
 
-def colour_scale(runs: Iterable[RunLog], column: str) -> Normalize | None:
-    """One scale for all runs and parts, or None if there is nothing to draw.
+def colour_scale(runs: Iterable[RunLog], column: str, parts: Iterable[str] | None = None) -> Normalize | None:
+    """One scale for all runs and parts (or some), or None if there is nothing to draw.
 
     It spans the 0.5 to 99.5 percentiles, so that a single spike does not bleach the rest; "relative" is
     symmetrical about 1 and reaches at least from 1/1.2 to 1.2.
@@ -246,7 +246,7 @@ def colour_scale(runs: Iterable[RunLog], column: str) -> Normalize | None:
         _map(run, column, part)[2].ravel()
         for run in runs
         if len(run.tables.steps) > 1
-        for part in parts_of(run)
+        for part in (parts_of(run) if parts is None else parts)
     ]
     values = np.concatenate(maps) if maps else np.zeros(0)
     values = values[np.isfinite(values) & (values > 0)]
@@ -319,10 +319,11 @@ def summary(name: str, run: RunLog, headline: str) -> Figure:
             ("grad_norm", "What the loss asks of each layer", "magma"),
         )
         for row, (column, title, colours) in enumerate(maps):
-            scale = colour_scale([run], column)
+            parts = parts_of(run)[:1]
+            scale = colour_scale([run], column, parts)
             if scale is None:
                 continue
-            part = parts_of(run)[0]
+            (part,) = parts
             axes = figure.add_subplot(grid[row, 1])
             image = _heat(axes, run, column, part, scale, colours)
             axes.set_title(f"{title}: {part.replace('_', '-')}")

@@ -68,6 +68,15 @@ def _edges(values: np.ndarray) -> tuple[float, float]:
     return float(np.median(values[:width])), float(np.median(values[-width:]))
 
 
+def _lowest_level(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """(step, value) of the lowest median over an EDGE of a finite curve: a single batch may be an easy one."""
+    width = max(1, round(EDGE * len(values)))
+    starts = range(0, len(values) - width + 1, max(1, width // 2))
+    levels = [float(np.median(values[i : i + width])) for i in starts]
+    lowest = int(np.argmin(levels))
+    return float(steps[starts[lowest] + width // 2]), levels[lowest]
+
+
 def _completeness(run: RunLog) -> list[Verdict]:
     last, record = run.steps[-1]["step"], run.steps[-1]
     total = next((header["total_steps"] for header in reversed(run.runs) if "total_steps" in header), None)
@@ -107,13 +116,12 @@ def _loss(run: RunLog) -> list[Verdict]:
     if len(loss) < MINIMUM_STEPS:
         return [Verdict("note", f"{len(loss):,} step(s) are too few to judge the loss.")]
     first, last = _edges(loss)
-    lowest = float(loss.min())
+    at, lowest = _lowest_level(steps, loss)
     text = f"Training loss went from {first:.3f} to {last:.3f} nats per predicted token"
     if last >= first:
         return [Verdict("bad", text + ": it did not fall.")]
     if last > 1.15 * lowest and last - lowest > 0.3:
-        at = steps[int(loss.argmin())]
-        return [Verdict("bad", f"{text}, but it had been at {lowest:.3f} (step {at:,.0f}).")]
+        return [Verdict("bad", f"{text}, but it had been at {lowest:.3f} (about step {at:,.0f}).")]
     return [Verdict("good", text + ".")]
 
 
@@ -232,7 +240,7 @@ def _depth(run: RunLog) -> list[Verdict]:
         name = part.replace("_", "-")
         text = (
             f"In the last quarter of the run the {name} of layer {highest} moved most and that of "
-            f"layer {lowest} least, {spread:.1f} times apart."
+            f"layer {lowest} least, {spread:,.1f} times apart."
         )
         found.append(Verdict("note" if spread > 10 else "good", text))
         found += _slope(run, part, name)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,8 +13,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from sutrain.monitor.log import MetricsLog, read_run
-from sutrain.monitor.pictures import curves, data_uri, in_blocks, thinned
+from sutrain.monitor.log import MetricsLog, RunLog, read_run
+from sutrain.monitor.pictures import colour_scale, curves, data_uri, in_blocks, thinned
 from sutrain.monitor.report import page, read_runs
 from sutrain.monitor.verdicts import verdicts
 from sutrain.report import main
@@ -74,6 +75,33 @@ def test_several_runs_stand_in_one_page(tmp_path):
     root = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
     assert len(list(root.iter("img"))) == 1 + 2 * 5
     assert text.count("<li") > 10 and "a-run" in text and "other" in text
+
+
+def of_losses(path, losses) -> str:
+    log = RunLog(path, steps=[{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)])
+    return "\n".join(f"{verdict.level}: {verdict.text}" for verdict in verdicts(log))
+
+
+def test_one_easy_batch_is_not_the_level_that_the_loss_had_been_at(tmp_path):
+    losses = [6.6 + 2 * math.exp(-step / 20) for step in range(200)]
+    losses[118] = 5.4
+    text = "from 8.198 to 6.600 nats per predicted token"
+    assert f"good: Training loss went {text}." in of_losses(tmp_path, losses)
+    losses[150:] = [7.7] * 50
+    assert re.search(
+        r"bad: .* to 7.700 .*, but it had been at 6.60. \(about step 1[0-4]\d\)", of_losses(tmp_path, losses)
+    )
+
+
+def test_the_picture_of_one_part_is_coloured_by_that_part(tmp_path):
+    """Norms move a thousand times as little here as the mixers, which are drawn."""
+    write_run(tmp_path, layers=3, steps=30)
+    log = read_run(tmp_path)
+    values = log.heat_map("update_norm", "mixer")[2]
+    scale = colour_scale([log], "update_norm", ["mixer"])
+    assert (scale.vmin, scale.vmax) == pytest.approx(np.quantile(values, (0.005, 0.995)))
+    assert colour_scale([log], "update_norm").vmin < 0.5 * scale.vmin
+    assert colour_scale([log], "update_norm", []) is None
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
