@@ -169,7 +169,7 @@ EVERYTHING_IS_THERE = (
     'count(sutrain_trust_ratio) and count(sutrain_direction_rms) and count(sutrain_rank_progress{rank="1"})',
     'count(sutrain_validation_loss_by_source{source="made"}) >= 2 and count(sutrain_logit_rms) >= 3',
     "count(rate(data_prep_records_total[1m]))",
-    "sutrain:update_depth_slope:median10m and sutrain_update_depth_slope",
+    "sutrain:update_depth_slope:median10m and on (instance) sutrain:tokens_per_second:median30m",
 )
 
 
