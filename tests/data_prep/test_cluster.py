@@ -105,7 +105,7 @@ def test_three_nodes_give_the_same_bytes_also_when_one_dies(corpus, prepared, tm
 def test_a_node_with_a_disk_of_its_own_at_that_path_is_named(corpus, tmp_path):
     result = on_cluster(tmp_path, corpus, "hidden")
     assert result.returncode == 2, result.stderr
-    assert "not every node of the cluster sees the data" in result.stderr
+    assert "not every node of the cluster sees what the driver sees" in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("node ")]
     assert len(lines) == 1 and "does not see what the driver wrote to" in lines[0]
     assert not list((tmp_path / "shared").rglob("task-*")) and not list((tmp_path / "shared").rglob(".seen*"))
@@ -113,9 +113,7 @@ def test_a_node_with_a_disk_of_its_own_at_that_path_is_named(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_joins_later_and_sees_another_disk_is_named_by_its_first_task(prepared, tmp_path):
-    for number in range(
-        80
-    ):  # so that there is work left when it comes, for minutes on a machine that is busy
+    for number in range(80):  # so that there is work left when it comes, also on a machine that is busy
         write_jsonl(tmp_path / "raw" / f"{number:02d}.jsonl", make_texts(2000, seed=number))
     model = {"load": str(prepared / "tokenizer" / "tokenizer.model")}
     slowly = {"functions": ["tests.data_prep.functions:slowly"]}
