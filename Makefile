@@ -27,7 +27,7 @@ setup: $(VENV)/.built  ## create .venv, install pinned dependencies, build the c
 demo: setup  ## raw text to a pretrained model on this machine, in about ten minutes
 	@$(BIN)/python -m cluster.demo
 
-test: $(VENV)/.tests setup  ## the test suite, ten to fifteen minutes on two cores
+test: $(VENV)/.tests setup  ## the test suite, twelve to twenty-two minutes on two cores
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.tests setup  ## the long tests (fault injection, scale); evidence in build/evidence/*.json
