@@ -44,9 +44,7 @@ _OPEN_INDEXES = 16  # shard indexes that a reader keeps in memory
 
 
 class ShardError(ValueError):
-    """A prepared data set is missing, damaged or of another format version; the message says which file and
-    what.
-    """
+    """A prepared data set is missing, damaged or of another format version; the message says which file, and what."""
 
 
 @dataclass(frozen=True)
