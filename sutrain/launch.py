@@ -74,7 +74,7 @@ def local_device(deterministic: bool = False) -> torch.device:
 def parse_arguments(
     arguments: list[str],
     program: str = "pretrain.py",
-    description: str = "Pretrain an encoder on prepared shards. Started again, a run goes on from its last checkpoint.",
+    description: str = "Pretrain a model on prepared shards. Started again, a run goes on from its last checkpoint.",
 ) -> PretrainConfig:
     """The configuration a command line asks for; exits with one line a mistake when it is wrong."""
     overrides, rest = split_arguments(arguments, "config", "local_rank")
