@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .configuration import EncoderConfig
 from .documents import Documents
 from .init import Linear
-from .products import Mixes, attend_by_products, plainly, probabilities
+from .products import Mixes, PairSource, attend_by_products, plainly, probabilities
 from .rotary import rotate
 from .visibility import Visibility
 
@@ -119,23 +119,32 @@ def attend_silu(
     visible: Visibility,
     dropout: float = 0.0,
     squared: bool = False,
+    source: PairSource | None = None,
 ) -> Tensor:
-    """`attend` to silu(v), which is not kept beside v where that can be helped: it is the widest of a gated unit."""
+    """`attend` to silu(v), which is not kept beside v where that can be helped: it is the widest of a gated unit.
+
+    source: of query and key, which are not kept either where the scores are not.
+    """
     if visible.documents is not None:
-        return _attend_silu_each(query_BHLK, key_BHLK, value_BHLE, visible.documents, dropout, squared)
+        return _attend_silu_each(
+            query_BHLK, key_BHLK, value_BHLE, visible.documents, dropout, squared, source
+        )
     if not _products_serve(dropout, NO_MIX):
         return attend(query_BHLK, key_BHLK, F.silu(value_BHLE), visible, dropout, squared)
     length = query_BHLK.shape[2]
-    return _products(query_BHLK, key_BHLK, value_BHLE, [length], [visible.mask], squared, silu=True)
+    return _products(
+        query_BHLK, key_BHLK, value_BHLE, [length], [visible.mask], squared, silu=True, source=source
+    )
 
 
 @torch.compiler.disable  # as below
 def _attend_silu_each(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float, squared: bool, source
 ) -> Tensor:
     if not _products_serve(dropout, NO_MIX):
         return _attend_each(query, key, F.silu(value), documents, dropout, squared, NO_MIX)
-    return _products(query, key, value, documents.lengths, documents.mask_of_each(), squared, silu=True)
+    lengths, masks = documents.lengths, documents.mask_of_each()
+    return _products(query, key, value, lengths, masks, squared, silu=True, source=source)
 
 
 @torch.compiler.disable  # lengths change with every batch; compiled, each would be a program of its own
@@ -257,9 +266,11 @@ def _products(
     masks: Sequence[Tensor | None],
     squared: bool,
     silu: bool = False,
+    source: PairSource | None = None,
 ) -> Tensor:
     keep = not _scores_again(query, value, max(lengths))
-    return attend_by_products(query, key, value, lengths, masks, squared, keep, silu)
+    source = None if keep else source
+    return attend_by_products(query, key, value, lengths, masks, squared, keep, silu, source)
 
 
 def _scores_again(query: Tensor, value: Tensor, length: int) -> bool:

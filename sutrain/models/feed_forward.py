@@ -1,4 +1,4 @@
-"""The feed-forward block, and what it shares with gated units. B batch, L sequence length, D hidden size, F inner."""
+"""The feed-forward block. B batch, L sequence length, D hidden size, F inner."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .configuration import GATED_ACTIVATIONS, EncoderConfig
+from .gates import gated_output
 from .init import Linear
 
 
@@ -32,23 +32,6 @@ class _Relu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return gradients[0] * torch.sign(y)
-
-
-def gated_output(
-    output: nn.Module, activation: Callable[[Tensor], Tensor], gate_BLF: Tensor, x_BLF: Tensor
-) -> Tensor:
-    """output(activation(gate) x). The activation and what goes into the output map are not kept beside the two that
-    they are made of, which are as wide: a pass over them in the backward pass makes them again, and no product."""
-    inputs = output, activation, gate_BLF, x_BLF
-    if not torch.is_grad_enabled():
-        return _gated_output(*inputs)
-    return checkpoint(_gated_output, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def _gated_output(
-    output: nn.Module, activation: Callable[[Tensor], Tensor], gate_BLF: Tensor, x_BLF: Tensor
-) -> Tensor:
-    return output(activation(gate_BLF) * x_BLF)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -77,4 +60,4 @@ class FeedForward(nn.Module):
         """Transform every token by itself; [B, L, D] in and out."""
         if self.gate is None:
             return self.down(self.activation(self.up(x_BLD)))
-        return gated_output(self.down, self.activation, self.gate(x_BLD), self.up(x_BLD))
+        return gated_output(self.down, self.activation, self.up(x_BLD), self.gate(x_BLD))

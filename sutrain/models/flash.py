@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration import EncoderConfig
-from .feed_forward import gated_output
+from .gates import gated_output, project_gate
 from .init import Linear
 from .rotary import rotate
 from .visibility import Visibility
@@ -59,7 +59,8 @@ class MixedChunkAttention(nn.Module):
         chunks = visible.chunks
         if chunks is None:
             raise ValueError("visible: found no chunks; build it with the model's own configuration")
-        gate_BLE, value_BLE, shared_BLS = self.input(x_BLD).split(self.parts, dim=-1)
+        gate, rest = project_gate(self.input, x_BLD)
+        value_BLE, shared_BLS = rest.split(self.parts[1:], dim=-1)
         value_BLE, shared_BLS = F.silu(value_BLE), F.silu(shared_BLS)
         query, key, linear_query, linear_key = (
             chunks.arrange(self._rescaled(name, shared_BLS, visible)) for name in _NAMES
@@ -80,7 +81,7 @@ class MixedChunkAttention(nn.Module):
         share_BGCS = (linear_query.float() / chunks.tokens_BG[..., None, None]).to(linear_query.dtype)
         linear_BGCE = torch.matmul(share_BGCS, read_BGSE)
         mixed_BLE = chunks.put_back(quadratic_BGCE + linear_BGCE)
-        return gated_output(self.output, F.silu, gate_BLE, mixed_BLE)
+        return gated_output(self.output, F.silu, mixed_BLE, *gate)
 
     def _rescaled(self, name: str, shared_BLS: Tensor, visible: Visibility) -> Tensor:
         x_BLS = shared_BLS * getattr(self, f"{name}_scale")

@@ -3,15 +3,17 @@
 B batch, L sequence length, D hidden size, E expansion size, S key size.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import attend_silu
 from .configuration import EncoderConfig
-from .feed_forward import gated_output
+from .gates import gated_output, project_gate
 from .init import Linear
-from .products import probabilities
+from .products import PairSource, probabilities
 from .rotary import rotate
 from .visibility import Visibility
 
@@ -46,15 +48,19 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
         """Mix the tokens of each document and transform each; [B, L, D] in and out."""
-        gate_BLE, value_BLE, shared_BLS = self.input(x_BLD).split(self.parts, dim=-1)  # before silu
-        query_B1LS, key_B1LS = self._query_key(F.silu(shared_BLS), visible)
+        gate, rest = project_gate(self.input, x_BLD)  # all before silu
+        value_BLE, shared_BLS = rest.split(self.parts[1:], dim=-1)
+        query_B1LS, key_B1LS = self._query_key(shared_BLS, visible)
         dropout = self.dropout if self.training else 0.0
-        mixed_B1LE = attend_silu(query_B1LS, key_B1LS, value_BLE.unsqueeze(1), visible, dropout, self.squared)
-        return gated_output(self.output, F.silu, gate_BLE, mixed_B1LE.squeeze(1))
+        source = PairSource(shared_BLS, partial(self._query_key, visible=visible))
+        mixed_B1LE = attend_silu(
+            query_B1LS, key_B1LS, value_BLE.unsqueeze(1), visible, dropout, self.squared, source
+        )
+        return gated_output(self.output, F.silu, mixed_B1LE.squeeze(1), *gate)
 
     def query_key(self, x_BLD: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
         """Query and key as the scores see them, [B, 1, L, S]: rotated, any scale of the scores in the query."""
-        return self._query_key(F.silu(self.input(x_BLD).split(self.parts, dim=-1)[2]), visible)
+        return self._query_key(self.input(x_BLD).split(self.parts, dim=-1)[2], visible)
 
     def attention(self, x_BLD: Tensor, visible: Visibility) -> Tensor | None:
         """How attention spreads, fp32 [B, 1, L, L] with rows that sum to 1; None if it is no distribution."""
@@ -64,6 +70,7 @@ class GatedAttentionUnit(nn.Module):
         return probabilities(query_B1LS, key_B1LS, visible.mask)
 
     def _query_key(self, shared_BLS: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
+        shared_BLS = F.silu(shared_BLS)
         query, key = shared_BLS * self.query_scale, shared_BLS * self.key_scale
         if self.query_offset is not None and self.key_offset is not None:
             query, key = query + self.query_offset, key + self.key_offset

@@ -4,8 +4,8 @@ B batch, H heads, L sequence length, K size of a head's query and key, E of its 
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ Mixes = tuple[Tensor | None, Tensor | None]
 """Maps between the heads of the scores and of A, or None."""
 
 
+class PairSource(NamedTuple):
+    """What query and key are made of, for a backward pass that makes them again: a tensor that is kept in any case,
+    and a function of it to (query, key)."""
+
+    shared: Tensor
+    pair: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 def attend_by_products(
     query_BHLK: Tensor,
     key_BHLK: Tensor,
@@ -27,6 +35,7 @@ def attend_by_products(
     squared: bool,
     keep: bool,
     silu: bool = False,
+    source: PairSource | None = None,
 ) -> Tensor:
     """A v -> [B, H, L, E], document by document, with A = softmax(q k^T / sqrt(K) + mask) or its relu squared.
 
@@ -39,13 +48,16 @@ def attend_by_products(
         squared: relu(.)^2 in place of the softmax; its divisor is in the query.
         keep: hold A for the backward pass instead of computing it again, a product of K features a pair.
         silu: v is silu of what is given, and is computed again too.
+        source: of query and key, where they are to be computed again.
     """
     tiles = tiling(tuple(lengths), *query_BHLK.shape[:2], query_BHLK.device)
     shown = () if all(mask is None for mask in masks) else tuple(masks)
     # Under autocast a linear map's output is of 16 bits, and fp32 where a weight was multiplied on to it.
     query_BHLK, key_BHLK = query_BHLK.to(value_BHLE.dtype), key_BHLK.to(value_BHLE.dtype)
+    shared, pair = (None, None) if source is None else (source.shared.detach(), source.pair)
     with torch.autocast(query_BHLK.device.type, enabled=False):  # all is of one dtype here and stays of it
-        return _Products.apply(query_BHLK, key_BHLK, value_BHLE, tiles, shown, squared, keep, silu)
+        settings = tiles, shown, squared, keep, silu, pair
+        return _Products.apply(query_BHLK, key_BHLK, value_BHLE, shared, *settings)
 
 
 class _Products(torch.autograd.Function):
@@ -53,7 +65,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query, key, value, tiles: Tiling, masks, squared: bool, keep: bool, silu: bool
+        ctx: Any, query, key, value, shared, tiles: Tiling, masks, squared: bool, keep: bool, silu: bool, pair
     ) -> Tensor:
         query_PK, key_PK = tiles.take(query * _scale(query)), tiles.take(key)
         value_PE = tiles.take(F.silu(value) if silu else value)
@@ -64,14 +76,21 @@ class _Products(torch.autograd.Function):
             _product_into(out, roots.square() if squared else roots, v)
             if keep:
                 kept.append(roots)
-        ctx.save_for_backward(query_PK, key_PK, value if silu else value_PE, *kept)
-        ctx.settings = tiles, masks, squared, silu
+        made_of = (query_PK, key_PK) if pair is None else (shared, None)
+        ctx.save_for_backward(*made_of, value if silu else value_PE, *kept)
+        ctx.settings = tiles, masks, squared, silu, pair
         return tiles.put_back(mixed_PE, len(query))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (query_PK, key_PK, given, *kept), (tiles, masks, squared, silu) = ctx.saved_tensors, ctx.settings
+        (query_PK, key_PK, given, *kept), (tiles, masks, squared, silu, pair) = (
+            ctx.saved_tensors,
+            ctx.settings,
+        )
+        if pair is not None:
+            query, key = (x.to(given.dtype) for x in pair(query_PK))
+            query_PK, key_PK = tiles.take(query * _scale(query)), tiles.take(key)
         value_PE = tiles.take(F.silu(given)) if silu else given
         found = [x.new_empty(x.shape) for x in (query_PK, key_PK, value_PE)]
         inputs = (query_PK, key_PK, value_PE, tiles.take_gradient(gradients[0]), *found)
@@ -82,14 +101,29 @@ class _Products(torch.autograd.Function):
             if squared:
                 d_scores = d_weights.mul_(roots).mul_(2.0)
             else:
-                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                d_scores = _softmax_backward(d_weights, weights)
             for out, a, b in zip(outs, (d_scores, d_scores.mT, weights.mT), (k, q, d_out), strict=True):
                 _product_into(out, a, b)
+            del (
+                roots,
+                weights,
+                d_weights,
+                d_scores,
+            )  # as wide as the rows are long, and what follows needs the room
+        del value_PE, inputs
         found[0].mul_(_scale(query_PK))
         d_query, d_key, d_value = (tiles.put_back(x, len(gradients[0])) for x in found)
         if silu:
-            d_value = torch.ops.aten.silu_backward(d_value, given)
-        return d_query, d_key, d_value, None, None, None, None, None
+            torch.ops.aten.silu_backward(d_value, given, grad_input=d_value)
+        return d_query, d_key, d_value, *[None] * 7
+
+
+def _softmax_backward(d_weights: Tensor, weights: Tensor) -> Tensor:
+    """The scores' gradient; on a CPU, whose kernel goes over a row twice and writes only behind itself, in place."""
+    settings = d_weights, weights, -1, weights.dtype
+    if d_weights.device.type != "cpu":
+        return torch._softmax_backward_data(*settings)
+    return torch._softmax_backward_data(*settings, grad_input=d_weights)
 
 
 def _matrices(tiles: Tiling, *tensors: Tensor) -> Any:

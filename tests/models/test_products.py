@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from sutrain.models.products import attend_by_products
+from sutrain.models.products import PairSource, _softmax_backward, attend_by_products
 
 LENGTHS = [5, 1, 37, 9, 33]  # of two widths: groups of three and of two, none of them full
 
@@ -90,3 +90,38 @@ def test_what_is_kept_is_what_was_asked_for(heads):
         if silu:
             assert held[2].data_ptr() == inputs[2].data_ptr()  # the value as it was given
         assert [tuple(x.shape[-2:]) for x in held[3:]] == (scores if keep else [])
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_query_and_key_made_again_are_not_kept(squared):
+    """Their source is, and the gradients are those of the two themselves."""
+    torch.manual_seed(0)
+    shared = torch.randn(1, sum(LENGTHS), 4, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(1, 1, sum(LENGTHS), 6, dtype=torch.float64, requires_grad=True)
+
+    def pair(shared):
+        return shared.unsqueeze(1), 2.0 * shared.unsqueeze(1)
+
+    found, kept = [], []
+    for source in (None, PairSource(shared, pair)):
+        held: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x) or x, lambda x: x):
+            query, key = (x.detach() for x in pair(shared))
+            inputs = [query.requires_grad_(), key.requires_grad_(), value]
+            mixed = attend_by_products(*inputs, LENGTHS, [None] * 5, squared, False, True, source)
+        found.append((mixed, *torch.autograd.grad(mixed.square().sum(), inputs)))
+        kept.append({x.data_ptr() for x in held})
+    torch.testing.assert_close(found[1], found[0])
+    assert kept[1] == {shared.data_ptr(), value.data_ptr()}
+    assert len(kept[0]) == 3
+
+
+def test_softmax_goes_back_in_place():
+    """What one kernel of torch's permits must not change unnoticed."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for width in (1, 7, 512, 2049):
+            weights = torch.softmax(torch.randn(3, 5, width, dtype=dtype), -1)
+            gradient = torch.randn_like(weights)
+            expected = torch._softmax_backward_data(gradient, weights, -1, dtype)
+            torch.testing.assert_close(_softmax_backward(gradient, weights), expected, rtol=0, atol=0)

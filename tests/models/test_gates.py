@@ -1,0 +1,165 @@
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sutrain.models import attention, gates
+from sutrain.models.configuration import EncoderConfig
+from sutrain.models.encoder import Encoder
+from sutrain.models.gates import gated_output, project_gate
+from sutrain.models.init import Linear
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu])
+def test_a_gated_output_keeps_gate_and_value_alone(activation):
+    gate, x = (torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    output = torch.nn.Linear(3, 4, dtype=torch.float64)
+    inputs = (gate, x, *output.parameters())
+    expected = F.linear(activation(gate) * x, output.weight, output.bias)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        found = gated_output(output, activation, x, gate)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, direction), torch.autograd.grad(expected, inputs, direction)
+    )
+    wide = [t for t in held if t.shape == gate.shape]
+    assert {t.data_ptr() for t in wide} == {gate.data_ptr(), x.data_ptr()}
+
+
+def test_no_product_is_made_twice():
+    gate, x = (torch.randn(2, 5, 3, requires_grad=True) for _ in range(2))
+    output = torch.nn.Linear(3, 4, bias=False)
+    calls = []
+    output.register_forward_pre_hook(lambda module, inputs: calls.append("begun"))
+    output.register_forward_hook(lambda module, inputs, out: calls.append("done"))
+    gated_output(output, F.silu, x, gate).sum().backward()
+    assert calls == ["begun", "done", "begun"]  # ends where its input is there again
+
+
+@pytest.fixture
+def promised(monkeypatch):
+    """Gates are projected again, whatever the length of rows."""
+    monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 1)
+
+
+def gated(projection, output, x):
+    gate, rest = project_gate(projection, x)
+    return gated_output(output, F.silu, rest.split((6, 2), dim=-1)[0] * rest.sum(-1, keepdim=True), *gate)
+
+
+def unit(bias, dtype=torch.float64):
+    torch.manual_seed(0)
+    projection = Linear("gau_input", 5, 14, bias, parts=(6, 6, 2)).to(dtype)
+    x = torch.randn(2, 7, 5, dtype=dtype, requires_grad=True)
+    return projection, torch.nn.Linear(6, 4, dtype=dtype), x
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("computed_again", [False, True])
+def test_a_promised_gate_changes_no_number(promised, bias, computed_again):
+    projection, output, x = unit(bias)
+    inputs = (x, *projection.parameters(), *output.parameters())
+    gate, value, shared = projection(x).split(projection.parts, dim=-1)
+    expected = output(F.silu(gate) * value * (value.sum(-1) + shared.sum(-1)).unsqueeze(-1))
+    found = gated(projection, output, x)
+    if computed_again:
+        found = checkpoint(gated, projection, output, x, use_reentrant=False)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    of_promise, of_gate = (torch.autograd.grad(y, inputs, direction) for y in (found, expected))
+    assert all(gradient.abs().max() > 0.1 for gradient in of_gate)
+    torch.testing.assert_close(of_promise, of_gate)
+
+
+def kept_bytes(run, *modules):
+    """Of all storages that autograd keeps beside the weights."""
+    held = {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+    return sum(t.untyped_storage().nbytes() for address, t in held.items() if address not in weights)
+
+
+def test_a_promised_gate_takes_no_memory(monkeypatch):
+    """Neither by itself, nor inside of what is computed again as a whole."""
+    projection, output, x = unit(bias=True)
+    weights = projection, output
+    plain = kept_bytes(lambda: gated(*weights, x), *weights)
+    monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 7)
+    gate_bytes = x.numel() // 5 * 6 * 8
+    # A projection's parts lie in one storage: with the gate goes a third, and a promise is a single number.
+    assert plain - kept_bytes(lambda: gated(*weights, x), *weights) == gate_bytes - 8
+    whole = kept_bytes(lambda: checkpoint(gated, *weights, x, use_reentrant=False), *weights)
+    assert whole == x.untyped_storage().nbytes()
+
+
+def test_where_a_gate_is_not_promised(monkeypatch):
+    projection, _, x = unit(bias=False)
+    monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 8)
+    assert project_gate(projection, x)[0].x_BLD is None  # short rows
+    monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 7)
+    assert project_gate(projection, x)[0].x_BLD is not None
+    with torch.no_grad():
+        assert project_gate(projection, x)[0].x_BLD is None  # nothing is kept
+    assert project_gate(projection.eval(), x)[0].x_BLD is None  # nobody trains, but somebody may torch.export
+    projection.train()
+    projection.weight.ds_id = 0  # ZeRO-3 holds the weights elsewhere
+    assert project_gate(projection, x)[0].x_BLD is None
+
+
+def test_under_autocast_gradients_have_the_dtypes_of_the_weights(promised):
+    projection, output, x = unit(bias=True, dtype=torch.float32)
+    inputs = (x, *projection.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gated(projection, output, x)
+    assert found.dtype == torch.bfloat16
+    of_promise = torch.autograd.grad(found.float().square().sum(), inputs)
+    gate, value, shared = projection(x).split(projection.parts, dim=-1)
+    exact = output(F.silu(gate) * value * (value.sum(-1) + shared.sum(-1)).unsqueeze(-1))
+    of_gate = torch.autograd.grad(exact.square().sum(), inputs)
+    for one, other in zip(of_promise, of_gate, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.03 * other.norm()
+
+
+def test_frozen_weights_and_inputs_without_gradient(promised):
+    projection, output, x = unit(bias=True)
+    expected = torch.autograd.grad(gated(projection, output, x).sum(), x)
+    projection.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(gated(projection, output, x).sum(), x), expected)
+    gated(projection.requires_grad_(True), output, x.detach()).sum().backward()
+    assert projection.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("mixer", "normaliser"), [("gau", "softmax_plus"), ("gau", "relu_squared"), ("flash", "relu_squared")]
+)
+def test_models_with_promised_gates_and_pairs_made_again(monkeypatch, mixer, normaliser):
+    """Whole encoders on packed rows: the same hidden vectors and gradients."""
+    config = EncoderConfig(
+        mixer=mixer, vocab_size=50, hidden_size=16, num_layers=3, gau_expansion_size=32, gau_key_size=8,
+        score_normaliser=normaliser, initialisation="gau_alpha", max_row_tokens=32, hidden_dropout=0.0,
+        attention_dropout=0.0, **({"flash_chunk_size": 4} if mixer == "flash" else {}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    encoder = Encoder(config).double()
+    tokens = torch.randint(5, 50, (2, 32))
+    documents = torch.tensor([[1] * 11 + [2] * 21, [1] * 20 + [2] * 9 + [0] * 3])
+    direction = torch.randn(2, 32, 16, dtype=torch.float64) * (documents > 0).unsqueeze(-1)
+    found = {}
+    for again in (False, True):
+        if again:
+            monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 1)
+            monkeypatch.setattr(attention, "SCORES_AGAIN_FROM_TOKENS", 1)
+        hidden = encoder(tokens, documents)
+        gradients = torch.autograd.grad((hidden * direction).sum(), list(encoder.parameters()))
+        found[again] = (hidden * (documents > 0).unsqueeze(-1), *gradients)
+    assert all(x.abs().max() > 1e-3 for x in found[False])
+    torch.testing.assert_close(found[True], found[False])
