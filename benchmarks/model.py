@@ -10,9 +10,9 @@ fused AdamW (the same for all). The trunk's time is measured within the step: th
 so that the trunk's forward and backward have a clock of their own. Contenders take turns, step by step in a random
 order; a ratio is the median over rounds of one ÷ the other in the same round, with the 95 % interval of 10,000
 bootstrap samples. Tokens/s count real tokens, no padding. Memory is what a step needs on top of weights and
-optimizer: on a CPU the peak of the process's resident memory less what it was before, on a GPU the same of torch's
-allocator. FLOP/s are those of needed FLOPs (model_peers.py), beside a bf16 matrix product in the same run: 8192³ on a
-GPU, 2048³ on a CPU.
+optimizer: the bytes of all tensors where they are most; beside it, on a CPU, by how much the process's resident memory
+rises, which has what glibc cannot use again as well and differs from run to run. FLOP/s are those of needed FLOPs
+(model_peers.py), beside a bf16 matrix product in the same run: 8192³ on a GPU, 2048³ on a CPU.
 
 Groups: `peers` everybody at one shape; `long` GAU-alpha against RoFormerV2 above 512 tokens; `flash` the growth of
 FLASH's time over 8 times the tokens; `depth` 1000 layers against 24; `compile` every contender's layers under
@@ -144,14 +144,15 @@ class Bench:
             values = (
                 batch.tokens / trunk,
                 batch.tokens / step,
-                runner.peak_bytes / 2**20,
+                *runner.mebibytes(),
                 flops / 1e9,
                 flops / self.rate,
             )
             row = dict(zip(COLUMNS, map(_rounded, values), strict=True))
             shown = name + COMPILED if name in self.options.compile else name
             self.table.append({"batch": title, "model": shown} | row)
-            print(f"{shown:<36}" + "".join(f"{value:>15,.4g}" for value in row.values()), flush=True)
+            cells = ("-" if value is None else f"{value:,.4g}" for value in row.values())
+            print(f"{shown:<36}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
         return runners, seconds
 
     def compiled(self, *names: str) -> str:
@@ -162,7 +163,7 @@ class Bench:
         return ", both compiled" if len(found) == len(names) else f", {found[0]} compiled"
 
 
-COLUMNS = ("trunk tokens/s", "step tokens/s", "step MiB", "GFLOP/s", "of matmul")
+COLUMNS = ("trunk tokens/s", "step tokens/s", "tensors MiB", "resident MiB", "GFLOP/s", "of matmul")
 
 
 def rows_of(length: int, tokens: int) -> int:
@@ -243,7 +244,7 @@ def long(bench: Bench) -> Iterator[dict[str, Any]]:
             name = f"gau_vs_roformer_v2_{length}{suffix}"
             note = f"full step{bench.compiled(OURS, GAU)}: RoFormerV2's time ÷ GAU's"
             speeds.append(paired(name, seconds[OURS], seconds[GAU], note))
-            memory.append(runners[GAU].peak_bytes / runners[OURS].peak_bytes)
+            memory.append(runners[GAU].tensor_bytes / runners[OURS].tensor_bytes)
             yield speeds[-1]
             yield result(f"{name}_memory", memory[-1], note="of a step")
         worst = min(speeds, key=lambda entry: entry["value"])
@@ -271,7 +272,7 @@ def flash(bench: Bench) -> Iterator[dict[str, Any]]:
     short, eight = runners
     note = f"full step, one document of {short} and of {eight}, {config.num_layers} x {config.hidden_size}"
     yield paired("flash_length_growth", seconds[eight], seconds[short], note)
-    growth = runners[eight].peak_bytes / runners[short].peak_bytes
+    growth = runners[eight].tensor_bytes / runners[short].tensor_bytes
     yield result("flash_memory_growth", growth, note="of a step")
 
 

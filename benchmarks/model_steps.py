@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from benchmarks.model_peers import Batch, Contender
 from sutrain.monitor.mfu import measured_peak
@@ -17,8 +20,8 @@ from sutrain.monitor.mfu import measured_peak
 class Runner:
     """A contender in training on one batch: called, it makes one step and notes how long the trunk took.
 
-    The first call makes the optimizer's state (and compiles), the second notes the memory: the two that `take_turns`
-    does not count.
+    The first call makes the optimizer's state (and compiles), the second, of two steps, notes the memory: the calls
+    that `take_turns` does not count.
     """
 
     def __init__(self, contender: Contender, batch: Batch, compile_layers: bool = False) -> None:
@@ -29,18 +32,23 @@ class Runner:
             for layer in contender.layers:
                 layer.compile()
         self.optimizer = torch.optim.AdamW(contender.model.parameters(), lr=1e-3, fused=True)
-        self.calls, self.peak_bytes, self.trunk_seconds = 0, 0, []  # type: ignore[var-annotated]
+        self.calls, self.trunk_seconds = 0, []  # type: ignore[var-annotated]
+        self.tensor_bytes, self.resident_bytes = 0, None  # what a step needs beside weights and optimizer
 
     def __call__(self) -> float:
-        self.optimizer.zero_grad()
-        before = start_of_peak(self.device) if self.calls == 1 else 0
-        trunk, loss = self.step()
         if self.calls == 1:
-            self.peak_bytes = peak(self.device) - before
+            self.resident_bytes = peak_resident_bytes(self.device, self.alone)
+            self.tensor_bytes = peak_tensor_bytes(self.device, self.alone)
+        self.optimizer.zero_grad()
+        trunk, loss = self.step()
         if self.calls > 1:
             self.trunk_seconds.append(trunk)
         self.calls += 1
         return loss
+
+    def alone(self) -> None:
+        """A step that begins without gradients."""
+        self.step()
 
     def step(self) -> tuple[float, float]:
         """Seconds of the trunk, and the loss."""
@@ -58,6 +66,10 @@ class Runner:
             raise ValueError(f"the loss of {type(self.contender.model).__name__} is {found}")
         return at[1] - at[0] + at[3] - at[2], found
 
+    def mebibytes(self) -> tuple[float, float | None]:
+        """What a step needs: of tensors, and of resident memory if known."""
+        return self.tensor_bytes / 2**20, None if self.resident_bytes is None else self.resident_bytes / 2**20
+
     def now(self) -> float:
         wait_for(self.device)
         return time.perf_counter()
@@ -68,21 +80,35 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def start_of_peak(device: torch.device) -> int:
-    """Bytes held now; from here on the peak is watched."""
+def peak_tensor_bytes(device: torch.device, step: Callable[[], None]) -> int:
+    """Bytes of all tensors that `step` makes, as many as there are at once at most."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None
+    # Not profile.events(), which gives what an operator allocates to the operator, without the time.
+    events = profile.profiler.kineto_results.events()
+    sizes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in sizes), initial=0))
+
+
+def peak_resident_bytes(device: torch.device, step: Callable[[], None]) -> int | None:
+    """By how much the memory of the process rises during `step`: what glibc cannot use again included, which depends
+    on all that the process did before. None on a GPU."""
+    if device.type == "cuda":
+        return None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(
         0
     )  # what was freed goes back, or a step would find its memory there already
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident
-    return _status("VmRSS")
-
-
-def peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
 
 
 def _status(key: str) -> int:

@@ -101,8 +101,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         return []
     lines = ["", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     for row in rows:
-        values = (value if isinstance(value, str) else _number(value) for value in row.values())
-        lines.append("| " + " | ".join(values) + " |")
+        lines.append("| " + " | ".join(map(_cell, row.values())) + " |")
     return lines
 
 
@@ -137,6 +136,12 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         verdict(entry),
         entry.get("note", "").replace("|", "\\|"),
     ]
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else _number(value)
 
 
 def _number(value: float) -> str:
