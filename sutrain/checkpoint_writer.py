@@ -41,7 +41,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the last `last` ones, one every `hours` hours of the run, and the best one."""
+    """Which checkpoints stay: the last `last` ones, one every `hours` hours of the run, the best one, and the newest
+    one from outside a streak of broken steps."""
 
     last: int = 2
     hours: float | None = None
@@ -277,8 +278,9 @@ def leftover_bytes(directory: Path) -> int:
 
 
 def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None) -> None:
-    """Delete all checkpoints but the best one, the last `keep_last` besides it, and one for every `keep_every_hours`
-    hours.
+    """Delete all checkpoints but the best one, the last `keep_last` besides it, one for every `keep_every_hours`
+    hours, and the newest that was written while steps were not broken: of a long streak of broken ones (acting.py)
+    the last `keep_last` are all from inside it.
 
     A folder loses its name before its files, so a kill in between leaves no half checkpoint.
     """
@@ -287,6 +289,7 @@ def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None
     newest_first = checkpoints.by_age(directory)
     besides = [folder.name for folder in newest_first if folder.name not in kept]
     kept |= set(besides[:keep_last])
+    kept |= set(next(([folder.name] for folder in newest_first if _in_health(folder)), []))
     if keep_every_hours is not None:
         last_kept = None
         for folder in reversed(newest_first):
@@ -308,9 +311,25 @@ def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None
 
 def _written_at(folder: Path) -> float | None:
     try:
-        return float(json.loads((folder / "manifest.json").read_text())["written_unix_seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(_manifest(folder)["written_unix_seconds"])
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def _in_health(folder: Path) -> bool:
+    """Was the step before this checkpoint a good one? As far as one that says nothing can tell, it was."""
+    try:
+        return not _manifest(folder)["counters"].get("broken_steps", 0)
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _manifest(folder: Path) -> Any:
+    """As it lies there, unchecked; {} where it cannot be read."""
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

@@ -18,7 +18,7 @@ from sutrain.checkpoint_writer import CheckpointWriter, Keep, prune, save_checkp
 from tests.conftest import ROOT, environment
 
 
-def save(directory, step, values=0.0):
+def save(directory, step, values=0.0, broken_steps=0):
     weight = torch.arange(12, dtype=torch.float32) + values
     slices = [(MASTER, "a", 0, weight[:5]), (MASTER, "a", 5, weight[5:]), ("moment", "b", 0, weight[:3] * 2)]
     shapes = {"a": [3, 4]}
@@ -28,7 +28,7 @@ def save(directory, step, values=0.0):
         slices,
         {"row|a": torch.ones(3)},
         shapes,
-        {"updates": step, "samples_consumed": step * 8},
+        {"updates": step, "samples_consumed": step * 8, "broken_steps": broken_steps},
     )
 
 
@@ -92,6 +92,17 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
     checkpoints.mark_best(tmp_path, 5, 1.25, "40 rows")  # the last one is the best: one besides it
     prune(tmp_path, keep_last=1)
     assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["4", "5"]
+
+
+def test_a_streak_of_broken_steps_does_not_push_out_the_newest_checkpoint_from_before_it(tmp_path):
+    for step, broken_steps in enumerate((0, 0, 3, 0, 1, 7, 13, 19), 1):
+        save(tmp_path, step, broken_steps=broken_steps)
+        prune(tmp_path, keep_last=2)
+    assert [path.name[-1] for path in checkpoints.by_age(tmp_path)] == ["8", "7", "4"]
+    for step in (9, 10):  # over: two good ones are there
+        save(tmp_path, step)
+        prune(tmp_path, keep_last=2)
+    assert [path.name[-2:] for path in checkpoints.by_age(tmp_path)] == ["10", "09"]
 
 
 @pytest.fixture
