@@ -19,6 +19,7 @@ from sutrain.models.configuration import EncoderConfig, EncoderConfigError
 from sutrain.models.depth import resolve_auto
 from sutrain.optim import Schedule, ScheduleError, build_schedule
 from sutrain.optim.build import check_settings
+from sutrain.precision import impossible_precisions
 from sutrain.precision import resolve as resolve_precision
 
 HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
@@ -67,17 +68,33 @@ class Masking(Section):
         return self
 
 
+def _with_an_end(stages: dict[int, int]) -> dict[int, int]:
+    mistakes = [
+        f"{until}: a stage until {until} samples are consumed has no step; the keys say where stages end"
+        for until in stages
+        if until < 1
+    ]
+    mistakes += [f"{until}: {value}, expected 1 or more" for until, value in stages.items() if value < 1]
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+    return stages
+
+
+Stages = Annotated[dict[int, int], AfterValidator(_with_an_end)]
+"""{samples consumed: value until then} of a warm-up."""
+
+
 class Batch(Section):
     global_sequences: int | None = Field(None, ge=1, description="rows per update over all ranks")
     global_tokens: int | None = Field(
         None, ge=1, description="or: tokens per update; a multiple of the row length"
     )
     micro_sequences: int = Field(ge=1, description="rows per rank in one forward and backward pass")
-    size_warmup: dict[int, int] = Field(
+    size_warmup: Stages = Field(
         default_factory=dict,
         description="{samples consumed: rows per update until then} before the full size",
     )
-    length_warmup: dict[int, int] = Field(
+    length_warmup: Stages = Field(
         default_factory=dict, description="{samples consumed: tokens that rows are cut to until then}"
     )
 
@@ -308,29 +325,15 @@ class PretrainConfig(Section):
             problems.append(
                 "monitor.probe_share has no effect beside probe_every_steps: leave one of them out"
             )
-        problems += self._impossible_precisions()
+        zero = self.zero
+        problems += impossible_precisions(self.precision, self.gradient_precision, zero.stage, zero.offload)
+        if self.precision != "fp16" and self.loss_scale != LossScale():
+            problems.append(
+                f"loss_scale has no effect with precision {self.precision}: leave it out, or use fp16"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-    def _impossible_precisions(self) -> list[str]:
-        precision, gradients = self.precision, self.gradient_precision
-        problems = []
-        if self.zero.stage == 0 and precision != "fp32" and gradients == "fp32":
-            problems.append(
-                f"zero.stage 0 accumulates {precision} gradients in {precision} only: "
-                f"use stage 1, or gradient_precision {precision}"
-            )
-        if gradients not in ("fp32", precision):
-            problems.append(f"gradient_precision {gradients} needs precision {gradients}")
-        if self.zero.offload and self.zero.stage in (1, 2) and (precision, gradients) == ("fp16", "fp32"):
-            problems.append(
-                f"zero.offload at stage {self.zero.stage} never recovers from an overflow of fp16 with fp32 gradients: "
-                "use stage 3, gradient_precision fp16, or precision bf16"
-            )
-        if precision != "fp16" and self.loss_scale != LossScale():
-            problems.append(f"loss_scale has no effect with precision {precision}: leave it out, or use fp16")
-        return problems
 
 
 def _as_number(value: Any) -> Any:
@@ -373,12 +376,10 @@ def batch_plan(config: PretrainConfig, row_tokens: int, world_size: int, rank: i
                 f"use {lower or row_tokens} or {lower + row_tokens}"
             )
         sequences = batch.global_tokens // row_tokens
-    sizes = {"global_sequences": sequences} | {f"size_warmup.{at}": n for at, n in batch.size_warmup.items()}
-    problems = [f"batch.{key}: {size} rows, expected 1 or more" for key, size in sizes.items() if size < 1]
-    problems += [
+    problems = [
         f"batch.length_warmup.{until}: rows of {row_tokens} tokens cannot be cut into {tokens}; use a divisor"
         for until, tokens in batch.length_warmup.items()
-        if tokens < 1 or row_tokens % tokens
+        if row_tokens % tokens
     ]
     if problems:
         raise ConfigError("\n".join(problems))

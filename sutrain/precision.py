@@ -1,4 +1,5 @@
-"""Which precision a run computes in where the configuration leaves it open, and what a slow choice costs.
+"""Which precision a run computes in where the configuration leaves it open, which choices the engine cannot train in,
+and what a slow one costs.
 
 Without instructions for bf16 a processor multiplies matrices in it at about a sixth of its rate in fp32 (LOG.md), so
 that what takes minutes on one machine would take an hour on the next.
@@ -28,6 +29,24 @@ def resolve(precision: str) -> str:
     if precision != "auto":
         return precision
     return "bf16" if multiplies_bf16() else "fp32"
+
+
+def impossible_precisions(precision: str, gradients: str, stage: int, offload: bool) -> list[str]:
+    """A line for each reason why the engine cannot train so at this ZeRO stage; `gradients` is their precision."""
+    problems = []
+    if stage == 0 and precision != "fp32" and gradients == "fp32":
+        problems.append(
+            f"zero.stage 0 accumulates {precision} gradients in {precision} only: "
+            f"use stage 1, or gradient_precision {precision}"
+        )
+    if gradients not in ("fp32", precision):
+        problems.append(f"gradient_precision {gradients} needs precision {gradients}")
+    if offload and stage in (1, 2) and (precision, gradients) == ("fp16", "fp32"):
+        problems.append(
+            f"zero.offload at stage {stage} never recovers from an overflow of fp16 with fp32 gradients: "
+            "use stage 3, gradient_precision fp16, or precision bf16"
+        )
+    return problems
 
 
 def remark(precision: str) -> str:

@@ -132,12 +132,25 @@ def test_global_batch_in_sequences_or_tokens(write_config):
     ("batch", "expected"),
     [
         ({"global_sequences": None, "global_tokens": 100, "micro_sequences": 1}, "use 96 or 128"),
-        ({"size_warmup": {100: 0}}, r"batch\.size_warmup\.100: 0 rows, expected 1 or more"),
+        (
+            {"length_warmup": {100: 5}},
+            r"length_warmup\.100: rows of 32 tokens cannot be cut into 5; use a divisor",
+        ),
     ],
 )
 def test_impossible_batch_arithmetic_says_what_is_possible(write_config, batch, expected):
     with pytest.raises(ConfigError, match=expected):
         batch_plan(load(write_config(batch=batch)), 32, 1, 0)
+
+
+def test_stages_of_a_warm_up_that_have_no_step_are_all_named(write_config):
+    stages = {"size_warmup": {0: 8, 100: 0}, "length_warmup": {-5: 16}}
+    with pytest.raises(ConfigError) as raised:
+        load(write_config(batch=stages, steps=0))
+    size, length, steps = sorted(str(raised.value).splitlines(), key=lambda line: "steps" in line)
+    assert "batch.size_warmup" in size and "0: a stage until 0 samples are consumed has no step" in size
+    assert "100: 0, expected 1 or more" in size
+    assert "batch.length_warmup" in length and "-5: a stage until" in length and "steps" in steps
 
 
 def test_a_global_batch_need_not_divide_and_the_engine_is_told_of_sizes_that_do(write_config):
