@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,10 +212,16 @@ def _use(folder: Path) -> None:
 
 def start_communication(backend: str | None) -> None:
     """deepspeed.init_distributed, after which the extension's shared memory (66 MiB a rank) has no name any more:
-    it is freed with the last process that maps it, however that ends. DeepSpeed removes it never."""
+    it is freed with the last process that maps it, however that ends. DeepSpeed removes it never.
+
+    Call it after `prepare_environment`, which DeepSpeed reads while it is imported."""
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend=backend)
+    deepspeed.utils.logger.setLevel("ERROR")
+    # DeepSpeed calls functions that torch renames; once a step and rank is too often to hear of it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with contextlib.redirect_stdout(None):  # what it prints has no switch
+        deepspeed.init_distributed(dist_backend=backend)
     if backend != "gloo":
         return
     torch.distributed.barrier()  # every rank has opened what the others made

@@ -24,6 +24,7 @@ from sutrain import heartbeat
 from sutrain.config import Masking
 from sutrain.models.configuration import EncoderConfig
 from sutrain.optim import FragmentMap
+from sutrain.optim.base import FragmentOptimizer
 
 # The longest prefix of a key decides. A key that is not listed is fixed: what nobody thought about is not safe to
 # change.
@@ -125,6 +126,23 @@ def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         return
     for key, value in items:
         yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def load_state(
+    checkpoint: checkpoints.Checkpoint, fragments: FragmentMap, optimizer: FragmentOptimizer
+) -> list[str]:
+    """Give a run the weights and the optimizer state of its checkpoint, each rank what it owns. Returns a line for each
+    part of the state that begins anew or is dropped. Raises CheckpointError or StateError."""
+
+    def read(key: str, name: str, offset: int, length: int) -> torch.Tensor:
+        heartbeat.beat("resuming", checkpoint.step)  # a thousand layers are 50,000 reads
+        return checkpoint.read(key, name, offset, length)
+
+    for piece in fragments.fragments:
+        piece.values().copy_(read(checkpoints.MASTER, piece.name, piece.offset, piece.length))
+    fragments.refresh_model_weights()
+    state = (checkpoint.replicated(), checkpoint.counters["optimizer"], read, checkpoint.contents())
+    return optimizer.load_state_by_name(*state)
 
 
 @dataclass(frozen=True)

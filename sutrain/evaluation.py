@@ -56,12 +56,12 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(
-        self, model: TrainingModel, step: int, alive: Callable[[], None] = lambda: None
-    ) -> dict[str, Any]:
+        self, model: TrainingModel, step: int, broken_off: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any] | None:
         """{step, validation_loss, validation_accuracy, unigram_accuracy, validation_tokens} of `model` as it is, and
         {class: value} as validation_loss_by_length, validation_loss_by_source and the same of accuracy.
 
-        alive: called for every micro-batch, so that an evaluation may take longer than a rank may be silent."""
+        broken_off: asked before every micro-batch, on every rank, with one answer for all; the result is None then."""
         was_training = model.training
         model.eval()
         kinds = len(self.lengths) + len(self.sources)
@@ -70,7 +70,9 @@ class Evaluator:
 
         for first in range(0, self.sequences, self.world_size * self.micro_sequences):
             beat("evaluation", step)
-            alive()
+            if broken_off():
+                model.train(was_training)
+                return None
             start = first + self.rank * self.micro_sequences
             idle = start >= self.sequences  # yet takes part: under ZeRO-3 a pass needs every rank
             count = 1 if idle else min(self.micro_sequences, self.sequences - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import importlib.metadata
@@ -11,7 +12,8 @@ import platform
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -19,9 +21,14 @@ import torch
 import torch.distributed as dist
 
 from data_prep.config_file import ConfigError, field_help, load_config, split_arguments
-from data_prep.shards import Manifest
+from data_prep.shards import Manifest, ShardError
+from sutrain.build_extension import ExtensionError
+from sutrain.checkpoint import AllDamagedError, CheckpointError
 from sutrain.config import PretrainConfig
 from sutrain.models.configuration import EncoderConfig
+from sutrain.monitor.acting import TrainingStoppedError
+from sutrain.optim.kernels import KernelError
+from sutrain.optim.state import StateError
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 3
 """Started again, a run that failed may go on (see supervise.py); one that is wrong, or that stopped itself because it
@@ -129,15 +136,24 @@ def check_model_fits_data(model: EncoderConfig, manifest: Manifest, data_dir: Pa
         raise ConfigError("\n".join(problems))
 
 
-def on_stop(request: Callable[[], None]) -> None:
-    """Have SIGTERM and the first SIGINT (Ctrl-C) call `request`; a second SIGINT ends the process at once."""
+@dataclass
+class Requests:
+    """What signals ask of this rank: to write a checkpoint and stop (SIGTERM, Ctrl-C), or to write one and go on
+    (SIGUSR1). Signals only set these; the ranks act together (pretrain.py)."""
 
-    def interrupted(*_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        request()
+    stop: bool = False
+    save: bool = False
 
-    signal.signal(signal.SIGINT, interrupted)
-    signal.signal(signal.SIGTERM, lambda *_: request())
+    def listen(self) -> None:
+        """Take the signals from now on; a second SIGINT (Ctrl-C) ends the process at once."""
+
+        def interrupted(*_: Any) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            self.stop = True
+
+        signal.signal(signal.SIGINT, interrupted)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
+        signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save", True))
 
 
 def hold_run_folder(folder: Path) -> TextIO:
@@ -175,6 +191,32 @@ def environment(world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         "command": sys.argv,
     }
+
+
+_OF_ONE_RANK = (ShardError, CheckpointError, StateError, ExtensionError, KernelError)
+"""Errors of reading this rank's part of data and state, and of building on this host."""
+
+
+@contextlib.contextmanager
+def clear_failures(training: Callable[[], bool]) -> Iterator[None]:
+    """End this process with one clear line and the exit status that fits, for everything a user can mend. `training`:
+    are the ranks past the checks at the start? Before that they find the same mistakes, and one line says them, except
+    what only one may meet."""
+    try:
+        yield
+    except TrainingStoppedError as error:
+        stop(str(error), on_every_rank=True, status=EXIT_STOPPED)
+    except (ValueError, ExtensionError, KernelError) as error:
+        alone = training() or (isinstance(error, _OF_ONE_RANK) and not isinstance(error, AllDamagedError))
+        stop(str(error), on_every_rank=alone, status=EXIT_FAILURE if training() else EXIT_USER_ERROR)
+    except (MemoryError, OSError, RuntimeError) as error:
+        advice = explain(error)
+        if advice is None:
+            raise
+        stop(advice, on_every_rank=True, status=EXIT_FAILURE, at_once=isinstance(error, TimeoutError))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def explain(error: BaseException) -> str | None:

@@ -38,7 +38,7 @@ _INTERNAL = ("step_tokens", "row_tokens", "stop_requested")
 class RunOutputs:
     """Opens everything. `resumed_from` is the step of the checkpoint that the run goes on from, None at a start;
     `facts` (world_size, train_rows, totals_before: samples, tokens, … of that checkpoint, …) go into the first record
-    of metrics.jsonl; `board` has the ranks' states.
+    of metrics.jsonl; `board` has the ranks' states; `evaluated_again`: the weights of `resumed_from` will be.
 
     Raises ValueError when the endpoint cannot listen, naming the setting, or when a library for `monitor.also` is
     not installed. An error while something is written is raised by one of the next calls.
@@ -53,6 +53,7 @@ class RunOutputs:
         resumed_from: int | None,
         facts: Mapping[str, Any],
         board: RankBoard | None = None,
+        evaluated_again: bool = False,
     ):
         facts = {
             **facts,
@@ -94,6 +95,7 @@ class RunOutputs:
             folder / FILE_NAME,
             resume_from_step=resumed_from,
             layers_every_steps=config.monitor.layers_every_steps,
+            evaluated_again=evaluated_again,
         )
         if lines := self.metrics.damaged:
             print(

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,9 @@ if not __package__:
 import torch
 import torch.distributed as dist
 
-from data_prep.shards import ShardError
 from sutrain import checkpoint as checkpoints
 from sutrain import continuity, heartbeat, precision, preflight
-from sutrain.build_extension import ExtensionError, build_extension, prepare_environment, start_communication
+from sutrain.build_extension import build_extension, prepare_environment, start_communication
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, sweep
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import FINGERPRINT_MODULUS, Batch, open_manifest, open_samples
@@ -36,56 +33,30 @@ from sutrain.engine import DTYPES, build_engine, step_engine
 from sutrain.evaluation import Evaluator
 from sutrain.labelling import labelling_of
 from sutrain.launch import (
-    EXIT_FAILURE,
-    EXIT_STOPPED,
-    EXIT_USER_ERROR,
+    Requests,
     check_model_fits_data,
-    explain,
+    clear_failures,
     join_alone,
     local_device,
-    on_stop,
     parse_arguments,
-    stop,
 )
 from sutrain.models.depth import describe
-from sutrain.monitor.acting import NOTHING_REFUSED, BrokenStreak, StepGate, TrainingStoppedError
+from sutrain.monitor.acting import NOTHING_REFUSED, BrokenStreak, StepGate
 from sutrain.monitor.mfu import device_peak
 from sutrain.monitor.probes import Probe
 from sutrain.monitor.ranks import RankClock
 from sutrain.optim import FragmentMap
-from sutrain.optim.kernels import KernelError
-from sutrain.optim.state import StateError
 from sutrain.outputs import RunOutputs
 from sutrain.prefetch import prefetch
-
-_OF_ONE_RANK = (ShardError, checkpoints.CheckpointError, StateError, ExtensionError, KernelError)
-"""Errors of reading this rank's part of data and state, and of building on this host."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry: one clear line and a non-zero exit for everything a user can mend."""
     config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     run = None
-    try:
+    with clear_failures(lambda: run is not None and run.training):
         run = Run(config)
         run.train()
-    except TrainingStoppedError as error:
-        stop(str(error), on_every_rank=True, status=EXIT_STOPPED)
-    except (ValueError, ExtensionError, KernelError) as error:
-        # Before training ranks find the same mistakes and one line says them, except what only one may meet.
-        training = run is not None and run.training
-        alone = training or (
-            isinstance(error, _OF_ONE_RANK) and not isinstance(error, checkpoints.AllDamagedError)
-        )
-        stop(str(error), on_every_rank=alone, status=EXIT_FAILURE if training else EXIT_USER_ERROR)
-    except (MemoryError, OSError, RuntimeError) as error:
-        advice = explain(error)
-        if advice is None:
-            raise
-        stop(advice, on_every_rank=True, status=EXIT_FAILURE, at_once=isinstance(error, TimeoutError))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Run:
@@ -103,21 +74,16 @@ class Run:
         labelling = labelling_of(config, self.manifest, stream="masks")
         self.samples = open_samples(config.data, config.seed, labelling)
         self.schedule = learning_rate_schedule(config)
+        self.identity = continuity.identity(config, self.samples.manifests)
 
-        self.stop_requested = self.save_requested = self.training = False
-        on_stop(lambda: setattr(self, "stop_requested", True))
-        signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save_requested", True))
+        self.save_now = self.training = False
+        self.requests = Requests()
+        self.requests.listen()
         self.lock = preflight.join(config, self.samples.manifests, self.device, self.rank, self.world_size)
         heartbeat.beat("building the extension", 0)
         build_extension()
         heartbeat.beat("building the engine", 0)
-        import deepspeed  # after the environment is prepared: it reads it while importing
-
-        deepspeed.utils.logger.setLevel("ERROR")
-        # DeepSpeed calls functions that torch renames; once a step and rank is too often to hear of it.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        with contextlib.redirect_stdout(None):  # what it prints has no switch
-            start_communication("gloo" if self.device.type == "cpu" else None)
+        start_communication("gloo" if self.device.type == "cpu" else None)
         self.peak = device_peak(self.device, DTYPES[config.precision])
         torch.manual_seed(config.seed)
         built = build_engine(config, self.plan, self.manifest.row_tokens, self.device)
@@ -136,6 +102,8 @@ class Run:
         self.broken = BrokenStreak(config.acting.stop_after_broken_steps)
         self.clock = RankClock(self.rank, self.world_size, self.device, enabled=config.monitor.port > 0)
         self.steps_done = self.samples_consumed = self.tokens = self.skipped = 0
+        self.saved_step, self.owed = 0, False
+        """Step of the newest checkpoint; have the weights of `steps_done` yet to be evaluated?"""
         self.best_loss, self.other_basis, self.changes = float("inf"), False, list[str]()
         self.checkpoint_dir = config.run_dir / "checkpoints"
         keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every_hours)
@@ -157,24 +125,16 @@ class Run:
                 continuity.begin_from(self.config.init_from, self.fragments, self.device)
                 self.say(f"a new run with the weights of {self.config.init_from}")
             return False
-        self.changes = continuity.check(checkpoint.counters, self.identity(), self.config.accept_changes)
+        self.changes = continuity.check(checkpoint.counters, self.identity, self.config.accept_changes)
         for line in self.changes:
             self.say(f"changed since the checkpoint: {line}")
         if self.rank == 0:
             checkpoints.set_aside(self.checkpoint_dir, checkpoint.step)
-
-        def read(key: str, name: str, offset: int, length: int) -> torch.Tensor:
-            heartbeat.beat("resuming", checkpoint.step)  # a thousand layers are 50,000 reads
-            return checkpoint.read(key, name, offset, length)
-
-        for piece in self.fragments.fragments:
-            piece.values().copy_(read(checkpoints.MASTER, piece.name, piece.offset, piece.length))
-        self.fragments.refresh_model_weights()
-        counters = checkpoint.counters
-        state = (checkpoint.replicated(), counters["optimizer"], read, checkpoint.contents())
-        for line in self.optimizer.load_state_by_name(*state):
+        for line in continuity.load_state(checkpoint, self.fragments, self.optimizer):
             self.say(line)
+        counters = checkpoint.counters
         self.steps_done, self.samples_consumed = counters["steps"], counters["samples_consumed"]
+        self.saved_step, self.owed = checkpoint.step, counters.get("evaluation_owed", False)
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
         self.broken.without_update = self.skipped + self.gate.refused
@@ -194,9 +154,10 @@ class Run:
             "skipped": self.skipped,
             "gate": self.gate.state(),
             "broken_steps": self.broken.length,
+            "evaluation_owed": self.owed,
             "probe": self.probe.interval.state(),
             "optimizer": state.counters,
-            **self.identity(),
+            **self.identity,
         }
         shapes = {name: list(shape) for name, shape in self.fragments.shapes.items()}
         heartbeat.beat("checkpoint", self.steps_done)
@@ -204,10 +165,7 @@ class Run:
             self.steps_done, slices + state.sliced, state.replicated, shapes, counters,
             best=(self.best_loss, self.evaluator.basis) if best else None,
         )  # fmt: skip
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the run, to be compared when it goes on (continuity.py)."""
-        return continuity.identity(self.config, self.samples.manifests)
+        self.saved_step = self.steps_done
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -215,7 +173,7 @@ class Run:
         """Resume, train to the last step, leave a checkpoint."""
         config = self.config
         resumed = self.resume()
-        if self.steps_done >= config.steps:
+        if self.steps_done >= config.steps + self.owed:
             self.say(f"{config.run_dir}: all {config.steps} steps are done already; raise `steps` to go on")
             return
         if self.rank == 0:
@@ -224,7 +182,7 @@ class Run:
             facts["changes"], facts["totals_before"] = self.changes, self.totals()
             since = self.steps_done if resumed else None
             self.outputs = RunOutputs(
-                config, self.manifest, shapes, self.peak, since, facts, self.clock.board
+                config, self.manifest, shapes, self.peak, since, facts, self.clock.board, self.owed
             )
             self.writer.on_complete = self.outputs.checkpoint
         self.say(f"{describe(config.model)}\n{self.recomputation}\n{self.probe.interval.words()}")
@@ -244,12 +202,8 @@ class Run:
     def loop(self, resumed: bool) -> None:
         """Train from the position that the run has to its last step."""
         config = self.config
-        if not resumed:
-            self.evaluate()
-        elif self.other_basis:  # the best checkpoint stays the best until something betters this
-            self.best_loss = self.evaluate()
-            if self.rank == 0:
-                checkpoints.mark_to_better(self.checkpoint_dir, self.best_loss, self.evaluator.basis)
+        if self.evaluate_first(resumed):
+            return self.say_stopped()
         ahead = (config.steps - self.steps_done, config.data.prefetch_updates, config.data.workers)
         batches = prefetch(self.samples, self.plan, self.samples_consumed, *ahead)
         ended = started = time.perf_counter()
@@ -273,28 +227,58 @@ class Run:
             self.say(self.probe.finished(ended - started))
             self.broken.stop_after(record, self.outputs.dump if self.rank == 0 else None)
             last, stopping = self.steps_done == config.steps, bool(record["stop_requested"])
-            best = False
-            if last or self.steps_done % config.evaluation.every_steps == 0:
-                validation_loss = self.evaluate()
-                best = validation_loss < self.best_loss
-                self.best_loss = min(self.best_loss, validation_loss)
-            due = self.steps_done % config.checkpoint.every_steps == 0
-            if best or last or stopping or due or self.save_now:
-                self.save(best)
+            self.owed = last or self.steps_done % config.evaluation.every_steps == 0
+            broken_off = self.settle(stopping)
             self.writer.check()
-            if stopping and not last:
-                whole = self.writer.wait(config.checkpoint.stop_within_seconds)
-                kept = "with" if whole else "before the disk took"
-                self.say(f"stopped after step {self.steps_done} {kept} a checkpoint; start again to go on")
+            if broken_off or (stopping and not last):
+                self.say_stopped()
                 break
             heartbeat.beat("waiting for data", self.steps_done)
             started = time.perf_counter()
             self.clock.waiting(self.steps_done)
-        if self.steps_done == config.steps:
+        if self.steps_done == config.steps and not self.owed:
             self.writer.wait()
             if self.rank == 0:
                 self.outputs.finished()
         batches.close()
+
+    def settle(self, stopping: bool = False) -> bool:
+        """Evaluation, where it is owed, and checkpoint, as far as they are due now; whether a request to stop broke the
+        evaluation off, behind a checkpoint."""
+        best = False
+        if self.owed:
+            validation_loss = self.evaluate()
+            if validation_loss is None:
+                return True
+            self.owed, best = False, validation_loss < self.best_loss
+            self.best_loss = min(self.best_loss, validation_loss)
+        due = self.steps_done % self.config.checkpoint.every_steps == 0
+        if best or due or self.steps_done == self.config.steps or stopping or self.save_now:
+            self.save(best)
+        return False
+
+    def evaluate_first(self, resumed: bool) -> bool:
+        """What a start evaluates: new weights, those whose evaluation was broken off, and loaded ones where the best
+        loss is one on another basis. Returns whether a request to stop broke it off."""
+        if resumed and not self.other_basis:
+            return self.owed and self.settle()
+        validation_loss = self.evaluate()
+        if validation_loss is None:
+            return True
+        if self.other_basis:  # the best checkpoint stays the best until something betters this
+            self.best_loss = validation_loss
+            if self.rank == 0:
+                checkpoints.mark_to_better(self.checkpoint_dir, self.best_loss, self.evaluator.basis)
+        if self.owed:
+            self.owed = False
+            self.save()
+        return False
+
+    def say_stopped(self) -> None:
+        """The last line of a run that was asked to stop, when its checkpoint is on the disk, or has had its time."""
+        whole = self.writer.wait(self.config.checkpoint.stop_within_seconds)
+        kept = f"after step {self.steps_done} {'with' if whole else 'before the disk took'} a checkpoint"
+        self.say(f"stopped {kept if self.steps_done else 'before the first step'}; start again to go on")
 
     def close(self) -> None:
         """Write what is still waiting; leave terminal, log and ports in order."""
@@ -310,14 +294,14 @@ class Run:
                 sum(batch.predicted_tokens for batch in micro_batches),
                 sum(batch.tokens for batch in micro_batches),
                 sum(batch.fingerprint for batch in micro_batches) % FINGERPRINT_MODULUS,
-                int(self.stop_requested),
-                int(save_requested := self.save_requested),
+                int(self.requests.stop),
+                int(save_requested := self.requests.save),
             ],
             device=self.device,
         )
         dist.all_reduce(mine)
         predicted, tokens, fingerprint, stop_requested, save_now = mine.tolist()
-        self.save_now, self.save_requested = bool(save_now), self.save_requested and not save_requested
+        self.save_now, self.requests.save = bool(save_now), self.requests.save and not save_requested
         sequences = self.plan.sequences_at(self.samples_consumed)
         learning_rate = config.optimizer.learning_rate * self.schedule(self.steps_done)
         self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -373,19 +357,32 @@ class Run:
             "refused_steps_total": self.gate.refused,
         }
 
-    def evaluate(self) -> float:
-        """Held-out loss and accuracy, logged; the loss is the same on every rank."""
+    def evaluate(self) -> float | None:
+        """Held-out loss and accuracy, logged; the loss is the same on every rank. None where a request to stop broke it
+        off."""
         self.engine.module.set_ramp(self.steps_done)
-        result = self.evaluator(self.engine.module, self.steps_done, self.alive)
+        result = self.evaluator(self.engine.module, self.steps_done, self.heed)
+        if result is None:
+            return None
         if self.rank == 0:
             self.outputs.evaluation(result)
         return result["validation_loss"]
 
-    def alive(self) -> None:
-        """Say so within something long."""
+    def heed(self) -> bool:
+        """Within an evaluation: say that the run is alive, and do what a signal asks for, on all ranks together. The
+        checkpoint does not wait for the end: it says that the evaluation is owed. Returns whether to stop here."""
         self.clock.alive()
         if self.rank == 0:
             self.outputs.heartbeat()
+        asked = torch.tensor(
+            [self.requests.stop, self.requests.save or self.save_now], device=self.device
+        ).int()
+        dist.all_reduce(asked)
+        stop, save = asked.tolist()
+        if (stop or save) and self.saved_step != self.steps_done:
+            self.save_now = self.requests.save = False
+            self.save()
+        return bool(stop)
 
     def say(self, text: str) -> None:
         if self.rank == 0 and text:

@@ -26,7 +26,7 @@ RUN_DIR = Path(next(word for word in sys.argv if word.startswith("--run_dir=")).
 
 
 def drawn() -> tuple[str, int, int, str] | None:
-    """(phase, how-manieth time, rank, kill | stop | error) of this start."""
+    """(phase, how-manieth time, rank, kill | stop | error | ask) of this start; to ask is to send SIGTERM."""
     if os.environ.get("FAULT"):
         phase, nth, rank, kind = os.environ["FAULT"].rsplit(" ", 3)
         return phase, int(nth), int(rank), kind
@@ -48,8 +48,9 @@ def fault(phase: str, kind: str) -> None:
         file.write(line + "\n")
     if kind == "error":
         raise RuntimeError(f"fault in {phase}")
-    os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-    time.sleep(1)  # a stop takes the other threads with it only when the signal has arrived
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "ask": signal.SIGTERM}[kind])
+    if kind == "stop":
+        time.sleep(1)  # it takes the other threads with it only when the signal has arrived
 
 
 def main() -> None:

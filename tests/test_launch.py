@@ -102,14 +102,16 @@ def test_shuffled_text_is_no_data_to_train_on(dataset):
 
 def test_the_first_ctrl_c_asks_to_stop_and_the_second_ends_at_once():
     code = (
-        "import os, signal; from sutrain.launch import on_stop; on_stop(lambda: print('asked', flush=True)); "
-        "[os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)]; "
-        "print('goes on', flush=True); os.kill(os.getpid(), signal.SIGINT); print('too late')"
+        "import os, signal; from sutrain.launch import Requests\n"
+        "for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):\n"
+        "    asked = Requests(); asked.listen(); os.kill(os.getpid(), number)\n"
+        "    print(asked.stop, asked.save, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT); print('too late')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=shell(), capture_output=True, text=True
     )
-    assert result.stdout.split("\n")[:-1] == ["asked"] * 3 + ["goes on"] and not result.stderr
+    assert result.stdout.splitlines() == ["True False", "False True", "True False"] and not result.stderr
     assert result.returncode == -signal.SIGINT
 
 

@@ -21,6 +21,8 @@ from tests.conftest import ROOT, RUN, environment
 TOLERANCE_GOLDEN = 1e-4
 TOLERANCE_OTHER_WORLD = 1e-5
 """Relative difference of fp32 losses over a few steps when sums are only re-ordered."""
+WALL_CLOCK = ("time_seconds", "step_seconds", "data_wait_seconds", "tokens_per_second", "mfu_ratio")
+"""What two lines of the same step may differ in."""
 
 
 def launch(
@@ -125,6 +127,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(straight, tmp_path):
         for key in ("loss", "batch_fingerprint", "samples_consumed_total", "tokens_total", "grad_norm"):
             assert before[step][key] == after[step][key], (step, key)
     assert final_files(run_dir) == final_files(copied)
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_does_not_wait_for_an_evaluation_which_is_made_after_the_resume(straight, tmp_path):
+    """One rank is asked within the evaluation after step 6, and again within the last one: neither is finished before
+    the run stops, and the run is the uninterrupted one all the same."""
+    config, run_dir, _ = straight
+    for step in (6, 12):
+        fault = {"FAULT": "evaluation 13 1 ask"}
+        process = launch(config, 2, f"--run_dir={tmp_path}", program="tests/faulty.py", variables=fault)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0 and f"stopped after step {step} with a checkpoint" in output, output
+        assert max(records(tmp_path, "evaluation")) == step - 6 and max(records(tmp_path)) == step
+    train(config, 2, f"--run_dir={tmp_path}")
+    assert final_files(run_dir) == final_files(tmp_path)
+    for kind in ("step", "evaluation"):
+        before, after = records(run_dir, kind), records(tmp_path, kind)
+        names = {name for name in before[12] if name not in WALL_CLOCK}
+        assert before.keys() == after.keys() and "loss" in " ".join(names)
+        assert all(before[step][name] == after[step][name] for step in before for name in names)
+    best = [json.loads((folder / "checkpoints/best.json").read_text()) for folder in (run_dir, tmp_path)]
+    assert best[0] == best[1]
+    assert "all 12 steps are done already" in train(config, 0, f"--run_dir={tmp_path}")
 
 
 def test_the_best_checkpoint_outlives_another_way_of_evaluation(straight, tmp_path):

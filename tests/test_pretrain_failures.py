@@ -11,8 +11,7 @@ import sys
 
 import pytest
 
-from sutrain import pretrain
-from sutrain.launch import EXIT_STOPPED
+from sutrain.launch import EXIT_FAILURE, EXIT_STOPPED
 from tests.conftest import ROOT, environment
 from tests.test_pretrain import launch, records, write_run
 
@@ -53,7 +52,7 @@ def test_a_failure_leaves_terminal_and_log_in_order(dataset, tmp_path):
         while piece := os.read(terminal, 65536):
             shown += piece
     os.close(terminal)
-    assert process.wait(timeout=60) == pretrain.EXIT_FAILURE, shown.decode()
+    assert process.wait(timeout=60) == EXIT_FAILURE, shown.decode()
     hidden, visible, error = (
         shown.rfind(text) for text in (b"\x1b[?25l", b"\x1b[?25h", b"block 2 is damaged")
     )

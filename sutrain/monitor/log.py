@@ -50,7 +50,8 @@ class MetricsLog:
     """The writer: appends a line, flushed, per call; open it on one rank only.
 
     With `resume_from_step` = k the lines of later steps, written by a run that was then lost, are cut off
-    first, and so is a line torn by a crash: both are at the end, and a log of weeks is not read for it. Lines
+    first, with `evaluated_again` the evaluation after k too, and so is a line torn by a crash: all are at the
+    end, and a log of weeks is not read for it. Lines
     among them whose beginning is damaged cannot be placed: `damaged` says how many. The table per layer is
     written every `layers_every_steps` steps and on every step that spiked, but on average no more than
     TABLE_BYTES_PER_STEP: at 1000 layers it is 120 kB, so it is written on every third step or so. Raises
@@ -58,14 +59,18 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: Path | str, resume_from_step: int | None = None, layers_every_steps: int = 1
+        self,
+        path: Path | str,
+        resume_from_step: int | None = None,
+        layers_every_steps: int = 1,
+        evaluated_again: bool = False,
     ) -> None:
         self.path = Path(path)
         self._layers_every_steps = max(1, layers_every_steps)
         self._table_budget_bytes = float(TABLE_BYTES_AHEAD)
         self.damaged = 0
         if resume_from_step is not None and self.path.exists():
-            self.damaged = _drop_after(self.path, resume_from_step)
+            self.damaged = _drop_after(self.path, resume_from_step, evaluated_again)
         elif self.path.exists() and self.path.stat().st_size:
             raise DamagedLogError(
                 f"{self.path}: holds another run already; resume that run or choose a new run folder"
@@ -166,15 +171,18 @@ def set_aside(path: Path) -> Path | None:
     return path.rename(f"{path}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
 
 
-def _drop_after(path: Path, step: int) -> int:
-    """Cut off the lines of steps after `step` and a torn last line; lines are in the order of steps. Returns how many
-    whole lines without a step were among them."""
+def _drop_after(path: Path, step: int, and_evaluation: bool) -> int:
+    """Cut off the lines of steps after `step`, the evaluation of its weights if wanted, and a torn last line; lines are
+    in the order of steps. Returns how many whole lines without a step were among them."""
     damaged = 0
     with open(path, "r+b") as file:
         end = file.seek(0, os.SEEK_END)
         for offset, line in _from_the_end(file):
             start = _START.match(line)
-            if line.endswith(b"\n") and start and int(start.group(2)) <= step:
+            again = (
+                and_evaluation and start and start.group(1) == b"evaluation" and int(start.group(2)) == step
+            )
+            if line.endswith(b"\n") and start and int(start.group(2)) <= step and not again:
                 break
             damaged += start is None and line.endswith(b"\n")
             end = offset

@@ -71,6 +71,15 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     assert run.steps[-1]["step"] == run.evaluations[-1]["step"] == 20 and not run.notes
 
 
+def test_resume_drops_an_evaluation_that_will_be_made_again(tmp_path):
+    """It was logged after the checkpoint that says that it is owed; that of another step stays."""
+    write_run(tmp_path, layers=2, steps=20, evaluate_every_steps=10)
+    for step, expected in ((20, [10]), (15, [10])):
+        MetricsLog(tmp_path / "metrics.jsonl", resume_from_step=step, evaluated_again=True).close()
+        run = read_run(tmp_path)
+        assert [line["step"] for line in run.evaluations] == expected and run.steps[-1]["step"] == step
+
+
 @pytest.mark.parametrize("block_bytes", [1, 7, 50, 10_000])
 def test_lines_are_found_from_the_end(tmp_path, block_bytes):
     path = tmp_path / "lines"

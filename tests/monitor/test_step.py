@@ -11,6 +11,7 @@ import torch
 from sutrain import pretrain
 from sutrain.data import Batch
 from sutrain.evaluation import Evaluator
+from sutrain.launch import Requests
 from sutrain.monitor.acting import StepGate
 from sutrain.monitor.ranks import RankClock
 from sutrain.objectives.masked_lm import MaskedLoss
@@ -39,7 +40,7 @@ def run(monkeypatch):
     run.config = SimpleNamespace(optimizer=SimpleNamespace(learning_rate=1.0), seed=0)
     run.engine, run.device, run.gate = Engine(), torch.device("cpu"), StepGate(8.0)
     run.clock = RankClock(0, 1, run.device)
-    run.rank, run.world_size, run.stop_requested, run.save_requested = 0, 1, False, False
+    run.rank, run.world_size, run.requests, run.save_now = 0, 1, Requests(), False
     run.plan = SimpleNamespace(sequences_at=lambda _: 4, tokens_at=lambda samples: 2 if samples < 4 else None)
     run.manifest, run.schedule = SimpleNamespace(row_tokens=4), lambda _: 1.0
     run.optimizer = SimpleNamespace(param_groups=[{}], updates=0, statistics=torch.zeros(1))
@@ -109,19 +110,65 @@ class Model:
         return MaskedLoss(torch.tensor(8.0), torch.tensor(0), torch.tensor(4))
 
 
-def test_every_micro_batch_of_an_evaluation_is_a_sign_of_life(run, monkeypatch):
-    """On a large data set it takes longer than a rank, or the loop, may be silent."""
+@pytest.fixture
+def evaluating(run, monkeypatch):
+    """The run, with three batches to evaluate of a model that learns nothing; `run.signs`: when it said that it lives,
+    `run.done`: what it wrote, as far as it counts evaluations and checkpoints."""
     evaluator = object.__new__(Evaluator)
     vars(evaluator).update(
         samples=SimpleNamespace(batch=lambda start, count: micro_batches(1)[0]), sequences=3, micro_sequences=1,
-        device=run.device, rank=0, world_size=1, lengths=[], sources=[], most_frequent=5,
+        device=run.device, rank=0, world_size=1, lengths=[], sources=[], most_frequent=5, basis="",
     )  # fmt: skip
     monkeypatch.setattr(Evaluator, "_adder_by_kind", lambda *_: lambda scores_MV: None)
     run.evaluator, run.engine.module = evaluator, Model()
-    signs = []
+    run.signs, run.done = [], []
     run.outputs = SimpleNamespace(
-        heartbeat=lambda: signs.append(run.clock.board.states[0].time), evaluation=lambda _: None
+        heartbeat=lambda: run.signs.append(run.clock.board.states[0].time),
+        evaluation=lambda found: run.done.append(f"evaluation {found['step']}"),
     )
-    run.clock.finished(1)
-    assert run.evaluate() == 24.0 / 12
-    assert len(signs) == 3 and signs[2] > signs[0] + 0.02
+    run.config.steps, run.config.checkpoint = 20, SimpleNamespace(every_steps=10)
+    run.steps_done, run.saved_step, run.owed, run.other_basis, run.best_loss = 7, 0, True, False, 1.0
+
+    def save(best=False):
+        run.done.append(f"checkpoint {run.steps_done}{', evaluation owed' * run.owed}{', best' * best}")
+        run.saved_step = run.steps_done
+
+    run.save = save
+    run.clock.finished(7)
+    return run
+
+
+def test_every_micro_batch_of_an_evaluation_is_a_sign_of_life(evaluating):
+    """On a large data set it takes longer than a rank, or the loop, may be silent."""
+    assert evaluating.evaluate() == 24.0 / 12
+    assert len(evaluating.signs) == 3 and evaluating.signs[2] > evaluating.signs[0] + 0.02
+
+
+def asked_at_second_batch(run, name):
+    """A signal that arrives within the evaluation."""
+    batch, beats = run.evaluator.samples.batch, iter((False, True))
+
+    def read(start, count):
+        if next(beats, False):
+            setattr(run.requests, name, True)
+        return batch(start, count)
+
+    run.evaluator.samples = SimpleNamespace(batch=read)
+
+
+def test_a_request_to_stop_breaks_an_evaluation_off_behind_a_checkpoint_that_owes_it(evaluating):
+    asked_at_second_batch(evaluating, "stop")
+    assert evaluating.settle() and evaluating.done == ["checkpoint 7, evaluation owed"]
+    # It is made when the run goes on; should that be stopped at once, nothing is new that could be kept.
+    assert evaluating.evaluate_first(resumed=True) and len(evaluating.done) == 1
+    evaluating.requests.stop, evaluating.steps_done, evaluating.saved_step = False, 20, 20
+    assert not evaluating.evaluate_first(resumed=True)
+    assert evaluating.done[1:] == ["evaluation 20", "checkpoint 20"], "the last one says that nothing is owed"
+
+
+def test_a_request_to_save_does_not_wait_for_an_evaluation_and_lets_it_go_on(evaluating):
+    asked_at_second_batch(evaluating, "save")
+    evaluating.best_loss = 3.0
+    assert not evaluating.settle()
+    assert evaluating.done == ["checkpoint 7, evaluation owed", "evaluation 7", "checkpoint 7, best"]
+    assert not evaluating.requests.save
