@@ -7,17 +7,21 @@
 
 A launcher hands no signals down, least of all to other hosts; the run folder is what all ranks share. A thread of each
 rank writes and reads once a second, so the training loop only sets two fields. The thread also runs while the main
-thread waits in a collective: a rank that hangs still obeys KILL.
+thread waits in a collective: a rank that hangs still obeys KILL. On the supervisor's host it also notices when the
+supervisor was killed, and then has the run write a checkpoint and stop: what nobody looks after would be in the way of
+the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Collection
@@ -29,7 +33,9 @@ INTERVAL_SECONDS = 1.0
 REQUESTS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1}
 EXIT_KILLED = 137
 MARK = "SUTRAIN_SUPERVISED"
-"""Name of the environment variable with which a supervisor marks what it started."""
+"""Name of the environment variable with which a supervisor marks what it started, as "WORD@HOST"."""
+SUPERVISOR_LOCK = ".supervise.lock"
+"""In the run folder, held by the supervisor for as long as it lives."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,9 @@ class Heart:
         self._written = -1
         self._seen = _request_number(folder)  # one made before this rank began is not meant for it
         self._stop = threading.Event()
+        # Another host may have got the mark with its environment, and its file system may not tell of our locks.
+        own = os.environ.get(MARK, "")
+        self._supervised = own in marks and own.rpartition("@")[2] == socket.gethostname()
 
     def start(self) -> None:
         """Begin to write and to listen; also lets SIGUSR2 print where every thread stands."""
@@ -75,6 +84,13 @@ class Heart:
             with contextlib.suppress(OSError):
                 self._write()
             self._obey()
+            if self._supervised and _is_free(self.folder.parent / SUPERVISOR_LOCK):
+                self._supervised = False
+                os.kill(os.getpid(), signal.SIGTERM)
+                with contextlib.suppress(OSError):  # its pipe or terminal may be gone with it
+                    print(
+                        "the supervisor is gone: the run stops with a checkpoint", file=sys.stderr, flush=True
+                    )
 
     def _write(self) -> None:
         phase, step, beats, since = self._said
@@ -98,6 +114,16 @@ class Heart:
             os._exit(EXIT_KILLED)
         if what in REQUESTS:
             os.kill(os.getpid(), REQUESTS[what])
+
+
+def _is_free(lock: Path) -> bool:
+    """Is this lock there, and held by nobody? Not to be known is no."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # BlockingIOError: held
+        return False
+    return True
 
 
 _heart: Heart | None = None

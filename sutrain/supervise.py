@@ -7,7 +7,8 @@ the run save and stop, SIGUSR1 makes it save and go on; DeepSpeed's launcher pas
 the run folder (see heartbeat.py). Every event is a line of RUN/supervise.jsonl.
 
 Everything the command started on this host is ended with it: it carries a mark in its environment that children
-inherit. Ranks on other hosts are asked to end through the run folder.
+inherit. Ranks on other hosts are asked to end through the run folder. Where the supervisor itself is killed, the ranks
+of its host notice and the run stops with a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,7 +85,7 @@ def hold_alone(run_dir: Path) -> TextIO:
     Raises ValueError when another supervisor, or a run that was started without one, is at work there.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    hold = _lock(run_dir / ".supervise.lock")
+    hold = _lock(run_dir / heartbeat.SUPERVISOR_LOCK)
     if hold is None:
         raise ValueError(
             f"{run_dir}: another supervisor keeps a run going there; stop it, or choose another run_dir"
@@ -91,9 +93,20 @@ def hold_alone(run_dir: Path) -> TextIO:
     run = _lock(run_dir / ".lock")  # that of a run (launch.py)
     if run is None:
         hold.close()
-        raise ValueError(f"{run_dir}: a run is writing there; stop it, or choose another run_dir")
+        raise ValueError(
+            f"{run_dir}: a run is writing there{_how_to_stop(run_dir)}; stop it, or choose another run_dir"
+        )
     run.close()
     return hold
+
+
+def _how_to_stop(run_dir: Path) -> str:
+    """What the run in a folder does and how it is stopped, as far as its ranks said so and still live."""
+    for beat in heartbeat.read_beats(run_dir):
+        if beat.host != socket.gethostname() or psutil.pid_exists(beat.pid):
+            where = f"rank {beat.rank} is process {beat.pid} on {beat.host}, in {beat.phase!r} at step {beat.step}"
+            return f" ({where}; `kill {beat.pid}` there has all ranks write a checkpoint and stop)"
+    return ""
 
 
 def _lock(file: Path) -> TextIO | None:
@@ -150,7 +163,7 @@ class Supervisor:
         self.command, self.run_dir = command, run_dir
         self.restarts, self.pause_seconds = restarts, pause_seconds
         self.hang_seconds, self.start_seconds, self.grace_seconds = hang_seconds, start_seconds, grace_seconds
-        self.mark = uuid.uuid4().hex
+        self.mark = f"{uuid.uuid4().hex}@{socket.gethostname()}"
         self.stop_asked_at: float | None = None
         self.save_asked = self.trained = False
 

@@ -157,10 +157,33 @@ def test_a_second_supervisor_is_refused_and_the_first_goes_on(tmp_path, sleepers
     assert finish(process)[0] == 0
 
 
-def test_a_run_without_a_supervisor_is_left_alone(tmp_path):
+def test_a_run_without_a_supervisor_is_left_alone_and_named(tmp_path, capsys):
+    heartbeat.start(tmp_path, 0)
     with hold_run_folder(tmp_path):
-        status, output = finish(supervise(tmp_path, "work"))
-    assert status == 2 and "a run is writing there" in output and not (tmp_path / "starts").exists()
+        assert main(["--", "sleep", "1", f"--run_dir={tmp_path}"]) == 2
+    heartbeat.stop()
+    said = capsys.readouterr().err
+    assert (
+        f"a run is writing there (rank 0 is process {os.getpid()} on" in said
+        and f"`kill {os.getpid()}`" in said
+    )
+    assert not (tmp_path / "supervise.jsonl").exists()
+
+
+def test_a_run_whose_supervisor_was_killed_saves_and_stops(tmp_path):
+    process = supervise(tmp_path, "work")
+    try:
+        wait_until(lambda: any(beat.phase == "training step" for beat in heartbeat.read_beats(tmp_path)))
+        time.sleep(2.5)
+        assert not (tmp_path / "saved").exists(), "as long as the supervisor lives"
+        process.kill()
+        wait_until((tmp_path / "saved").exists, seconds=20)
+    finally:
+        process.kill()
+        heartbeat.request(tmp_path, "KILL")
+        for sleeper in left_behind(tmp_path):
+            sleeper.kill()
+        process.communicate(timeout=60)
 
 
 def test_a_disk_or_a_terminal_that_takes_nothing_does_not_end_the_supervisor(tmp_path, monkeypatch):
