@@ -32,6 +32,8 @@ from sutrain.monitor.statistics import GroupTable, TensorGroups
 from sutrain.monitor.worker import HostCopy, Worker
 from sutrain.optim import STATISTICS
 
+READS = ("seed", "masking", "batch")
+"""Sections of the configuration on which it depends, with the data, what a step reads; a run may go on with others."""
 _INTERNAL = ("step_tokens", "row_tokens", "stop_requested")
 
 
@@ -61,6 +63,7 @@ class RunOutputs:
             "parameters": sum(shape.numel() for shape in shapes.values()),
             "row_tokens": manifest.row_tokens,
             "data": data_facts(manifest),
+            "reads": config.model_dump(mode="json", include=set(READS)),
         }
         folder = config.run_dir
         self.run_dir = folder

@@ -1,7 +1,8 @@
 """`python -m sutrain.replay --run RUN_DIR --step N`: the documents of the batch that made update N.
 
-Order and position are arithmetic: the configuration, the data and the position in metrics.jsonl are enough. The batch
-is made anew and its fingerprint compared with the one that the run logged, so what is printed is what was trained on.
+Order and position are arithmetic: the data, a position in metrics.jsonl and the settings with which the run went on
+there are enough. The batch is made anew and its fingerprint compared with the one that the run logged, so what is
+printed is what was trained on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sentencepiece
 from data_prep.config_file import ConfigError, load_config
 from data_prep.shards import Manifest, ShardError
 from sutrain.config import PretrainConfig, batch_plan
+from sutrain.continuity import ACCEPTABLE, rule_of
 from sutrain.data import (
     DataError,
     MixedSamples,
@@ -29,7 +31,7 @@ from sutrain.data import (
     remote_of,
 )
 from sutrain.labelling import labelling_of
-from sutrain.monitor.log import FILE_NAME, DamagedLogError, find_steps, last_steps
+from sutrain.monitor.log import FILE_NAME, DamagedLogError, find_origin, last_steps
 from sutrain.pieces import PieceReader
 
 
@@ -39,15 +41,10 @@ def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
     {sample, data, row, source, file, block, record, piece, tokens, text}.
     Raises ConfigError, DataError, ShardError or DamagedLogError.
     """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; --run wants the folder of a run")
-    config = load_config(PretrainConfig, path)
-    if step < 1:
-        raise ConfigError(f"--step {step}: steps count from 1")
+    config, *origin = _origin(run_dir, step)
     labelling = labelling_of(config, open_manifest(config.data), stream="masks")
     samples = open_samples(config.data, config.seed, labelling)
-    first, sequences = _position(config, run_dir, step, samples)
+    first, sequences = _position(config, samples, step, *origin)
     corpora: list[Samples] = samples.corpora if isinstance(samples, MixedSamples) else [samples]
     corpus_N, number_N = np.zeros(sequences, np.int64), np.arange(first, first + sequences)
     if isinstance(samples, MixedSamples):
@@ -77,44 +74,79 @@ def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def _position(
-    config: PretrainConfig, run_dir: Path, step: int, samples: Samples | MixedSamples
-) -> tuple[int, int]:
-    """(first sample, number of samples) of an update: as logged, checked by its fingerprint; where the log has a gap by
-    arithmetic, with a warning.
+def _origin(
+    run_dir: Path, step: int
+) -> tuple[PretrainConfig, dict[str, Any] | None, tuple[int, int], list[dict]]:
+    """(the configuration as far as batches go when update `step` was made, its record if the log has it, the last
+    position known before it as (updates made, samples consumed), the starts after it).
 
-    Raises ConfigError for an update beyond the last one logged, DataError, DamagedLogError.
+    Raises ConfigError for an update beyond the last one logged, DamagedLogError.
     """
-    log = run_dir / FILE_NAME
+    path, log = run_dir / "config.yaml", run_dir / FILE_NAME
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; --run wants the folder of a run")
+    config = load_config(PretrainConfig, path)
+    if step < 1:
+        raise ConfigError(f"--step {step}: steps count from 1")
     last = next((record["step"] for record in last_steps(log, 1)), 0)
     if step > last:
         found = (
             f"the last update that the run logged is {last}" if last else "the run has logged no update yet"
         )
         raise ConfigError(f"--step {step}: {found}")
-    logged = find_steps(log, {step - 1, step})
-    if step not in logged:
+    record, before, starts = find_origin(log, step)
+    known = (before["step"], before["samples_consumed_total"]) if before else (0, 0)
+    own = [start for start in starts if start["step"] < step]
+    if own:
+        config = PretrainConfig.model_validate(config.model_dump(mode="json") | own[-1].get("reads", {}))
+        if "totals_before" in own[-1]:
+            known = max(known, (own[-1]["step"], own[-1]["totals_before"]["samples_consumed_total"]))
+    return config, record, known, starts[len(own) :]
+
+
+def _position(
+    config: PretrainConfig, samples: Samples | MixedSamples, step: int, record: dict[str, Any] | None,
+    known: tuple[int, int], later: list[dict],
+) -> tuple[int, int]:  # fmt: skip
+    """(first sample, number of samples) of an update: from the last position known before it by arithmetic, checked by
+    the fingerprint that was logged; where the log has a gap there is none, and a warning says so.
+
+    Raises DataError, saying what is not as it was.
+    """
+    plan = batch_plan(config, samples.manifest.row_tokens, 1, 0)
+    made, first = known
+    for _ in range(step - 1 - made):
+        first += plan.sequences_at(first)
+    if record is None:
         print(
-            f"warning: {log} does not have step {step}: its position follows from config.yaml as it is now, and "
-            "neither position nor content is checked",
+            f"warning: the log does not have step {step}: its position follows from that of step {made} and the "
+            "settings of batch, and neither position nor content is checked",
             file=sys.stderr,
         )
-        plan, first = batch_plan(config, samples.manifest.row_tokens, 1, 0), 0
-        for _ in range(step - 1):
-            first += plan.sequences_at(first)
         return first, plan.sequences_at(first)
-    end = logged[step]["samples_consumed_total"]
-    plan = batch_plan(config, samples.manifest.row_tokens, 1, 0)
-    first = 0 if step == 1 else end - plan.global_sequences
-    if step - 1 in logged:
-        first = logged[step - 1]["samples_consumed_total"]
-    fingerprint = f"{samples.batch(first, end - first).fingerprint:012x}"
-    if fingerprint != logged[step]["batch_fingerprint"]:
-        raise DataError(
-            f"{config.data.dir}: the batch of step {step} is {fingerprint}, the run logged "
-            f"{logged[step]['batch_fingerprint']}: the data is not what the run was trained on"
-        )
-    return first, end - first
+    end, logged = record["samples_consumed_total"], record["batch_fingerprint"]
+    # Behind a gap the settings of batch may be others than those of then, and yet one of the sizes fits.
+    sizes = [plan.global_sequences, *(size for _, size in plan.size_warmup)] if made < step - 1 else []
+    fingerprints = {}
+    for start in dict.fromkeys((first, *(end - size for size in sizes if size))):
+        if 0 <= start < end:
+            fingerprints[start] = f"{samples.batch(start, end - start).fingerprint:012x}"
+            if fingerprints[start] == logged:
+                return start, end - start
+    changes = [
+        f"after step {start['step']} the run went on with another {line}"
+        for start in later
+        for line in start.get("changes", [])
+        if rule_of(line.partition(":")[0]) in ACCEPTABLE
+    ]
+    why = "the data is not what the run was trained on"
+    if changes:
+        why = "; ".join(changes)
+    elif sizes:
+        gap = f"steps {made + 1} to {step - 1} are not in the log"
+        why = f"{gap}, and the settings of batch are not those of then, or {why}"
+    found = ", ".join(fingerprints.values()) or "not to be found"
+    raise DataError(f"{config.data.dir}: the batch of step {step} is {found}, the run logged {logged}: {why}")
 
 
 def _decoder(manifest: Manifest) -> Callable[[list[int]], str]:

@@ -360,19 +360,38 @@ def find_steps(path: Path, wanted: Collection[int]) -> dict[int, dict]:
 
     Raises DamagedLogError, naming file and line.
     """
-    found: dict[int, dict] = {}
+    lines = ((at, number, line) for kind, at, number, line in _beginnings(path) if kind == "step")
+    return {at: _parsed(path, number, line) for at, number, line in lines if at in wanted}
+
+
+def find_origin(path: Path, step: int) -> tuple[dict | None, dict | None, list[dict]]:
+    """Where a step came from: (the record of `step`, the last one of a step before it, the records of all starts).
+
+    Raises DamagedLogError, naming file and line.
+    """
+    of_step = before = None
+    starts = []
+    for kind, at, number, line in _beginnings(path):
+        if kind == "run":
+            starts.append(_parsed(path, number, line))
+        elif kind == "step" and at == step:
+            of_step = number, line
+        elif kind == "step" and at < step:
+            before = number, line
+    return of_step and _parsed(path, *of_step), before and _parsed(path, *before), starts
+
+
+def _beginnings(path: Path) -> Iterator[tuple[str, int, int, bytes]]:
+    """(kind, step, line number, line) of the whole lines of a log that begin as they should; nothing without a log."""
     if path.exists():
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                start = _START.match(line)
-                if (
-                    start
-                    and start.group(1) == b"step"
-                    and int(start.group(2)) in wanted
-                    and line.endswith(b"\n")
-                ):
-                    try:
-                        found[int(start.group(2))] = _numbers(json.loads(line))
-                    except ValueError as error:
-                        raise _no_record(path, number, line, error) from None
-    return found
+                if (start := _START.match(line)) and line.endswith(b"\n"):
+                    yield start.group(1).decode(), int(start.group(2)), number, line
+
+
+def _parsed(path: Path, number: int, line: bytes) -> dict:
+    try:
+        return _numbers(json.loads(line))
+    except ValueError as error:
+        raise _no_record(path, number, line, error) from None
