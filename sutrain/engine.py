@@ -5,6 +5,7 @@ mathematics.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 import types
@@ -16,8 +17,9 @@ import torch
 from sutrain.compiled import compile_layers
 from sutrain.config import PretrainConfig
 from sutrain.data import BatchPlan
+from sutrain.models.configuration import EncoderConfig, parameter_count
 from sutrain.objectives.training_model import TrainingModel
-from sutrain.optim import build_optimizer
+from sutrain.optim import build, build_optimizer
 from sutrain.optim.base import FragmentOptimizer
 from sutrain.recompute import apply_budget
 
@@ -49,6 +51,27 @@ def build_engine(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
     return engine, optimizer, recomputation
+
+
+def whole_state_numbers(config: PretrainConfig) -> int:
+    """How many numbers of optimizer state there are, all ranks together, but for rows and columns of factored matrices.
+    Tensors count as they are in the model, not as logical_tensors may divide them."""
+    name, settings, parameters = (
+        config.optimizer.name,
+        config.optimizer.settings,
+        parameter_count(config.model),
+    )
+    return build.whole_state_numbers(name, settings, parameters, lambda: tensor_shapes(config.model))
+
+
+def tensor_shapes(model: EncoderConfig) -> Counter[tuple[int, ...]]:
+    """{shape: how many of the model's parameters have it}. Layers are alike, so that two of them tell of a thousand,
+    which would take seconds to make."""
+    one, two = (
+        Counter(tuple(tensor.shape) for tensor in TrainingModel.on(torch.device("meta"), part).parameters())
+        for part in (dataclasses.replace(model, num_layers=layers) for layers in (1, 2))
+    )
+    return one + Counter({shape: (two[shape] - one[shape]) * (model.num_layers - 1) for shape in two})
 
 
 def deepspeed_config(config: PretrainConfig, plan: BatchPlan) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from data_prep.config_file import field_help, load_config, split_arguments, to_y
 from data_prep.shards import Manifest
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
 from sutrain.data import BatchPlan, MixedSamples, open_manifest, open_samples
-from sutrain.engine import deepspeed_config
+from sutrain.engine import deepspeed_config, whole_state_numbers
 from sutrain.labelling import labelling_of, predicted_share
 from sutrain.launch import check_model_fits_data
 from sutrain.mixture import PERIOD
@@ -29,7 +29,7 @@ from sutrain.models.configuration import flops_per_token, parameter_count
 from sutrain.monitor.probe_interval import planned_interval
 from sutrain.objectives.training_model import TrainingModel
 from sutrain.optim.adafactor import settings_of_preset
-from sutrain.optim.build import build_optimizer, whole_state_tensors
+from sutrain.optim.build import build_optimizer
 from sutrain.optim.schedule import RelativeStep
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -54,7 +54,8 @@ def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size:
     3 weights too. With zero.offload, masters and optimizer state are in the host's memory.
 
     AdaFactor's factored state is rows + columns a matrix, under one percent from width 256 on, and counted as zero;
-    its momentum, second moments that are not factored, and the two tensors of the others are 4 bytes a parameter each.
+    its momentum, second moments that are not factored (of tensors below min_dim_size_to_factor, or of all), and the two
+    tensors of the others are 4 bytes a parameter each.
     """
     short = config.precision != "fp32"
     share = world_size if stage >= 1 else 1
@@ -64,10 +65,7 @@ def state_bytes(config: PretrainConfig, parameters: int, stage: int, world_size:
         gradients=parameters * gradient_bytes // (world_size if stage >= 2 else 1),
         # In fp32 without ZeRO, and where each rank has no more than its slice, weights are their own masters.
         masters=parameters * 4 // share if short or stage in (1, 2) or config.zero.offload else 0,
-        optimizer=parameters
-        * 4
-        * whole_state_tensors(config.optimizer.name, config.optimizer.settings)
-        // share,
+        optimizer=4 * whole_state_numbers(config) // share,
     )
 
 

@@ -33,9 +33,9 @@ from sutrain.checkpoint import by_age
 from sutrain.checkpoint_writer import leftover_bytes
 from sutrain.config import PretrainConfig
 from sutrain.data import remote_of
+from sutrain.engine import whole_state_numbers
 from sutrain.launch import hold_run_folder
 from sutrain.models.configuration import parameter_count
-from sutrain.optim.build import whole_state_tensors
 from sutrain.remote import Remote
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "zstandard", "xxhash")
@@ -56,8 +56,10 @@ def join(
 
     manifests: of data.dir and of each of data.others. Raises PreflightError or PreflightTimeoutError.
     """
-    tensors = 1 + whole_state_tensors(config.optimizer.name, config.optimizer.settings)  # and the masters
-    findings = folder_findings(config.run_dir, 4 * parameter_count(config.model) * tensors, rank)
+    numbers = parameter_count(config.model) + whole_state_numbers(
+        config
+    )  # the masters, and what goes with them
+    findings = folder_findings(config.run_dir, 4 * numbers, rank)
     for number, manifest in enumerate(manifests):
         remote = remote_of(config.data) if number == 0 else None
         findings += shard_findings(manifest, rank, world_size, remote)

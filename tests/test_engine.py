@@ -1,8 +1,10 @@
 """What the configuration becomes for DeepSpeed, at every stage and precision."""
 
 import importlib
+import math
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,9 @@ from deepspeed.runtime.fp16 import loss_scaler
 
 from data_prep.config_file import ConfigError, load_config
 from sutrain.config import PretrainConfig, batch_plan
-from sutrain.engine import _MUON, deepspeed_config, quicken_start, step_engine
+from sutrain.engine import _MUON, deepspeed_config, quicken_start, step_engine, tensor_shapes
+from sutrain.models.configuration import parameter_count
+from tests.models.tiny import VARIANTS
 from tests.test_pretrain import launch, write_run
 
 
@@ -31,6 +35,13 @@ def test_stage_3_cuts_as_it_is_told(write_config):
     )
     assert zero["zero_quantized_weights"] is zero["zero_quantized_gradients"] is False
     assert zero["zero_hpz_partition_size"] == 1 and "offload_optimizer" not in zero
+
+
+def test_two_layers_tell_the_shapes_of_any_number_of_them():
+    for model in VARIANTS.values():
+        deep = replace(model, num_layers=5)
+        numbers = sum(math.prod(shape) * tensors for shape, tensors in tensor_shapes(deep).items())
+        assert numbers == parameter_count(deep), model
 
 
 def test_fp16_scales_as_it_is_told(write_config):

@@ -10,7 +10,7 @@ import pytest
 from data_prep.config_file import load_config
 from sutrain.config import PretrainConfig, batch_plan
 from sutrain.data import open_manifest
-from sutrain.models.configuration import flops_per_token
+from sutrain.models.configuration import flops_per_token, parameter_count
 from sutrain.optim import build_schedule
 from sutrain.plan import (
     arithmetic_in_words,
@@ -21,6 +21,7 @@ from sutrain.plan import (
     learning_rate_in_words,
     main,
     samples_by_length,
+    state_bytes,
 )
 
 
@@ -69,6 +70,15 @@ def test_without_adafactor_the_schedule_is_all(write_config):
     rate = learning_rate_by_update(config)
     assert [rate(update) for update in (0, 4, 6, 9)] == pytest.approx([0, 1e-3, 0.75e-3, 0.5e-3])
     assert "size of each tensor" not in learning_rate_in_words(config)
+
+
+@pytest.mark.parametrize(("least", "share"), [(0, 0.0), (32, 0.0), (33, 1.0)])
+def test_what_adafactor_does_not_factor_is_counted(write_config, least, share):
+    """Of the tiny model, whose matrices are 32 wide at their narrower side, all or next to nothing but vectors."""
+    config = load(write_config(optimizer={"settings": {"min_dim_size_to_factor": least}}))
+    parameters = parameter_count(config.model)
+    counted = state_bytes(config, parameters, stage=1, world_size=2).optimizer / (2 * parameters)
+    assert counted == pytest.approx(share, abs=0.05) and (least in (0, 33)) == (counted in (0.0, 1.0))
 
 
 def test_globs_over_tensors_are_held_against_the_model(write_config):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from .adafactor import NEVER_FACTORED, AdaFactor, settings_of_preset
+from .adafactor import NEVER_FACTORED, AdaFactor, factored_pair, settings_of_preset
 from .adamw import AdamW
 from .base import FragmentOptimizer
 from .egd import Egd
@@ -99,10 +99,19 @@ def settings_of(name: str) -> list[str]:
     return (["preset"] if OPTIMIZERS[name] is AdaFactor else []) + named
 
 
-def whole_state_tensors(name: str, settings: Mapping[str, Any]) -> int:
-    """How many state tensors of the parameters' size an optimizer keeps (factored ones are not counted)."""
+def whole_state_numbers(
+    name: str, settings: Mapping[str, Any], parameters: int, shapes: Callable[[], Mapping[Sequence[int], int]]
+) -> int:
+    """How many numbers of state an optimizer keeps of tensors that it does not factor, all ranks together.
+
+    parameters: of the model; shapes: {shape: how many tensors of it}, asked for where it decides what is factored.
+    """
     if name != "adafactor":
-        return 2
+        return 2 * parameters
     chosen = settings_of_preset(settings)
-    unfactored = chosen.get("min_dim_size_to_factor", 0) >= NEVER_FACTORED
-    return int(bool(chosen.get("momentum"))) + int(unfactored)
+    momentum = parameters if chosen.get("momentum") else 0
+    least, dimensions = chosen.get("min_dim_size_to_factor", 0), chosen.get("factored_dimensions", "last")
+    if not 0 < least < NEVER_FACTORED:
+        return momentum + (parameters if least else 0)
+    whole = (shape for shape in shapes().items() if factored_pair(shape[0], least, dimensions) is None)
+    return momentum + sum(math.prod(shape) * times for shape, times in whole)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sutrain.optim import OPTIMIZERS, FragmentError, FragmentMap, StateError, build_optimizer
-from sutrain.optim.build import whole_state_tensors
+from sutrain.optim.build import whole_state_numbers
 from tests.optim.test_optimizers import column, parameters, run, run_once, standalone
 
 
@@ -116,6 +116,8 @@ def test_masters_are_loaded_from_any_overlapping_range():
         ("adafactor", {}),
         ("adafactor", {"momentum": 0.9}),
         ("adafactor", {"preset": "bert4keras_finetune"}),
+        ("adafactor", {"min_dim_size_to_factor": 300}),
+        ("adafactor", {"min_dim_size_to_factor": 301, "momentum": 0.9}),
         ("lamb", {}),
         ("adamw", {}),
         ("egd", {}),
@@ -124,5 +126,5 @@ def test_masters_are_loaded_from_any_overlapping_range():
 def test_state_of_the_size_of_the_parameters_is_what_is_announced(name, settings):
     own = {"matrix": nn.Parameter(torch.randn(300, 400))}
     state = standalone(name, own, **settings).state_by_name()
-    held = sum(values.numel() for *_, values in state.sliced) / 120_000
-    assert held == whole_state_tensors(name, settings)
+    held = sum(values.numel() for *_, values in state.sliced)
+    assert held == whole_state_numbers(name, settings, 120_000, lambda: {(300, 400): 1})
