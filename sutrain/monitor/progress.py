@@ -7,8 +7,10 @@ is flushed is then worth more than a bar.
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -38,10 +40,10 @@ class Progress:
         self._stream = stream or sys.stdout
         self._total, self._start = total_steps, start_step
         self._plain_every_seconds = plain_every_seconds
-        self._started: float | None = None
-        self._first = start_step
+        self._pace = Pace()
         self._last_line = -math.inf
         self._evaluation: dict[str, Any] = {}
+        self._evaluated = False
         self._live: Live | None = None
         if self._stream.isatty():
             columns = (
@@ -58,9 +60,9 @@ class Progress:
     def step(self, record: Mapping[str, Any], spikes: Spikes | None = None) -> None:
         """Show a finished training step; `record` as for MetricsLog.step."""
         now, step = time.monotonic(), int(record["step"])
-        if self._started is None:  # the first step pays for warming up, so the clock starts after it
-            self._started, self._first = now, step
-        remaining = remaining_seconds(now - self._started, step - self._first, self._total - step)
+        self._pace.step(now, self._evaluated)
+        self._evaluated = False
+        remaining = self._pace.remaining_seconds(self._total - step)
         spiked = spikes is not None and spikes.loss_factor is not None
         if self._live:
             self._bar.update(self._task, completed=step, eta=f"{duration(remaining)} left")
@@ -75,7 +77,7 @@ class Progress:
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Show an evaluation; `record` as for MetricsLog.evaluation."""
-        self._evaluation = dict(record)
+        self._evaluation, self._evaluated = dict(record), True
         line = f"step {int(record['step']):,} · validation: {self._validation()}"
         if self._live:
             self._live.console.print(line, highlight=False)
@@ -126,9 +128,30 @@ class Progress:
         return "[dim]updates most above their own usual:[/] " + " · ".join(texts)
 
 
-def remaining_seconds(elapsed_seconds: float, steps_done: int, steps_left: int) -> float:
-    """Time for `steps_left` at the pace of `steps_done` in `elapsed_seconds`; NaN before the second step."""
-    return elapsed_seconds / steps_done * steps_left if steps_done > 0 else math.nan
+class Pace:
+    """How long steps take, with the evaluations between them; a hang or a pause is not counted as if it came again."""
+
+    _STALL_SECONDS, _STALL_FACTOR, _USUAL_OF = 60.0, 10.0, 50
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._steps, self._seconds = 0, 0.0
+        self._lately = {evaluated: deque[float](maxlen=self._USUAL_OF) for evaluated in (False, True)}
+
+    def step(self, now: float, evaluated: bool) -> None:
+        """A step ended at `now`, in seconds; `evaluated`: there was an evaluation since the one before."""
+        if self._last is not None:  # the first step pays for warming up, so the clock starts after it
+            took, lately = now - self._last, self._lately[evaluated]
+            usual = statistics.median(lately) if lately else took
+            if took > self._STALL_SECONDS and took > self._STALL_FACTOR * usual:
+                took = usual
+            lately.append(took)
+            self._steps, self._seconds = self._steps + 1, self._seconds + took
+        self._last = now
+
+    def remaining_seconds(self, steps_left: int) -> float:
+        """Time for `steps_left` at this pace; NaN before the second step."""
+        return self._seconds / self._steps * steps_left if self._steps else math.nan
 
 
 def duration(seconds: float) -> str:

@@ -2,10 +2,11 @@
 
 import io
 import math
+from itertools import accumulate
 
 import pytest
 
-from sutrain.monitor.progress import Progress, duration, remaining_seconds
+from sutrain.monitor.progress import Pace, Progress, duration
 from sutrain.monitor.spikes import SpikeWatch
 from tests.monitor.made_up import made_up_run
 
@@ -53,9 +54,20 @@ def test_updates_that_were_not_made_are_said_and_none_is_not():
     assert "refused 3" in stream.getvalue() and "skipped" not in stream.getvalue()
 
 
-def test_remaining_time_by_hand():
-    assert remaining_seconds(elapsed_seconds=30, steps_done=10, steps_left=100) == 300
-    assert math.isnan(remaining_seconds(1, 0, 10))
+def pace_of(*seconds: float) -> Pace:
+    """After a first step and others that took so long; those above 400 s with an evaluation."""
+    pace = Pace()
+    for now, took in zip(accumulate((0, *seconds)), (0, *seconds), strict=True):
+        pace.step(now, evaluated=400 < took < 500)
+    return pace
+
+
+def test_remaining_time_counts_evaluations_and_slow_steps_and_no_hang():
+    assert math.isnan(pace_of().remaining_seconds(10))
+    usual = [*[2.0] * 9, 402.0] * 10
+    assert pace_of(*usual).remaining_seconds(100) == pytest.approx(4200)
+    assert pace_of(*usual, 8000, 2).remaining_seconds(100) == pytest.approx(4200, rel=0.03)
+    assert pace_of(*[300.0] * 20).remaining_seconds(2) == 600
 
 
 @pytest.mark.parametrize(
