@@ -41,10 +41,10 @@ def batch_documents(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
     {sample, data, row, source, file, block, record, piece, tokens, text}.
     Raises ConfigError, DataError, ShardError or DamagedLogError.
     """
-    config, *origin = _origin(run_dir, step)
+    config, record, known, later = _origin(run_dir, step)
     labelling = labelling_of(config, open_manifest(config.data), stream="masks")
     samples = open_samples(config.data, config.seed, labelling)
-    first, sequences = _position(config, samples, step, *origin)
+    first, sequences = _position(config, samples, step, record, known, later)
     corpora: list[Samples] = samples.corpora if isinstance(samples, MixedSamples) else [samples]
     corpus_N, number_N = np.zeros(sequences, np.int64), np.arange(first, first + sequences)
     if isinstance(samples, MixedSamples):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
@@ -100,7 +100,10 @@ def settings_of(name: str) -> list[str]:
 
 
 def whole_state_numbers(
-    name: str, settings: Mapping[str, Any], parameters: int, shapes: Callable[[], Mapping[Sequence[int], int]]
+    name: str,
+    settings: Mapping[str, Any],
+    parameters: int,
+    shapes: Callable[[], Mapping[tuple[int, ...], int]],
 ) -> int:
     """How many numbers of state an optimizer keeps of tensors that it does not factor, all ranks together.
 
