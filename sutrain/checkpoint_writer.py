@@ -289,7 +289,7 @@ def prune(directory: Path, keep_last: int, keep_every_hours: float | None = None
     newest_first = checkpoints.by_age(directory)
     besides = [folder.name for folder in newest_first if folder.name not in kept]
     kept |= set(besides[:keep_last])
-    kept |= set(next(([folder.name] for folder in newest_first if _in_health(folder)), []))
+    kept |= _from_before_the_streak(newest_first)
     if keep_every_hours is not None:
         last_kept = None
         for folder in reversed(newest_first):
@@ -316,20 +316,25 @@ def _written_at(folder: Path) -> float | None:
         return None
 
 
-def _in_health(folder: Path) -> bool:
-    """Was the step before this checkpoint a good one? As far as one that says nothing can tell, it was."""
-    try:
-        return not _manifest(folder)["counters"].get("broken_steps", 0)
-    except (KeyError, TypeError, AttributeError):
-        return False
+def _from_before_the_streak(newest_first: list[Path]) -> set[str]:
+    """Where the newest checkpoint is from inside a streak of broken steps: the name of the newest from before it, and,
+    where one is left, from before the update that began it. Checkpoints that say nothing count as good."""
+    manifests = {folder.name: _manifest(folder) for folder in newest_first}
+    counters = {name: manifest["counters"] for name, manifest in manifests.items() if "counters" in manifest}
+    good = [name for name in counters if not counters[name].get("broken_steps", 0)]
+    newest = next(iter(counters.values()), {})
+    if newest.get("broken_steps", 0) and (last_good := newest.get("good_step")) is not None:
+        good = [name for name in good if name <= checkpoints.step_name(last_good)] or good
+    return set(good[:1])
 
 
-def _manifest(folder: Path) -> Any:
+def _manifest(folder: Path) -> dict[str, Any]:
     """As it lies there, unchecked; {} where it cannot be read."""
     try:
-        return json.loads((folder / "manifest.json").read_text())
+        found = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

@@ -138,7 +138,7 @@ class Run:
         self.tokens, self.skipped = counters["tokens"], counters["skipped"]
         self.gate.load(counters.get("gate", NOTHING_REFUSED))
         self.broken.without_update = self.skipped + self.gate.refused
-        self.broken.length = counters.get("broken_steps", 0)
+        self.broken.length, self.broken.good_step = counters.get("broken_steps", 0), counters.get("good_step")
         self.other_basis = agreed.other_basis
         self.probe.interval.load(counters.get("probe", {}))
         return True
@@ -154,6 +154,7 @@ class Run:
             "skipped": self.skipped,
             "gate": self.gate.state(),
             "broken_steps": self.broken.length,
+            "good_step": self.broken.good_step,
             "evaluation_owed": self.owed,
             "probe": self.probe.interval.state(),
             "optimizer": state.counters,

@@ -18,18 +18,11 @@ from sutrain.checkpoint_writer import CheckpointWriter, Keep, prune, save_checkp
 from tests.conftest import ROOT, environment
 
 
-def save(directory, step, values=0.0, broken_steps=0):
+def save(directory, step, values=0.0, **counters):
     weight = torch.arange(12, dtype=torch.float32) + values
     slices = [(MASTER, "a", 0, weight[:5]), (MASTER, "a", 5, weight[5:]), ("moment", "b", 0, weight[:3] * 2)]
-    shapes = {"a": [3, 4]}
-    return save_checkpoint(
-        directory,
-        step,
-        slices,
-        {"row|a": torch.ones(3)},
-        shapes,
-        {"updates": step, "samples_consumed": step * 8, "broken_steps": broken_steps},
-    )
+    counters |= {"updates": step, "samples_consumed": step * 8}
+    return save_checkpoint(directory, step, slices, {"row|a": torch.ones(3)}, {"a": [3, 4]}, counters)
 
 
 def test_any_range_is_put_together_from_the_slices_that_hold_it(tmp_path):
@@ -99,10 +92,16 @@ def test_a_streak_of_broken_steps_does_not_push_out_the_newest_checkpoint_from_b
         save(tmp_path, step, broken_steps=broken_steps)
         prune(tmp_path, keep_last=2)
     assert [path.name[-1] for path in checkpoints.by_age(tmp_path)] == ["8", "7", "4"]
-    for step in (9, 10):  # over: two good ones are there
+    save(tmp_path, 9, broken_steps=25, good_step=3)  # nothing that old is left
+    prune(tmp_path, keep_last=1)
+    assert [path.name[-1] for path in checkpoints.by_age(tmp_path)] == ["9", "4"]
+    for step in (10, 11):  # over: two good ones are there
         save(tmp_path, step)
         prune(tmp_path, keep_last=2)
-    assert [path.name[-2:] for path in checkpoints.by_age(tmp_path)] == ["10", "09"]
+    assert [path.name[-2:] for path in checkpoints.by_age(tmp_path)] == ["11", "10"]
+    save(tmp_path, 12, broken_steps=1, good_step=10)  # the update of step 11 is what broke it
+    prune(tmp_path, keep_last=1)
+    assert [path.name[-2:] for path in checkpoints.by_age(tmp_path)] == ["12", "10"]
 
 
 @pytest.fixture

@@ -102,6 +102,8 @@ class BrokenStreak:
 
     def __init__(self, limit: int | None) -> None:
         self.limit, self.length = limit, 0
+        self.good_step: int | None = None
+        """The last step before the newest row whose weights gave a finite loss; None where nobody knows any more."""
         self.without_update = 0
         """Steps so far that made no update; a run that goes on begins with those of before."""
 
@@ -114,10 +116,11 @@ class BrokenStreak:
         without_update = record["skipped_steps_total"] + record["refused_steps_total"]
         broken = without_update > self.without_update or not math.isfinite(record["loss"])
         self.without_update = without_update
+        if broken and not self.length:  # the weights of step k are seen by the loss of step k + 1
+            self.good_step = record["step"] - (1 if math.isfinite(record["loss"]) else 2)
         self.length = self.length + 1 if broken else 0
         if self.limit is not None and self.length >= self.limit:
-            # Weights of step k are seen by the loss of step k + 1; the first broken one is `length` - 1 steps back.
-            good = record["step"] - self.length - 1
+            good = self.good_step if self.good_step is not None else record["step"] - self.length - 1
             where = f"; {dump(record, good)} says what is known" if dump is not None else ""
             raise TrainingStoppedError(
                 f"stopped after step {record['step']}: {self.length} step(s) in a row without a finite loss or "

@@ -102,7 +102,7 @@ def test_broken_steps_in_a_row_stop_the_run_with_a_dump(tmp_path):
         return {"step": step, "loss": loss, "skipped_steps_total": skipped, "refused_steps_total": 0}
 
     def dump(last, last_good_step):
-        assert last_good_step == 2  # the loss of step 3 was finite, and step 4 changed nothing
+        assert last_good_step == 3  # the loss of step 4 was finite, and there was no update of it
         dumped.append(
             write_dump(tmp_path, last["step"], last, {"layer": ["0"], "grad_norm": [math.inf]}, None)
         )
@@ -120,8 +120,9 @@ def test_broken_steps_in_a_row_stop_the_run_with_a_dump(tmp_path):
     assert content["last_step"]["loss"] == "nan" and content["layers"]["grad_norm"] == ["inf"]
     assert content["documents"].endswith("--step 5")
     never = BrokenStreak(None)
-    for step in range(50):
+    for step in range(7, 50):
         never.stop_after(record(step, math.nan, step), None)
+    assert never.good_step == 5, "whose weights the loss of step 6 was the last to see"
 
 
 def test_refused_steps_are_broken_ones_and_what_was_missed_before_a_checkpoint_is_not():
