@@ -322,7 +322,7 @@ def _from_before_the_streak(newest_first: list[Path]) -> set[str]:
     manifests = {folder.name: _manifest(folder) for folder in newest_first}
     counters = {name: manifest["counters"] for name, manifest in manifests.items() if "counters" in manifest}
     good = [name for name in counters if not counters[name].get("broken_steps", 0)]
-    newest = next(iter(counters.values()), {})
+    newest: dict[str, Any] = next(iter(counters.values()), {})
     if newest.get("broken_steps", 0) and (last_good := newest.get("good_step")) is not None:
         good = [name for name in good if name <= checkpoints.step_name(last_good)] or good
     return set(good[:1])
