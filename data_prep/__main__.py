@@ -20,6 +20,7 @@ from .places import is_remote
 from .plan import make_plan
 from .plan_report import report
 from .progress import RunProgress
+from .quarantine import LISTED_OF_FILE
 from .run import run
 from .shards import Manifest
 
@@ -122,6 +123,10 @@ def _summarise(manifest: Manifest) -> None:
             reasons.update(source[fate])
         if reasons:
             print(f"{fate}: " + ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()))
+            if fate == "quarantined" and reasons.most_common(1)[0][1] > LISTED_OF_FILE:
+                print(
+                    f"quarantine.jsonl lists up to {LISTED_OF_FILE:,} of a file for a reason and counts the rest"
+                )
     if manifest.vocab_size:
         places = sum(split.rows for split in manifest.splits.values()) * manifest.row_tokens
         tokens = sum(split.tokens for split in manifest.splits.values())

@@ -27,6 +27,7 @@ from .owned import SHARD
 from .places import place
 from .plan import differences
 from .progress import RunProgress
+from .quarantine import records_of_line
 from .shards import SPECIAL_IDS, Block, Manifest, ShardEntry, ShardError, ShardReader, index_name
 from .text import verify_text
 from .tokenizer import make_tokenizer, read_model
@@ -276,16 +277,18 @@ def _check_listing(manifest: Manifest) -> list[str]:
 
 def _check_quarantine(manifest: Manifest) -> list[str]:
     path = place(manifest.directory) / "quarantine.jsonl"
-    digest, lines = xxhash.xxh3_128(), 0
+    digest, records = xxhash.xxh3_128(), 0
     try:
         with path.open("rb") as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
-                lines += data.count(b"\n")
+            for line in file:
+                digest.update(line)
+                records += records_of_line(line)
     except OSError as error:
         return [f"{path}: cannot be read ({error.strerror})"]
-    if lines != manifest.records["quarantined"]:
-        return [f"{path}: {lines} records, the manifest counts {manifest.records['quarantined']}"]
+    except ValueError:
+        return [f"{path}: damaged (a line is not one of ours)"]
+    if records != manifest.records["quarantined"]:
+        return [f"{path}: {records} records, the manifest counts {manifest.records['quarantined']}"]
     if digest.hexdigest() != manifest.records.get("quarantine_xxh3", digest.hexdigest()):
         return [f"{path}: damaged (checksum differs from the manifest)"]
     return []

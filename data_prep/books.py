@@ -18,11 +18,10 @@ from .files import atomic_file, write_bytes
 from .gather import counts_path
 from .plan import Plan
 from .progress import RunProgress
+from .quarantine import Quarantine
 from .records import new_book
 from .scatter import quarantine_path
 from .shards import SPECIAL_IDS, SPLITS, Manifest, ShardEntry, SplitEntry, token_dtype
-
-_COPY_BYTES = 1024**2
 
 
 def merge_books(plan: Plan, scattered: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -101,16 +100,21 @@ def close_books(
 
 
 def write_quarantine(plan: Plan, numbers: Iterable[int] | None = None) -> str:
-    """Join what the tasks (of these numbers; all where None) put aside to OUTPUT/quarantine.jsonl, one line a record;
-    returns its xxh3-128.
+    """Join what the tasks (of these numbers; all where None) put aside to OUTPUT/quarantine.jsonl; returns its
+    xxh3-128.
     """
     digest = xxhash.xxh3_128()
     with atomic_file(plan.config.output_path / "quarantine.jsonl") as file:
+
+        def write(line: bytes) -> None:
+            digest.update(line)
+            file.write(line)
+
+        quarantine = Quarantine(write)
         for number in range(len(plan.tasks)) if numbers is None else sorted(numbers):
             with quarantine_path(plan.work_path / "scatter", number).open("rb") as part:
-                while data := part.read(_COPY_BYTES):
-                    digest.update(data)
-                    file.write(data)
+                quarantine.join(part)
+        quarantine.finish()
     return digest.hexdigest()
 
 

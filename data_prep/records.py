@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from .clean import Cleaner
 from .keys import philox_words, stream_id, stripe_words
-from .quarantine import quarantine_line
+from .quarantine import Quarantine
 from .sources import InputFile, RawBatch, parse
 
 
@@ -52,7 +52,7 @@ def clean_texts(
     chosen: np.ndarray,
     clean: Cleaner,
     book: dict[str, Any],
-    quarantine: BinaryIO | None = None,
+    quarantine: Quarantine | None = None,
 ) -> tuple[list[bytes], list[int]]:
     """Clean texts (UTF-8) and record numbers of the `chosen` records (positions) of a batch; the others' fate goes
     to the book.
@@ -71,9 +71,7 @@ def clean_texts(
             if raw is None:
                 book["quarantined"][reason] += 1
                 if quarantine is not None:
-                    quarantine.write(
-                        quarantine_line(segment.corpus_name, segment.input, batch, position, reason)
-                    )
+                    quarantine.put(segment.corpus_name, segment.input, batch, position, reason)
                 continue
             raws.append(_encoded(raw))
             places.append(batch.first_record + position)

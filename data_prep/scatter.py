@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -26,7 +26,7 @@ from .fingerprint import document_hashes, line_hashes
 from .keys import share_threshold
 from .measure import TaskMeter, boot_id, keep_freed_memory
 from .memory import records_bytes
-from .quarantine import cuts
+from .quarantine import Quarantine, cuts
 from .records import Segment, clean_texts, new_book, record_keys, segment_bytes
 from .shards import SPLITS, token_dtype
 from .sources import FileChangedError, RawBatch, read_batches
@@ -118,7 +118,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
     paths = [path(folder, task.number) for path in kinds]
     with ExitStack() as stack:
         spill = stack.enter_context(atomic_file(paths[0], task.sync))
-        quarantine = stack.enter_context(atomic_file(paths[2]))
+        quarantine = Quarantine(stack.enter_context(atomic_file(paths[2])).write)
         hashes = None
         if task.deduplicate:
             file = stack.enter_context(atomic_file(paths[3], task.sync))
@@ -137,6 +137,7 @@ def _scatter(task: ScatterTask) -> dict[str, Any]:
                 writer.add(records, side)
             if cuts(book) > before:
                 cut_short.append(segment.file)
+        quarantine.finish()
         index = writer.finish()
         with atomic_file(paths[1], task.sync) as file:
             write_array(file, index)
@@ -171,7 +172,7 @@ def _segment_records(
     segment: Segment,
     tokenizer: AnyTokenizer | None,
     book: dict[str, Any],
-    quarantine: BinaryIO,
+    quarantine: Quarantine,
     hashes: HashWriter | None = None,
 ) -> Iterator[tuple[Records, np.ndarray]]:
     """Yield Records and the split of each for every batch of a segment, and keep the book."""
