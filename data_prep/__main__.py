@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for what the user can mend, 3 disk full, 4 damage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     overrides, rest = split_arguments(given, "config", "executor")
-    options = _parser().parse_args(rest)
+    parser = _parser()
+    options = parser.parse_args(rest)
+    if options.fresh and options.command != "run":
+        parser.error(f"argument --fresh: {options.command} removes nothing; it is an option of run")
     try:
         config = configuration.load(options.config, overrides)
         return {"plan": _plan, "run": _run, "verify": _verify}[options.command](config, options)
@@ -76,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="processes on this machine, or tasks on a Ray cluster",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="run: remove what is in output_dir and start over"
+        "--fresh", action="store_true", help="run alone: remove what runs wrote to output_dir and start over"
     )
     return parser
 
