@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--executor",
         choices=("local", "ray"),
         default="local",
-        help="processes on this machine, or tasks on a Ray cluster",
+        help="processes on this machine, or tasks on a Ray cluster, whose cores and memory `plan` counts then",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="run alone: remove what runs wrote to output_dir and start over"
@@ -85,9 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(config: configuration.PrepareConfig, options: argparse.Namespace) -> int:
-    report(
-        make_plan(config, lambda text: print(text, file=sys.stderr)), Console(soft_wrap=True, markup=False)
-    )
+    plan = make_plan(config, lambda text: print(text, file=sys.stderr))
+    report(plan, Console(soft_wrap=True, markup=False), options.executor)
     return 0
 
 

@@ -253,8 +253,8 @@ class ResourcesSection(Section):
     memory_bytes: int | None = Field(
         default=None,
         ge=1,
-        description="memory of all workers together, programs included: less than they need is refused; "
-        "null: not checked",
+        description="memory of all workers together, programs included: less than they, or training a tokenizer, "
+        "need is refused, also where this machine has less; null: not checked",
     )
     min_read_bytes: int = Field(
         default=128 * 1024,

@@ -21,11 +21,11 @@ from .executor import usable_cores
 from .files import write_speed
 from .measure import memory_bytes
 from .memory import records_bytes
-from .plan import Plan, choose_codec
+from .plan import PROGRAM_BYTES, Plan, choose_codec
 from .records import Segment, clean_texts, new_book
 from .shards import token_dtype
 from .sources import read_batches
-from .tokenizer import AnyTokenizer
+from .tokenizer import AnyTokenizer, training_bytes
 
 _PROBED_FILES, _PROBED_BYTES = 8, 256 * 1024
 _UNTRAINED_BYTES_PER_SECOND, _UNTRAINED_TOKEN_SHARE = (
@@ -135,17 +135,34 @@ def needed_groups(spill_bytes: int, runs: int, shards: int, min_read_bytes: int)
     return min(runs, max(1, spill_bytes // (shards * min_read_bytes)))
 
 
-def refuse_too_little_memory(plan: Plan, found: Estimate) -> None:
-    """Raises DataPrepError when resources.memory_bytes is less than the workers need."""
-    total = plan.config.resources.memory_bytes
-    least = found.workers * (found.idle_worker_bytes + _LEAST_WORKER_BYTES)
-    if total is not None and total < max(least, found.workers * found.worker_bytes):
-        raise DataPrepError(
-            f"resources.memory_bytes: {total:,} bytes for {found.workers} workers, but each takes "
-            f"{found.idle_worker_bytes:,} when idle and resources.worker_memory_bytes="
-            f"{plan.config.resources.worker_memory_bytes:,} for records; {found.workers * found.worker_bytes:,} are "
-            f"needed (the least is {least:,}): take fewer workers, a smaller worker_memory_bytes, or give more"
+def refuse_too_little_memory(
+    plan: Plan, workers: int, trains: bool, machine_bytes: int | None = None
+) -> None:
+    """Raises DataPrepError when resources.memory_bytes, or a machine that has less, does not suffice for the workers,
+    or for the one that trains a tokenizer.
+    """
+    config, total = plan.config, plan.config.resources.memory_bytes
+    if total is None:
+        return
+    given, problems = f"{total:,} bytes", []
+    if machine_bytes is not None and machine_bytes < total:
+        given, total = f"{given}, of which this machine has {machine_bytes:,},", machine_bytes
+    idle, records = memory_bytes("VmRSS"), config.resources.worker_memory_bytes
+    least, needed = workers * (idle + _LEAST_WORKER_BYTES), workers * (idle + records)
+    if total < max(least, needed):
+        problems.append(
+            f"resources.memory_bytes: {given} for {workers} workers, but each takes {idle:,} when idle and "
+            f"resources.worker_memory_bytes={records:,} for records; {needed:,} are needed (the least is {least:,}): "
+            "take fewer workers, a smaller worker_memory_bytes, or give more"
         )
+    needed = PROGRAM_BYTES + training_bytes(config.tokenizer.train, plan.least_sample_bytes)
+    if trains and total < needed:
+        problems.append(
+            f"resources.memory_bytes: {given} but training the tokenizer takes about {needed:,}: take a smaller "
+            "tokenizer.train.sample_bytes, or give more"
+        )
+    if problems:
+        raise DataPrepError("\n".join(problems))
 
 
 def _probe(plan: Plan, tokenizer: AnyTokenizer | None, text: bool) -> dict[str, float]:

@@ -193,7 +193,7 @@ class RayExecutor:
                     "with `ray start --head`, set RAY_ADDRESS, or use --executor=local"
                 ) from None
         self._told = ""
-        self._await_room(memory_bytes)
+        self.await_room(memory_bytes)
         self.workers = self._room(memory_bytes)
 
     def run(
@@ -212,7 +212,7 @@ class RayExecutor:
         waiting, looked = iter(descriptions), -math.inf
         running: list[Any] = []
         if descriptions:
-            self._await_room(memory)
+            self.await_room(memory)
         while True:
             if time.monotonic() - looked > _LOOK_SECONDS:
                 window, looked = self._room(memory) + 2, time.monotonic()
@@ -255,7 +255,7 @@ class RayExecutor:
             self._tell(f"{room} worker(s) on {sum(map(bool, places))} node(s) of the Ray cluster")
         return room
 
-    def _await_room(self, memory_bytes: int) -> None:
+    def await_room(self, memory_bytes: int) -> None:
         """Raises DataPrepError when there are nodes, but a task fits none of them, and none comes on which it does.
         Where there is none at all, tasks wait for the first.
         """

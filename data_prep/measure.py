@@ -86,6 +86,16 @@ def _io_bytes() -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
+def machine_bytes() -> int:
+    """Memory of this machine, or of the container where that has less."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        return total if limit == "max" else min(total, int(limit))
+    except (OSError, ValueError):
+        return total
+
+
 def available_bytes() -> int:
     """Memory that this process may still take: what the machine has, and what its container allows."""
     free = psutil.virtual_memory().available

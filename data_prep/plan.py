@@ -31,7 +31,7 @@ from .places import full_url, is_remote, local_path, place
 from .records import Segment, segment_bytes
 from .shards import FORMAT_VERSION
 from .sources import BLOCK_BYTES, InputFile
-from .tokenizer import read_model
+from .tokenizer import read_model, training_bytes
 from .words import segmenter_identity
 
 WORK_PREFIX = ".sutrain-"
@@ -44,6 +44,9 @@ _LEAST_FRAME_BYTES, _MIN_FRAME_BYTES, _MAX_FRAME_BYTES = 4 * 1024, 16 * 1024, 51
 _TEXT_RATIO, _ZSTD_SECONDS_PER_BYTE = 0.45, 1 / 330e6 + 1 / 1000e6  # zstd-1, measured
 PROGRAM_BYTES = 256 * 1024**2  # of a worker before it has read anything
 _RECORD_BYTES_PER_TEXT_BYTE = 8  # at most: ids, words, places and what sorting them takes
+_LEAST_TEXT_SHARE = (
+    1 / 8
+)  # of the estimated text: other fields, what cleaning drops, and a guess at compression
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,26 @@ class Plan:
         allowed = self.config.resources.worker_memory_bytes
         records = records_bytes(allowed, self.config.cleaning.max_record_bytes)
         return PROGRAM_BYTES + allowed - max(0, records - _RECORD_BYTES_PER_TEXT_BYTE * self.text_bytes)
+
+    def trains_tokenizer(self, fresh: bool = False) -> bool:
+        """Will a tokenizer be trained: is none given, and none left by an earlier run that this one goes on with?"""
+        if self.config.shards.content == "text" or self.config.tokenizer.load:
+            return False
+        return fresh or not (self.config.output_path / "tokenizer" / "tokenizer.json").exists()
+
+    @property
+    def sample_bytes(self) -> int:
+        """Text that a tokenizer is trained on, at most."""
+        return min(self.config.tokenizer.train.sample_bytes, self.text_bytes)
+
+    @property
+    def least_sample_bytes(self) -> int:
+        """What of it there will be for certain, before anything has been read."""
+        return min(self.sample_bytes, int(self.text_bytes * _LEAST_TEXT_SHARE))
+
+    def training_bytes(self) -> int:
+        """Peak memory of the worker that trains a tokenizer, at most."""
+        return PROGRAM_BYTES + training_bytes(self.config.tokenizer.train, self.sample_bytes)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

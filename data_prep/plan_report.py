@@ -6,23 +6,25 @@ from rich.console import Console
 from rich.table import Table
 
 from .adopt import load
-from .estimate import NOTHING_LEFT, Estimate, estimate, refuse_too_little_memory
-from .executor import usable_cores
+from .estimate import NOTHING_LEFT, Estimate, estimate
+from .executor import RayExecutor, usable_cores
 from .files import free_bytes
+from .mistakes import refuse_mistakes, refuse_too_small_a_cluster
 from .plan import Plan
-from .publish import refuse_unreachable
-from .readable import refuse_unreadable
 from .tokenizer import training_bytes
 
 
-def report(plan: Plan, console: Console) -> None:
-    """Print the plan. Raises DataPrepError when a corpus gives no text, when the output is out of reach, and when a
-    total of memory was given that does not suffice.
+def report(plan: Plan, console: Console, executor_name: str = "local") -> None:
+    """Print the plan, for the cores of this machine or those of a Ray cluster. Raises DataPrepError with every mistake
+    for which a run would be refused.
     """
-    refuse_unreadable(plan)
-    refuse_unreachable(plan.config.output_dir)
     config = plan.config
     workers = config.resources.workers or usable_cores()
+    refuse_mistakes(plan, workers if executor_name == "local" else None)
+    if executor_name == "ray":
+        executor = RayExecutor(config.resources.workers, None, plan.worker_bytes(), console.print)
+        refuse_too_small_a_cluster(plan, executor)
+        workers = executor.workers
     tokenizer = None
     if config.tokenizer.load and config.shards.content == "tokens":
         _, tokenizer, _ = load(config.tokenizer)
@@ -38,7 +40,6 @@ def report(plan: Plan, console: Console) -> None:
         console.print(f"ignored: {len(plan.ignored) - 5} more files")
     if not found.kept_share:
         console.print(NOTHING_LEFT, highlight=False)
-    refuse_too_little_memory(plan, found)
 
 
 def _work(plan: Plan, found: Estimate) -> list[tuple[str, str]]:
@@ -63,10 +64,9 @@ def _work(plan: Plan, found: Estimate) -> list[tuple[str, str]]:
     ]
     if config.shards.content == "text":
         return [*rows, ("output", f"lines of text, {'zstd' if config.shards.compress_text else 'plain'}")]
-    sample_bytes = min(train.sample_bytes, plan.text_bytes)
     trained = (
-        f"train {train.model}, {train.vocab_size:,} pieces, on {size(sample_bytes)} "
-        f"(about {size(training_bytes(train, sample_bytes))} of memory)"
+        f"train {train.model}, {train.vocab_size:,} pieces, on {size(plan.sample_bytes)} "
+        f"(about {size(training_bytes(train, plan.sample_bytes))} of memory)"
     )
     row = (
         f"{config.shards.row_tokens} tokens, [CLS] document [SEP] one behind the other; shards of "

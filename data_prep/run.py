@@ -21,27 +21,27 @@ from .between import count_shards, missing_bytes, reasons_of, run_dedup, run_mer
 from .books import close_books, describe_run, files_cut_short, merge_books, write_quarantine
 from .config import PrepareConfig
 from .errors import DataPrepError, DiskFullError
-from .estimate import NOTHING_LEFT, estimate, refuse_too_little_memory
-from .executor import Executor, RayExecutor, make_executor
+from .estimate import NOTHING_LEFT, estimate
+from .executor import Executor, RayExecutor, make_executor, usable_cores
 from .files import disk_errors, free_bytes, read_json, write_bytes, write_json
 from .fingerprint import digest_of
 from .gather import GatherTask, finished_gather, gather
 from .lease import Fence, owned
 from .memory import records_bytes
 from .merge import SpillSet
+from .mistakes import refuse_mistakes, refuse_too_small_a_cluster
 from .owned import adopt_plan, finished, remove_leftovers, remove_work
 from .places import is_remote
 from .plan import PROGRAM_BYTES, Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
 from .quarantine import check_losses, is_hopeless, lost_records
-from .readable import refuse_unreadable
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import SPLITS, Manifest, token_dtype
 from .storage import seen_by_every_node
 from .text import leaves_text_alone
-from .tokenizer import AnyTokenizer, load_tokenizer, training_bytes
+from .tokenizer import AnyTokenizer, load_tokenizer
 from .wordpiece import WordPieceTokenizer
 
 
@@ -56,7 +56,9 @@ def run(
     output = config.output_path
     progress = progress or RunProgress(output, config.resources.log_seconds)
     plan = make_plan(config, progress.say)
-    _ = plan.identity  # a tokenizer or function that cannot be loaded is told before a folder is made
+    if fresh or not (output / "manifest.json").exists():
+        near_workers = config.resources.workers or usable_cores()
+        refuse_mistakes(plan, near_workers if executor_name == "local" else None, fresh)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     if plan.ignored:
@@ -77,16 +79,16 @@ def _carry_out(plan: Plan, executor_name: str, fence: Fence, progress: RunProgre
         remove_work(plan)
         progress.say(f"{output} is complete and neither the configuration nor the input has changed")
         return
-    refuse_unreadable(plan)
     remove_leftovers(output, plan.work_path)
     with disk_errors(plan.work_path):
         plan.work_path.mkdir(parents=True, exist_ok=True)
     warn_of_a_small_disk(plan, progress)
     started, begun = time.time(), time.monotonic()
     with _workers(plan, executor_name, fence, progress) as executor:
+        if isinstance(executor, RayExecutor):
+            refuse_too_small_a_cluster(plan, executor)
         tokenizer = prepare_tokenizer(plan, executor, progress)
         planned = estimate(plan, _loaded(plan, tokenizer), executor.workers)
-        refuse_too_little_memory(plan, planned)
         if not planned.kept_share:
             progress.say(NOTHING_LEFT)
         scattered = run_scatter(plan, tokenizer, planned.codec, executor, progress)
@@ -189,14 +191,12 @@ def _train(plan: Plan, folder: Path, executor: Executor, progress: RunProgress) 
         lost.update(result["lost"])
     if not sum(result["texts"] for result in results):
         raise DataPrepError(f"no text to train the tokenizer on ({reasons_of(lost)}); is text_field right?")
-    section = config.tokenizer.train
-    needed = training_bytes(section, min(section.sample_bytes, plan.text_bytes))
-    progress.say(
-        f"training takes about {needed / 1e6:,.0f} MB of memory on one worker, {section.threads} thread(s)"
-    )
+    section, needed = config.tokenizer.train, plan.training_bytes()
+    told = (needed - PROGRAM_BYTES) / 1e6
+    progress.say(f"training takes about {told:,.0f} MB of memory on one worker, {section.threads} thread(s)")
     with progress.stage("train tokenizer", 0, 1):
-        task = TrainTask(str(work), len(tasks), config.tokenizer.train, str(folder))
-        for result in executor.run(train_tokenizer, [task], memory_bytes=PROGRAM_BYTES + needed, apart=True):
+        task = TrainTask(str(work), len(tasks), section, str(folder))
+        for result in executor.run(train_tokenizer, [task], memory_bytes=needed, apart=True):
             progress.advance(result["input_bytes"])
             if skipped := result["trained_on"]["skipped_sentences"]:
                 progress.say(f"{skipped:,} sentence(s) with a reserved character were left out of training")

@@ -221,18 +221,24 @@ def _smallest(task: TrainTask) -> tuple[list[str], int]:
     return [text for _, _, text in sorted(held, reverse=True)], used_bytes
 
 
+def refuse_too_large_a_sample(section: TrainSection, text_bytes: int) -> int:
+    """Memory that training on so much text takes [bytes]. Raises DataPrepError when this machine has less."""
+    needed, free = training_bytes(section, text_bytes), available_bytes()
+    if needed > free:
+        raise DataPrepError(
+            f"tokenizer.train.sample_bytes: training on {text_bytes:,} bytes takes about {needed:,} bytes of memory, "
+            f"and {free:,} are free on this machine; take a smaller sample"
+        )
+    return needed
+
+
 def train_tokenizer(task: TrainTask) -> dict[str, Any]:
     """Train once and write tokenizer.model, then tokenizer.json, whose presence says that it is complete.
 
     Raises DataPrepError when the sample does not support the vocabulary.
     """
     texts, used_bytes = _smallest(task)
-    needed, free = training_bytes(task.section, used_bytes), available_bytes()
-    if needed > free:
-        raise DataPrepError(
-            f"tokenizer.train.sample_bytes: training on {used_bytes:,} bytes takes about {needed:,} bytes of memory, "
-            f"and {free:,} are free on this machine; take a smaller sample"
-        )
+    needed = refuse_too_large_a_sample(task.section, used_bytes)
     model, statistics = train(iter(texts), task.section)
     tokenizer = Tokenizer(model)
     output = Path(task.output_folder)
