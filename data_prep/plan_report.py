@@ -13,6 +13,9 @@ from .mistakes import refuse_mistakes, refuse_too_small_a_cluster
 from .plan import Plan
 from .tokenizer import training_bytes
 
+# What pyarrow writes to a page where it is not told otherwise, and from what size on a page is worth a word.
+_PAGE_ROWS, _LARGE_PAGE_BYTES = 1024, 64 * 1024**2
+
 
 def report(plan: Plan, console: Console, executor_name: str = "local") -> None:
     """Print the plan, for the cores of this machine or those of a Ray cluster. Raises DataPrepError with every mistake
@@ -100,10 +103,25 @@ def _room(plan: Plan, found: Estimate) -> list[tuple[str, str]]:
             f"{size(config.resources.worker_memory_bytes)} for records), "
             f"{size(found.worker_bytes * found.workers)} in all",
         ),
+        *_pages(plan),
         ("intermediate disk", f"{size(spill)} in {config.work_base}, {free}"),
         ("output disk", f"{size(found.output_bytes)} in {config.output_dir}"),
         ("open files", f"{found.open_files} at a time"),
     ]
+
+
+def _pages(plan: Plan) -> list[tuple[str, str]]:
+    """What large pages of parquet take, as far as a footer tells: it has the sizes of row groups, and not of pages."""
+    means = [
+        (file.text_bytes // max(1, sum(file.groups)) * min(_PAGE_ROWS, max(file.groups)), file.relative)
+        for file in plan.files
+        if file.groups
+    ]
+    page_bytes, name = max(means, default=(0, ""))
+    if page_bytes < _LARGE_PAGE_BYTES:
+        return []
+    told = f"{size(page_bytes)} unpacked and twice its packed size come on top for a page of 1,024 rows of {name}"
+    return [("parquet", f"{told}; write it with a smaller write_batch_size, or take fewer workers")]
 
 
 def _time(plan: Plan, found: Estimate) -> list[tuple[str, str]]:

@@ -12,10 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import inputs, parquet, sources
-from data_prep.config import CorpusSection
+from data_prep.config import CorpusSection, PrepareConfig
 from data_prep.errors import DataPrepError
 from data_prep.inputs import list_corpus
-from data_prep.sources import read_batches
+from data_prep.plan import Plan
+from data_prep.plan_report import _pages
+from data_prep.sources import InputFile, read_batches
+from tests.data_prep.made import settings
 from tests.data_prep.test_sources import read_all
 from tests.data_prep.test_splitting import by_blocks, listed, parquet_file, whole
 
@@ -159,3 +162,19 @@ def test_a_file_that_is_gone_has_changed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sources, "stamp_of", gone)
     assert read_all(file)[1] == (0, 0, 0, "file_changed")
+
+
+@pytest.mark.parametrize(("rows", "told"), [(1024, True), (8, False)])
+def test_plan_names_a_file_whose_pages_may_be_large(tmp_path, rows, told):
+    """300 kB a row: 307 MB where the writer put 1,024 of them into a page."""
+    tree = settings(tmp_path / "out", [tmp_path / "a.parquet"])
+    files = [
+        InputFile(
+            0, f"{n}.parquet", f"{n}.parquet", 10**6, "", "parquet", "text", "", groups=(r,), text_bytes=r * b
+        )
+        for n, r, b in ((0, 10**6, 1000), (1, rows, 300_000))
+    ]
+    found = _pages(Plan(PrepareConfig.model_validate(tree), files, [], []))
+    assert bool(found) == told
+    if told:
+        assert found[0][1].startswith("307.2 MB unpacked") and "1,024 rows of 1.parquet" in found[0][1]
