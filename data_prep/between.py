@@ -22,6 +22,7 @@ from .merge import MergeTask, SpillSet, finished_merge, merge
 from .places import is_remote
 from .plan import Plan, frame_bytes
 from .progress import RunProgress
+from .records import outcomes
 from .shards import SPLITS, token_dtype
 
 # With fewer documents than this to a shard, a shard could come out empty.
@@ -50,7 +51,8 @@ def run_dedup(
             find_duplicates,
             executor,
             progress,
-            lambda result: progress.advance(result["entries"]),
+            # The correction: duplicates are written no more, but dropped.
+            lambda result: progress.advance(result["entries"], outcomes(result["books"].values())),
         )
 
 

@@ -75,7 +75,7 @@ class RunProgress:
         )
 
     def advance(self, amount: float, records: dict[str, int] | None = None) -> None:
-        """A task ended: `amount` units of work, and records by outcome."""
+        """A task ended: `amount` units of work, and records by outcome, which may be corrected by less than none."""
         self._done += amount
         self._tasks_done += 1
         self.records.update(records or {})
@@ -164,8 +164,8 @@ class RunProgress:
         }
         share = self._share()
         lines = [
-            "# HELP data_prep_records_total Raw records by outcome.",
-            "# TYPE data_prep_records_total counter",
+            "# HELP data_prep_records_total Records by outcome; what was written may yet be dropped as a duplicate.",
+            "# TYPE data_prep_records_total gauge",
             *(
                 f'data_prep_records_total{{outcome="{k}"}} {self.records[k]}'
                 for k in ("written", "dropped", "quarantined")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,16 @@ def new_book() -> dict[str, Any]:
         "dropped": Counter(),
         "quarantined": Counter(),
     }
+
+
+def outcomes(books: Iterable[dict[str, Any]]) -> Counter[str]:
+    """How many records of some accounts are written (copies by weight included), dropped and quarantined."""
+    found: Counter[str] = Counter()
+    for book in books:
+        found["written"] += book["written"]
+        found["dropped"] += sum(book["dropped"].values())
+        found["quarantined"] += sum(book["quarantined"].values())
+    return found
 
 
 def clean_texts(

@@ -36,6 +36,7 @@ from .plan import PROGRAM_BYTES, Plan, frame_bytes, make_plan
 from .progress import RunProgress
 from .publish import publish
 from .quarantine import check_losses, is_hopeless, lost_records
+from .records import outcomes
 from .sample import SampleTask, TrainTask, collect_sample, finished_sample, sample_shares, train_tokenizer
 from .scatter import ScatterTask, finished_scatter, scatter
 from .shards import SPLITS, Manifest, token_dtype
@@ -241,13 +242,9 @@ def run_scatter(
     sums: Counter[str] = Counter()
 
     def account(result: dict[str, Any]) -> None:
-        outcomes: Counter[str] = Counter()
         for book in result["books"].values():
-            outcomes["written"] += book["written"]
-            outcomes["dropped"] += sum(book["dropped"].values())
-            outcomes["quarantined"] += sum(book["quarantined"].values())
             sums.update(read=book["read"], lost=lost_records(book))
-        progress.advance(result["input_bytes"], outcomes)
+        progress.advance(result["input_bytes"], outcomes(result["books"].values()))
         seen.append(result)
         sums["input"] += result["read_bytes"]
         if is_hopeless(config, sums["read"], sums["lost"], sums["input"] / plan.input_bytes):

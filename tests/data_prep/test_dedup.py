@@ -49,6 +49,17 @@ def texts_of(output: Path) -> dict[str, list[tuple[tuple[int, int, int], str]]]:
     }
 
 
+def check_what_was_told(output: Path) -> None:
+    """At the end the counts for people and for Prometheus are those of the manifest, duplicates and all."""
+    told = json.loads((output / "progress.json").read_bytes())["records"]
+    counted = json.loads((output / "manifest.json").read_bytes())["records"]
+    assert counted["dropped"] and told == {name: counted[name] for name in told} and len(told) == 3
+    assert (
+        f'data_prep_records_total{{outcome="written"}} {counted["written"]}\n'
+        in (output / "metrics.prom").read_text()
+    )
+
+
 def raw_places(folder: Path, names: list[str]) -> dict[str, tuple[int, int, int]]:
     """The first place of every text, files in the order of the manifest."""
     places: dict[str, tuple[int, int, int]] = {}
@@ -88,6 +99,7 @@ def test_runs_tasks_and_ranges_leave_no_trace(repetitive, tmp_path, monkeypatch,
     prepare(two_corpora(repetitive, tmp_path / "two", weights, resources=resources))
     assert len(made) > 3
     assert content_files(tmp_path / "one") == content_files(tmp_path / "two")
+    check_what_was_told(tmp_path / "two")
 
 
 @pytest.mark.parametrize("cut", ["run_merges", "gather"])
@@ -107,6 +119,7 @@ def test_resuming_with_other_memory_after_a_power_cut_takes_up_no_stale_result(
         path.write_text(json.dumps(json.loads(path.read_text()) | {"boot": "the one before"}))
     monkeypatch.setattr(dedup, "_SEEN_BYTES", seen_bytes[1])
     prepare(tree)
+    check_what_was_told(tmp_path / "out")
     monkeypatch.undo()
     prepare(tree | {"output_dir": str(tmp_path / "alone")})
     assert content_files(tmp_path / "out") == content_files(tmp_path / "alone")

@@ -51,7 +51,10 @@ def data_preparation() -> Rows:
                 ),
                 curve(
                     "Records per second", "Over the scrapes of a minute.", "short",
-                    query(f"rate(data_prep_records_total{{{RUN}}}[$__rate_interval])", "{{outcome}} {{instance}}"),
+                    query(
+                        f"clamp_min(deriv(data_prep_records_total{{{RUN}}}[$__rate_interval]), 0)",
+                        "{{outcome}} {{instance}}",
+                    ),
                     width=12,
                 ),
             ],
