@@ -99,7 +99,7 @@ def _carry_out(plan: Plan, executor_name: str, fence: Fence, progress: RunProgre
             plan, tokenizer, scattered, shard_counts, planned.codec, executor, progress
         )
         gathered = run_gather(
-            plan, tokenizer, scattered, spills, shard_counts, len(duplicates), executor, progress
+            plan, tokenizer, scattered, duplicates, spills, shard_counts, executor, progress
         )
     remove_leftovers(output)  # of workers that were killed while the run went on
     manifest = close_books(plan, tokenizer, scattered + duplicates, gathered)
@@ -268,9 +268,9 @@ def run_gather(
     plan: Plan,
     tokenizer: dict[str, Any],
     scattered: list[dict[str, Any]],
+    duplicates: list[dict[str, Any]],
     spills: SpillSet,
     shard_counts: dict[str, int],
-    drops: int,
     executor: Executor,
     progress: RunProgress,
 ) -> list[dict[str, Any]]:
@@ -300,13 +300,14 @@ def run_gather(
             memory_bytes=records_bytes(
                 config.resources.worker_memory_bytes, config.cleaning.max_record_bytes
             ),
-            drops=drops,
+            drops=len(duplicates),
             drops_folder=str(plan.work_path / "dedup"),
         )
         for split, shards in shard_counts.items()
         for shard in range(shards)
     ]
-    tokens = sum(result["splits"][split]["tokens"] for result in scattered for split in SPLITS)
+    # Duplicates are read, but what counts is what will stand in the shards.
+    tokens = sum(result["splits"][split]["tokens"] for result in scattered + duplicates for split in SPLITS)
     with progress.stage("gather", tokens, len(tasks), "tokens"):
         return run_missing(
             tasks,

@@ -6,13 +6,17 @@ import io
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from data_prep import dedup, run
 from data_prep.dedup import copies_of
+from data_prep.progress import RunProgress
 from data_prep.shards import Manifest
 from data_prep.tokenizer import Tokenizer
 from tests.data_prep.made import command_line, content_files, make_texts, prepare, settings, write_jsonl
@@ -47,6 +51,26 @@ def texts_of(output: Path) -> dict[str, list[tuple[tuple[int, int, int], str]]]:
         split: [(o, tokenizer._processor.decode(ids[1:-1])) for o, ids in documents_of(output, split)]
         for split in ("train", "validation")
     }
+
+
+class Stages(RunProgress):
+    """Remembers of every stage how much work was done, and how much it was said to be."""
+
+    ended: ClassVar[dict[str, tuple[float, float]]] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: float, tasks: int, unit: str = "bytes") -> Iterator[None]:
+        with super().stage(name, total, tasks, unit):
+            yield
+        self.ended[name] = self._done, total
+
+
+def test_what_is_left_to_do_is_told_without_the_duplicates(repetitive, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RunProgress", Stages)
+    prepare(two_corpora(repetitive, tmp_path / "out", resources={"task_bytes": 1}))
+    for name in ("dedup", "gather"):
+        done, total = Stages.ended[name]
+        assert done == total > 0, name
 
 
 def check_what_was_told(output: Path) -> None:
