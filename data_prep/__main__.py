@@ -20,6 +20,7 @@ from .places import is_remote
 from .plan import make_plan
 from .plan_report import report
 from .progress import RunProgress
+from .publish import refuse_unreachable
 from .quarantine import LISTED_OF_FILE
 from .run import run
 from .shards import Manifest
@@ -97,6 +98,7 @@ def _run(config: configuration.PrepareConfig, options: argparse.Namespace) -> in
 
 
 def _verify(config: configuration.PrepareConfig, options: argparse.Namespace) -> int:
+    refuse_unreachable(config.output_dir)
     executor = make_executor(options.executor, config.resources.workers)
     try:
         progress = RunProgress(None, config.resources.log_seconds)
@@ -111,10 +113,13 @@ def _verify(config: configuration.PrepareConfig, options: argparse.Namespace) ->
 def _summarise(manifest: Manifest) -> None:
     records = manifest.records
     for name, split in manifest.splits.items():
-        print(
-            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows of "
-            f"{manifest.row_tokens}, {len(split.shards)} shard(s)"
-        )
+        inside = f"{split.documents:,} lines, {split.tokens:,} bytes"
+        if manifest.vocab_size:
+            inside = (
+                f"{split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows of "
+                f"{manifest.row_tokens}"
+            )
+        print(f"{name}: {inside}, {len(split.shards)} shard(s)")
     print(
         f"records: {records['read']:,} read = {records['written']:,} written + "
         f"{records['dropped']:,} dropped + {records['quarantined']:,} quarantined"

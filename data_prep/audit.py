@@ -80,9 +80,8 @@ def verify(
         for shard in range(len(entry.shards))
     ]
     totals = {split: _Totals(np.zeros(manifest.vocab_size, dtype=np.uint64)) for split in manifest.splits}
-    with progress.stage(
-        "verify", sum(entry.tokens for entry in manifest.splits.values()), len(tasks), "tokens"
-    ):
+    unit = "tokens" if manifest.vocab_size else "bytes"
+    with progress.stage("verify", sum(e.tokens for e in manifest.splits.values()), len(tasks), unit):
         for result in executor.run(verify_shard, tasks):
             totals[result["split"]].add(result)
             problems += result["problems"]

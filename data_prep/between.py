@@ -67,6 +67,10 @@ def count_shards(plan: Plan, scattered: list[dict[str, Any]], vocab_size: int) -
         item_bytes = token_dtype(vocab_size).itemsize if vocab_size else 1
         wanted = -(-tokens * item_bytes // plan.config.shards.target_bytes)
         counts[split] = min(max(1, wanted), max(1, documents // _MIN_SHARD_DOCUMENTS)) if documents else 0
+    if not counts["train"] and counts["validation"]:
+        raise DataPrepError(
+            f"no document is left for training: all {documents:,} are for validation; lower shards.validation_share"
+        )
     if not counts["train"]:
         books = merge_books(plan, scattered)
         reasons: Counter[str] = Counter()

@@ -308,7 +308,7 @@ def run_gather(
     ]
     # Duplicates are read, but what counts is what will stand in the shards.
     tokens = sum(result["splits"][split]["tokens"] for result in scattered + duplicates for split in SPLITS)
-    with progress.stage("gather", tokens, len(tasks), "tokens"):
+    with progress.stage("gather", tokens, len(tasks), "tokens" if vocab_size else "bytes"):
         return run_missing(
             tasks,
             finished_gather,

@@ -139,7 +139,7 @@ def test_a_url_that_holds_something_else_is_refused(s3, tmp_path):
     assert objects(s3, "corpora/others") == {"manifest.json": b"{}"}
 
 
-@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("command", ["plan", "run", "verify"])
 def test_an_output_out_of_reach_is_one_clear_line(tmp_path, monkeypatch, command):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)

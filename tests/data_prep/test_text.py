@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+import yaml
 import zstandard
 
 from data_prep import merge, run, sources, spill, text
 from data_prep import plan as plan_module
 from data_prep import scatter as scatter_module
+from data_prep.__main__ import main
 from data_prep.audit import verify
 from data_prep.config import PrepareConfig
 from data_prep.decompress import zstd_frames
@@ -222,3 +224,26 @@ def test_the_sum_of_lines_knows_no_order_but_every_line():
         [*lines[2:], lines[0], lines[0]],
     ):
         assert of(changed) != whole
+
+
+def test_text_is_told_in_lines_and_bytes(tmp_path, capsys):
+    texts = make_texts(300)
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    shards = {"content": "text", "validation_share": 0}
+    tree = settings(tmp_path / "out", [tmp_path / "a.txt"], shards=shards)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    arguments = ["--config", str(tmp_path / "config.yaml")]
+    assert main(["run", *arguments]) == main(["verify", *arguments]) == 0
+    size_bytes = sum(len(line.encode()) + 1 for line in texts)
+    said = capsys.readouterr()
+    assert said.out.startswith(f"train: 300 lines, {size_bytes:,} bytes, ")
+    for stage in ("gather", "verify"):
+        (line,) = [line for line in said.err.splitlines() if line.startswith(f"{stage}: ")]
+        assert f"100%, {size_bytes / 1e6:.1f} MB at " in line
+
+
+def test_a_validation_share_that_leaves_nothing_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(make_texts(50)))
+    shards = {"content": "text", "validation_share": 0.9999999}
+    with pytest.raises(DataPrepError, match=r"all 50 are for validation; lower shards\.validation_share"):
+        prepare(settings(tmp_path / "out", [tmp_path / "a.txt"], shards=shards))
