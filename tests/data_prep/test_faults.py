@@ -26,12 +26,12 @@ def write_lines(path: Path, kind: str, size_bytes: int) -> int:
     """A txt file of one kind of lines; returns the largest record."""
     words = " ".join(make_texts(400))
     longest = {"letters": 2, "short lines": 75, "documents": 100_000, "giant line": size_bytes // 2}[kind]
+    text = words * (longest // len(words.encode()) + 1)
     with path.open("w") as file:
         written = 0
         while written < size_bytes:
-            text = words * (longest // len(words.encode()) + 1)
             turn = written % 5000
-            line = text[turn:].encode()[: longest - 1].decode(errors="ignore")
+            line = text[turn : turn + longest].encode()[: longest - 1].decode(errors="ignore")
             written += file.write(line + "\n") and len(line.encode()) + 1
     return longest
 
