@@ -85,6 +85,8 @@ class RunProgress:
     def took_over(self) -> None:
         """What is done of the stage by now was done by an earlier run, and says nothing about the rate of this one."""
         self._taken_over = self._done
+        if self._bar is not None:  # forgets how fast that went
+            self._bar.reset(self._bar_task, completed=self._done)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

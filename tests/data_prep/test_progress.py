@@ -41,6 +41,26 @@ def test_what_an_earlier_run_did_says_nothing_about_the_rate(capsys):
     assert capsys.readouterr().err == "scatter: 4/4 tasks, 100%, 18.0 MB at 0.3 MB/s, 10.0 s\n"
 
 
+def test_the_live_line_promises_no_end_by_the_speed_of_what_is_taken_over():
+    progress, seen = RunProgress(None, 60, Console(file=io.StringIO(), force_terminal=True)), []
+
+    def work(number: int) -> dict:
+        (task,) = progress._bar.tasks
+        seen.append((task.completed, task.total, task.time_remaining))
+        return {}
+
+    with progress.stage("scatter", 20, 20):
+        run_missing(
+            range(20),
+            lambda number: {} if number < 15 else None,
+            work,
+            LocalExecutor(1),
+            progress,
+            lambda result: progress.advance(1),
+        )
+    assert seen[0] == (15, 20, None)
+
+
 def told_share(folder: Path) -> str:
     lines = (folder / "metrics.prom").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("data_prep_stage_share_ratio{")]
