@@ -23,18 +23,19 @@ def report(plan: Plan, console: Console, executor_name: str = "local") -> None:
     """
     config = plan.config
     workers = config.resources.workers or usable_cores()
+    whose = "" if config.resources.workers else ", as this machine has cores"
     refuse_mistakes(plan, workers if executor_name == "local" else None)
     if executor_name == "ray":
         executor = RayExecutor(config.resources.workers, None, plan.worker_bytes(), console.print)
         refuse_too_small_a_cluster(plan, executor)
-        workers = executor.workers
+        workers, whose = executor.workers, ", as the cluster has room"
     tokenizer = None
     if config.tokenizer.load and config.shards.content == "tokens":
         _, tokenizer, _ = load(config.tokenizer)
     found = estimate(plan, tokenizer, workers)
     console.print(_input_table(plan))
     facts = Table("what", "estimate", show_header=False, box=None)
-    for what, value in (*_work(plan, found), *_room(plan, found), *_time(plan, found)):
+    for what, value in (*_work(plan, found, whose), *_room(plan, found), *_time(plan, found)):
         facts.add_row(what, value)
     console.print(facts)
     for path in plan.ignored[:5]:
@@ -45,11 +46,11 @@ def report(plan: Plan, console: Console, executor_name: str = "local") -> None:
         console.print(NOTHING_LEFT, highlight=False)
 
 
-def _work(plan: Plan, found: Estimate) -> list[tuple[str, str]]:
+def _work(plan: Plan, found: Estimate, whose: str) -> list[tuple[str, str]]:
     config = plan.config
     train = config.tokenizer.train
     rows = [
-        ("tasks of pass 1", f"{len(plan.tasks)} for {found.workers} worker(s)"),
+        ("tasks of pass 1", f"{len(plan.tasks)} for {found.workers} worker(s){whose}"),
         ("files that cannot be split", _whole(plan)),
         (
             "passes",

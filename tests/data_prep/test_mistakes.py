@@ -81,10 +81,15 @@ class Cluster:
 
 def test_plan_counts_the_cores_and_the_memory_of_the_cluster(tree, monkeypatch):
     monkeypatch.setattr(plan_report, "RayExecutor", Cluster)
+    del tree["resources"]["workers"]
     plan = make_plan(PrepareConfig.model_validate(tree))
-    console = Console(file=io.StringIO(), width=1000)
-    plan_report.report(plan, console, "ray")
-    assert "for 70 worker(s)" in console.file.getvalue()
+    for name, told in (
+        ("ray", "for 70 worker(s), as the cluster has room"),
+        ("local", ", as this machine has cores"),
+    ):
+        console = Console(file=io.StringIO(), width=1000)
+        plan_report.report(plan, console, name)
+        assert told in console.file.getvalue()
     tree["tokenizer"]["train"] |= {"sample_bytes": 10**9}
     plan = make_plan(PrepareConfig.model_validate(tree))
     monkeypatch.setattr("data_prep.plan.training_bytes", lambda section, text_bytes: 10**9)
