@@ -86,7 +86,7 @@ class RunProgress:
         """What is done of the stage by now was done by an earlier run, and says nothing about the rate of this one."""
         self._taken_over = self._done
         if self._bar is not None:  # forgets how fast that went
-            self._bar.reset(self._bar_task, completed=self._done)
+            self._bar.reset(self._bar_task, completed=int(self._done))
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
