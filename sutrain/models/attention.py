@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .configuration import EncoderConfig
 from .documents import Documents
 from .init import Linear
-from .products import Mixes, PairSource, attend_by_products, plainly, probabilities
+from .products import Mixes, Source, attend_by_products, plainly, probabilities
 from .rotary import rotate
 from .visibility import Visibility
 
@@ -119,11 +119,11 @@ def attend_silu(
     visible: Visibility,
     dropout: float = 0.0,
     squared: bool = False,
-    source: PairSource | None = None,
+    source: Source | None = None,
 ) -> Tensor:
     """`attend` to silu(v), which is not kept beside v where that can be helped: it is the widest of a gated unit.
 
-    source: of query and key, which are not kept either where the scores are not.
+    source: of all three, which are not kept either where the scores are not.
     """
     if visible.documents is not None:
         return _attend_silu_each(
@@ -171,11 +171,13 @@ def _attend_each(
         if i not in pieces:
             q, k, v = (part[i] for part in parts)
             pieces[i] = _attend(q, k, v, mask, dropout, squared, mixes)
-    return torch.cat([pieces[i] for i in range(len(lengths))], dim=2)
+    return _joined([pieces[i] for i in range(len(lengths))])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Along L, in the memory of [B, L, H, K]."""
+    """Along L, in the memory of [B, L, H, K], where the next map reads it: else it would be copied once more."""
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
@@ -266,7 +268,7 @@ def _products(
     masks: Sequence[Tensor | None],
     squared: bool,
     silu: bool = False,
-    source: PairSource | None = None,
+    source: Source | None = None,
 ) -> Tensor:
     keep = not _scores_again(query, value, max(lengths))
     source = None if keep else source

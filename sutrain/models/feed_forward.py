@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration import GATED_ACTIVATIONS, EncoderConfig
-from .gates import gated_output
+from .gates import Promise, gated_output
 from .init import Linear
 
 
@@ -60,4 +60,4 @@ class FeedForward(nn.Module):
         """Transform every token by itself; [B, L, D] in and out."""
         if self.gate is None:
             return self.down(self.activation(self.up(x_BLD)))
-        return gated_output(self.down, self.activation, self.up(x_BLD), self.gate(x_BLD))
+        return gated_output(self.down, self.activation, self.up(x_BLD), Promise(self.gate(x_BLD)))

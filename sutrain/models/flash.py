@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration import EncoderConfig
-from .gates import gated_output, project_gate
+from .gates import gated_output, project
 from .init import Linear
 from .rotary import rotate
 from .visibility import Visibility
@@ -59,7 +59,7 @@ class MixedChunkAttention(nn.Module):
         chunks = visible.chunks
         if chunks is None:
             raise ValueError("visible: found no chunks; build it with the model's own configuration")
-        gate, rest = project_gate(self.input, x_BLD)
+        (gate,), rest = project(self.input, x_BLD, promised=1)
         value_BLE, shared_BLS = rest.split(self.parts[1:], dim=-1)
         value_BLE, shared_BLS = F.silu(value_BLE), F.silu(shared_BLS)
         query, key, linear_query, linear_key = (
@@ -81,7 +81,7 @@ class MixedChunkAttention(nn.Module):
         share_BGCS = (linear_query.float() / chunks.tokens_BG[..., None, None]).to(linear_query.dtype)
         linear_BGCE = torch.matmul(share_BGCS, read_BGSE)
         mixed_BLE = chunks.put_back(quadratic_BGCE + linear_BGCE)
-        return gated_output(self.output, F.silu, mixed_BLE, *gate)
+        return gated_output(self.output, F.silu, mixed_BLE, gate)
 
     def _rescaled(self, name: str, shared_BLS: Tensor, visible: Visibility) -> Tensor:
         x_BLS = shared_BLS * getattr(self, f"{name}_scale")

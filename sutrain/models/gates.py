@@ -1,6 +1,6 @@
-"""Products of an activated gate with what it gates, kept for the backward pass in as little as possible.
+"""What is wide in gated units, and what the backward pass makes again of it.
 
-B batch, L sequence length, D hidden size, F outputs of the gate's map (E in a gated unit), R of the maps beside it.
+B batch, L sequence length, D hidden size, F outputs of a map (E in a gated unit), R of others beside it, T tokens.
 """
 
 from collections.abc import Callable
@@ -14,102 +14,98 @@ from torch.utils.checkpoint import checkpoint
 
 from .init import Linear
 
-GATE_AGAIN_FROM_TOKENS = 1024
-"""Row length from which a gated unit's gate is projected again in the backward pass. It is as wide as the value and as
-the output of attention, the two others that a unit keeps, and at this length 7 % of a step's products; the attention
-of long rows makes them a smaller share."""
+AGAIN_FROM_TOKENS = 1024
+"""Row length from which a gated unit projects its widest tensors again in the backward pass. What a unit keeps is then
+less than half, for 15 % more products at this length and fewer in longer rows, of which attention is a larger share."""
 
 
-class Gate(NamedTuple):
-    """A gate before its activation, or a promise of it with what it is made of."""
+class Promise(NamedTuple):
+    """The output of a linear map, or its place in autograd's graph, without memory, and what it is made of."""
 
-    gate_BLF: Tensor
+    place_BLF: Tensor
     x_BLD: Tensor | None = None
     weight_FD: Tensor | None = None
     bias_F: Tensor | None = None
 
+    def kept(self) -> Tensor:
+        """The output itself, [B, L, F]. Nothing that is made of it is asked for a gradient here but its place."""
+        if self.x_BLD is None or self.weight_FD is None:
+            return self.place_BLF
+        return _Kept.apply(self.place_BLF, F.linear(self.x_BLD, self.weight_FD, self.bias_F))
 
-def project_gate(projection: Linear, x_BLD: Tensor) -> tuple[Gate, Tensor]:
-    """The first of the maps fused in `projection`, a gate, and the outputs of the others [B, L, R].
 
-    In training on long rows the gate is only promised. Not under ZeRO-3, which would have to gather the weights once
-    more for it.
+def project(projection: Linear, x_BLD: Tensor, promised: int) -> tuple[list[Promise], Tensor]:
+    """The first `promised` of the maps fused in `projection`, and the outputs of the others side by side [B, L, R].
+
+    In training on long rows the first ones are really promised, else computed with the others. Not under ZeRO-3, which
+    would have to gather the weights once more.
     """
-    weight, bias, size = projection.weight, projection.bias, projection.parts[0]
+    weight, bias, sizes = projection.weight, projection.bias, projection.parts[:promised]
     keeps = projection.training and torch.is_grad_enabled()
-    if not keeps or x_BLD.shape[1] < GATE_AGAIN_FROM_TOKENS or hasattr(weight, "ds_id"):
-        gate_BLF, rest_BLR = projection(x_BLD).split((size, len(weight) - size), dim=-1)
-        return Gate(gate_BLF), rest_BLR
-    promise_BLF, rest_BLR = _Projection.apply(x_BLD, weight, bias, size)
-    made_of = (
-        None if x is None else x.detach()
-        for x in (x_BLD, weight[:size], None if bias is None else bias[:size])
-    )
-    return Gate(promise_BLF, *made_of), rest_BLR
+    if not keeps or x_BLD.shape[1] < AGAIN_FROM_TOKENS or hasattr(weight, "ds_id"):
+        *first, rest_BLR = projection(x_BLD).split((*sizes, len(weight) - sum(sizes)), dim=-1)
+        return [Promise(x) for x in first], rest_BLR
+    *places, rest_BLR = _Projection.apply(x_BLD, weight, bias, sizes)
+    weights = weight.detach()[: sum(sizes)].split(sizes)
+    biases = [None] * promised if bias is None else bias.detach()[: sum(sizes)].split(sizes)
+    return [
+        Promise(one, x_BLD.detach(), *made_of) for one, *made_of in zip(places, weights, biases, strict=True)
+    ], rest_BLR
 
 
 def gated_output(
-    output: nn.Module,
-    activation: Callable[[Tensor], Tensor],
-    x_BLF: Tensor,
-    gate_BLF: Tensor,
-    *made_of: Tensor | None,
+    output: nn.Module, activation: Callable[[Tensor], Tensor], x_BLF: Tensor, gate: Promise
 ) -> Tensor:
     """output(activation(gate) x). The activation and what goes into the output map are not kept beside the two that
     they are made of, which are as wide: a pass over them in the backward pass makes them again, and no product but
-    that of a gate that was promised. gate_BLF, *made_of: a `Gate`."""
+    that of a gate that was promised."""
     if not torch.is_grad_enabled():
-        return _gated_output(output, activation, x_BLF, gate_BLF, *made_of)
-    inputs = output, activation, x_BLF, gate_BLF, *made_of
+        return _gated_output(output, activation, x_BLF, *gate)
+    # As arguments of their own: only so are they dropped where all of this is computed again as well.
+    inputs = output, activation, x_BLF, *gate
     return checkpoint(_gated_output, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _gated_output(
-    output: nn.Module,
-    activation: Callable[[Tensor], Tensor],
-    x_BLF: Tensor,
-    gate_BLF: Tensor,
-    source_BLD: Tensor | None = None,
-    weight_FD: Tensor | None = None,
-    bias_F: Tensor | None = None,
+    output: nn.Module, activation: Callable[[Tensor], Tensor], x_BLF: Tensor, *gate: Any
 ) -> Tensor:
-    if source_BLD is not None and weight_FD is not None:
-        gate_BLF = _Kept.apply(gate_BLF, F.linear(source_BLD, weight_FD, bias_F))
-    return output(activation(gate_BLF) * x_BLF)
+    return output(activation(Promise(*gate).kept()) * x_BLF)
 
 
 class _Projection(torch.autograd.Function):
-    """x W^T + b without its first features, of which there is a promise instead: their place in the graph without
-    their memory. Gradients of both come back as if all were there."""
+    """The outputs of x W^T + b, of which the first ones, of these sizes, are places without memory. Gradients come
+    back as if all were there."""
 
     @staticmethod
-    def forward(ctx: Any, x_BLD, weight, bias, size: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x_BLD, weight, bias, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_BLD, weight)
-        ctx.size, ctx.bias_dtype = size, None if bias is None else bias.dtype
-        rest_BLR = F.linear(x_BLD, weight[size:], None if bias is None else bias[size:])
-        return rest_BLR.new_zeros(()).expand(*x_BLD.shape[:-1], size), rest_BLR
+        start = sum(sizes)
+        ctx.sizes, ctx.bias_dtype = (*sizes, len(weight) - start), None if bias is None else bias.dtype
+        rest_BLR = F.linear(x_BLD, weight[start:], None if bias is None else bias[start:])
+        return *(rest_BLR.new_zeros(()).expand(*x_BLD.shape[:-1], size) for size in sizes), rest_BLR
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_BLD, weight = ctx.saved_tensors
-        d_gate, d_rest = (x.flatten(0, -2) for x in gradients)
-        x_TD, matrix = x_BLD.flatten(0, -2).to(d_rest.dtype), weight.to(d_rest.dtype)  # fp32 under autocast
-        d_weight = torch.empty_like(matrix)
-        torch.mm(d_gate.t(), x_TD, out=d_weight[: ctx.size])
-        torch.mm(d_rest.t(), x_TD, out=d_weight[ctx.size :])
-        d_x = torch.mm(d_gate, matrix[: ctx.size]).addmm_(d_rest, matrix[ctx.size :])
+        outer = [x.flatten(0, -2) for x in gradients]
+        dtype = outer[-1].dtype  # of 16 bits under autocast, where x and the weight may have 32
+        x_TD, matrix = x_BLD.flatten(0, -2).to(dtype), weight.to(dtype)
+        d_x, d_weight = torch.zeros_like(x_TD), torch.empty_like(matrix)
+        for x, rows, out in zip(outer, matrix.split(ctx.sizes), d_weight.split(ctx.sizes), strict=True):
+            d_x.addmm_(x, rows)
+            torch.mm(x.t(), x_TD, out=out)
         d_bias = None
         if ctx.bias_dtype is not None:
-            d_bias = torch.cat([x.sum(0) for x in (d_gate, d_rest)]).to(ctx.bias_dtype)
+            d_bias = torch.cat([x.sum(0) for x in outer]).to(ctx.bias_dtype)
         return d_x.view(x_BLD.shape).to(x_BLD.dtype), d_weight.to(weight.dtype), d_bias, None
 
 
 class _Kept(torch.autograd.Function):
-    """A promise, kept: the tensor itself, made outside of the graph; its gradient is the promise's."""
+    """The tensor itself, made outside of the graph, in its place: the gradient is the place's."""
 
     @staticmethod
-    def forward(ctx: Any, promise: Tensor, found: Tensor) -> Tensor:
+    def forward(ctx: Any, place: Tensor, found: Tensor) -> Tensor:
         return found
 
     @staticmethod

@@ -4,6 +4,7 @@ B batch, L sequence length, D hidden size, E expansion size, S key size.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ from torch.nn import functional as F
 
 from .attention import attend_silu
 from .configuration import EncoderConfig
-from .gates import gated_output, project_gate
+from .gates import Promise, gated_output, project
 from .init import Linear
-from .products import PairSource, probabilities
+from .products import Source, probabilities
 from .rotary import rotate
 from .visibility import Visibility
 
@@ -48,15 +49,22 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
         """Mix the tokens of each document and transform each; [B, L, D] in and out."""
-        gate, rest = project_gate(self.input, x_BLD)  # all before silu
-        value_BLE, shared_BLS = rest.split(self.parts[1:], dim=-1)
+        (gate, value), shared_BLS = project(self.input, x_BLD, promised=2)  # all before silu
         query_B1LS, key_B1LS = self._query_key(shared_BLS, visible)
+        value_BLE = value.kept()
+        # The value is not kept beside what it is promised of.
+        made_of = (shared_BLS, value_BLE) if value.x_BLD is None else (shared_BLS, *value)
+        source = Source(made_of, partial(self._query_key_value, visible))
         dropout = self.dropout if self.training else 0.0
-        source = PairSource(shared_BLS, partial(self._query_key, visible=visible))
         mixed_B1LE = attend_silu(
             query_B1LS, key_B1LS, value_BLE.unsqueeze(1), visible, dropout, self.squared, source
         )
-        return gated_output(self.output, F.silu, mixed_B1LE.squeeze(1), *gate)
+        return gated_output(self.output, F.silu, mixed_B1LE.squeeze(1), gate)
+
+    def _query_key_value(
+        self, visible: Visibility, shared_BLS: Tensor, *value: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return *self._query_key(shared_BLS, visible), Promise(*value).kept().unsqueeze(1)
 
     def query_key(self, x_BLD: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
         """Query and key as the scores see them, [B, 1, L, S]: rotated, any scale of the scores in the query."""

@@ -18,12 +18,12 @@ Mixes = tuple[Tensor | None, Tensor | None]
 """Maps between the heads of the scores and of A, or None."""
 
 
-class PairSource(NamedTuple):
-    """What query and key are made of, for a backward pass that makes them again: a tensor that is kept in any case,
-    and a function of it to (query, key)."""
+class Source(NamedTuple):
+    """What query, key and value are made of, for a backward pass that makes them again: tensors that are kept in any
+    case, and a function of them."""
 
-    shared: Tensor
-    pair: Callable[[Tensor], tuple[Tensor, Tensor]]
+    tensors: tuple[Tensor | None, ...]
+    make: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def attend_by_products(
@@ -35,7 +35,7 @@ def attend_by_products(
     squared: bool,
     keep: bool,
     silu: bool = False,
-    source: PairSource | None = None,
+    source: Source | None = None,
 ) -> Tensor:
     """A v -> [B, H, L, E], document by document, with A = softmax(q k^T / sqrt(K) + mask) or its relu squared.
 
@@ -48,16 +48,17 @@ def attend_by_products(
         squared: relu(.)^2 in place of the softmax; its divisor is in the query.
         keep: hold A for the backward pass instead of computing it again, a product of K features a pair.
         silu: v is silu of what is given, and is computed again too.
-        source: of query and key, where they are to be computed again.
+        source: of query, key and value, where they are to be computed again.
     """
     tiles = tiling(tuple(lengths), *query_BHLK.shape[:2], query_BHLK.device)
     shown = () if all(mask is None for mask in masks) else tuple(masks)
     # Under autocast a linear map's output is of 16 bits, and fp32 where a weight was multiplied on to it.
     query_BHLK, key_BHLK = query_BHLK.to(value_BHLE.dtype), key_BHLK.to(value_BHLE.dtype)
-    shared, pair = (None, None) if source is None else (source.shared.detach(), source.pair)
+    tensors, make = ((), None) if source is None else source
     with torch.autocast(query_BHLK.device.type, enabled=False):  # all is of one dtype here and stays of it
-        settings = tiles, shown, squared, keep, silu, pair
-        return _Products.apply(query_BHLK, key_BHLK, value_BHLE, shared, *settings)
+        settings = tiles, shown, squared, keep, silu, make
+        made_of = (None if x is None else x.detach() for x in tensors)
+        return _Products.apply(query_BHLK, key_BHLK, value_BHLE, *settings, *made_of)
 
 
 class _Products(torch.autograd.Function):
@@ -65,7 +66,17 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query, key, value, shared, tiles: Tiling, masks, squared: bool, keep: bool, silu: bool, pair
+        ctx: Any,
+        query,
+        key,
+        value,
+        tiles: Tiling,
+        masks,
+        squared: bool,
+        keep: bool,
+        silu: bool,
+        make,
+        *tensors,
     ) -> Tensor:
         query_PK, key_PK = tiles.take(query * _scale(query)), tiles.take(key)
         value_PE = tiles.take(F.silu(value) if silu else value)
@@ -76,21 +87,24 @@ class _Products(torch.autograd.Function):
             _product_into(out, roots.square() if squared else roots, v)
             if keep:
                 kept.append(roots)
-        made_of = (query_PK, key_PK) if pair is None else (shared, None)
-        ctx.save_for_backward(*made_of, value if silu else value_PE, *kept)
-        ctx.settings = tiles, masks, squared, silu, pair
+        if make is None:
+            tensors = query_PK, key_PK, value if silu else value_PE
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.settings = tiles, masks, squared, silu, make, len(tensors)
         return tiles.put_back(mixed_PE, len(query))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (query_PK, key_PK, given, *kept), (tiles, masks, squared, silu, pair) = (
-            ctx.saved_tensors,
-            ctx.settings,
-        )
-        if pair is not None:
-            query, key = (x.to(given.dtype) for x in pair(query_PK))
+        tiles, masks, squared, silu, make, count = ctx.settings
+        tensors, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if make is None:
+            query_PK, key_PK, given = tensors
+        else:
+            query, key, given = make(*tensors)
+            query, key = query.to(given.dtype), key.to(given.dtype)
             query_PK, key_PK = tiles.take(query * _scale(query)), tiles.take(key)
+            given = given if silu else tiles.take(given)
         value_PE = tiles.take(F.silu(given)) if silu else given
         found = [x.new_empty(x.shape) for x in (query_PK, key_PK, value_PE)]
         inputs = (query_PK, key_PK, value_PE, tiles.take_gradient(gradients[0]), *found)
@@ -104,18 +118,14 @@ class _Products(torch.autograd.Function):
                 d_scores = _softmax_backward(d_weights, weights)
             for out, a, b in zip(outs, (d_scores, d_scores.mT, weights.mT), (k, q, d_out), strict=True):
                 _product_into(out, a, b)
-            del (
-                roots,
-                weights,
-                d_weights,
-                d_scores,
-            )  # as wide as the rows are long, and what follows needs the room
+            # They are as wide as the rows are long, and what follows needs the room.
+            del roots, weights, d_weights, d_scores
         del value_PE, inputs
         found[0].mul_(_scale(query_PK))
         d_query, d_key, d_value = (tiles.put_back(x, len(gradients[0])) for x in found)
         if silu:
             torch.ops.aten.silu_backward(d_value, given, grad_input=d_value)
-        return d_query, d_key, d_value, *[None] * 7
+        return d_query, d_key, d_value, *[None] * (6 + (count if make else 0))
 
 
 def _softmax_backward(d_weights: Tensor, weights: Tensor) -> Tensor:

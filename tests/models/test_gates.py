@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from sutrain.models import attention, gates
 from sutrain.models.configuration import EncoderConfig
 from sutrain.models.encoder import Encoder
-from sutrain.models.gates import gated_output, project_gate
+from sutrain.models.gates import Promise, gated_output, project
 from sutrain.models.init import Linear
 
 
@@ -18,7 +18,7 @@ def test_a_gated_output_keeps_gate_and_value_alone(activation):
     expected = F.linear(activation(gate) * x, output.weight, output.bias)
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-        found = gated_output(output, activation, x, gate)
+        found = gated_output(output, activation, x, Promise(gate))
     torch.testing.assert_close(found, expected)
     direction = torch.randn_like(found)
     torch.testing.assert_close(
@@ -34,19 +34,19 @@ def test_no_product_is_made_twice():
     calls = []
     output.register_forward_pre_hook(lambda module, inputs: calls.append("begun"))
     output.register_forward_hook(lambda module, inputs, out: calls.append("done"))
-    gated_output(output, F.silu, x, gate).sum().backward()
+    gated_output(output, F.silu, x, Promise(gate)).sum().backward()
     assert calls == ["begun", "done", "begun"]  # ends where its input is there again
 
 
 @pytest.fixture
 def promised(monkeypatch):
     """Gates are projected again, whatever the length of rows."""
-    monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 1)
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 1)
 
 
 def gated(projection, output, x):
-    gate, rest = project_gate(projection, x)
-    return gated_output(output, F.silu, rest.split((6, 2), dim=-1)[0] * rest.sum(-1, keepdim=True), *gate)
+    (gate, value), shared = project(projection, x, promised=2)
+    return gated_output(output, F.silu, value.kept() * shared.square().sum(-1, keepdim=True), gate)
 
 
 def unit(bias, dtype=torch.float64):
@@ -62,7 +62,7 @@ def test_a_promised_gate_changes_no_number(promised, bias, computed_again):
     projection, output, x = unit(bias)
     inputs = (x, *projection.parameters(), *output.parameters())
     gate, value, shared = projection(x).split(projection.parts, dim=-1)
-    expected = output(F.silu(gate) * value * (value.sum(-1) + shared.sum(-1)).unsqueeze(-1))
+    expected = output(F.silu(gate) * value * shared.square().sum(-1, keepdim=True))
     found = gated(projection, output, x)
     if computed_again:
         found = checkpoint(gated, projection, output, x, use_reentrant=False)
@@ -92,7 +92,7 @@ def test_a_promised_gate_takes_no_memory(monkeypatch):
     projection, output, x = unit(bias=True)
     weights = projection, output
     plain = kept_bytes(lambda: gated(*weights, x), *weights)
-    monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 7)
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 7)
     gate_bytes = x.numel() // 5 * 6 * 8
     # A projection's parts lie in one storage: with the gate goes a third, and a promise is a single number.
     assert plain - kept_bytes(lambda: gated(*weights, x), *weights) == gate_bytes - 8
@@ -102,16 +102,18 @@ def test_a_promised_gate_takes_no_memory(monkeypatch):
 
 def test_where_a_gate_is_not_promised(monkeypatch):
     projection, _, x = unit(bias=False)
-    monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 8)
-    assert project_gate(projection, x)[0].x_BLD is None  # short rows
-    monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 7)
-    assert project_gate(projection, x)[0].x_BLD is not None
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 8)
+    assert project(projection, x, 1)[0][0].x_BLD is None  # short rows
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 7)
+    assert project(projection, x, 1)[0][0].x_BLD is not None
     with torch.no_grad():
-        assert project_gate(projection, x)[0].x_BLD is None  # nothing is kept
-    assert project_gate(projection.eval(), x)[0].x_BLD is None  # nobody trains, but somebody may torch.export
+        assert project(projection, x, 1)[0][0].x_BLD is None  # nothing is kept
+    assert (
+        project(projection.eval(), x, 1)[0][0].x_BLD is None
+    )  # nobody trains, but somebody may torch.export
     projection.train()
     projection.weight.ds_id = 0  # ZeRO-3 holds the weights elsewhere
-    assert project_gate(projection, x)[0].x_BLD is None
+    assert project(projection, x, 1)[0][0].x_BLD is None
 
 
 def test_under_autocast_gradients_have_the_dtypes_of_the_weights(promised):
@@ -122,7 +124,7 @@ def test_under_autocast_gradients_have_the_dtypes_of_the_weights(promised):
     assert found.dtype == torch.bfloat16
     of_promise = torch.autograd.grad(found.float().square().sum(), inputs)
     gate, value, shared = projection(x).split(projection.parts, dim=-1)
-    exact = output(F.silu(gate) * value * (value.sum(-1) + shared.sum(-1)).unsqueeze(-1))
+    exact = output(F.silu(gate) * value * shared.square().sum(-1, keepdim=True))
     of_gate = torch.autograd.grad(exact.square().sum(), inputs)
     for one, other in zip(of_promise, of_gate, strict=True):
         assert one.dtype == torch.float32
@@ -156,7 +158,7 @@ def test_models_with_promised_gates_and_pairs_made_again(monkeypatch, mixer, nor
     found = {}
     for again in (False, True):
         if again:
-            monkeypatch.setattr(gates, "GATE_AGAIN_FROM_TOKENS", 1)
+            monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 1)
             monkeypatch.setattr(attention, "SCORES_AGAIN_FROM_TOKENS", 1)
         hidden = encoder(tokens, documents)
         gradients = torch.autograd.grad((hidden * direction).sum(), list(encoder.parameters()))

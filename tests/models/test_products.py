@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from sutrain.models.products import PairSource, _softmax_backward, attend_by_products
+from sutrain.models.products import Source, _softmax_backward, attend_by_products
 
 LENGTHS = [5, 1, 37, 9, 33]  # of two widths: groups of three and of two, none of them full
 
@@ -93,26 +93,24 @@ def test_what_is_kept_is_what_was_asked_for(heads):
 
 
 @pytest.mark.parametrize("squared", [False, True])
-def test_query_and_key_made_again_are_not_kept(squared):
-    """Their source is, and the gradients are those of the two themselves."""
+def test_what_is_made_again_is_not_kept(squared):
+    """Its source is, and the gradients are those of query, key and value."""
     torch.manual_seed(0)
-    shared = torch.randn(1, sum(LENGTHS), 4, dtype=torch.float64, requires_grad=True)
-    value = torch.randn(1, 1, sum(LENGTHS), 6, dtype=torch.float64, requires_grad=True)
+    shared = torch.randn(1, sum(LENGTHS), 4, dtype=torch.float64)
 
-    def pair(shared):
-        return shared.unsqueeze(1), 2.0 * shared.unsqueeze(1)
+    def make(shared):
+        return shared.unsqueeze(1), 2.0 * shared.unsqueeze(1), shared.repeat(1, 1, 2).unsqueeze(1) + 1.0
 
     found, kept = [], []
-    for source in (None, PairSource(shared, pair)):
+    for source in (None, Source((shared, None), lambda shared, _: make(shared))):
         held: list[torch.Tensor] = []
+        inputs = [x.detach().requires_grad_() for x in make(shared)]
         with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x) or x, lambda x: x):
-            query, key = (x.detach() for x in pair(shared))
-            inputs = [query.requires_grad_(), key.requires_grad_(), value]
             mixed = attend_by_products(*inputs, LENGTHS, [None] * 5, squared, False, True, source)
         found.append((mixed, *torch.autograd.grad(mixed.square().sum(), inputs)))
         kept.append({x.data_ptr() for x in held})
     torch.testing.assert_close(found[1], found[0])
-    assert kept[1] == {shared.data_ptr(), value.data_ptr()}
+    assert kept[1] == {shared.data_ptr()}
     assert len(kept[0]) == 3
 
 
