@@ -20,7 +20,7 @@ from sutrain.monitor.mfu import measured_peak
 class Runner:
     """A contender in training on one batch: called, it makes one step and notes how long the trunk took.
 
-    The first call makes the optimizer's state (and compiles), the second, of two steps, notes the memory: the calls
+    The first call makes the optimizer's state (and compiles), the second, of three steps, notes the memory: the calls
     that `take_turns` does not count.
     """
 
@@ -36,19 +36,17 @@ class Runner:
         self.tensor_bytes, self.resident_bytes = 0, None  # what a step needs beside weights and optimizer
 
     def __call__(self) -> float:
-        if self.calls == 1:
-            self.resident_bytes = peak_resident_bytes(self.device, self.alone)
-            self.tensor_bytes = peak_tensor_bytes(self.device, self.alone)
         self.optimizer.zero_grad()
+        if self.calls == 1:  # gradients are the step's
+            self.resident_bytes = peak_resident_bytes(self.device, self.step)
+            self.optimizer.zero_grad()
+            self.tensor_bytes = peak_tensor_bytes(self.device, self.step)
+            self.optimizer.zero_grad()
         trunk, loss = self.step()
         if self.calls > 1:
             self.trunk_seconds.append(trunk)
         self.calls += 1
         return loss
-
-    def alone(self) -> None:
-        """A step that begins without gradients."""
-        self.step()
 
     def step(self) -> tuple[float, float]:
         """Seconds of the trunk, and the loss."""
@@ -80,7 +78,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_tensor_bytes(device: torch.device, step: Callable[[], None]) -> int:
+def peak_tensor_bytes(device: torch.device, step: Callable[[], object]) -> int:
     """Bytes of all tensors that `step` makes, as many as there are at once at most."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -96,7 +94,7 @@ def peak_tensor_bytes(device: torch.device, step: Callable[[], None]) -> int:
     return max(itertools.accumulate((size for _, size in sizes), initial=0))
 
 
-def peak_resident_bytes(device: torch.device, step: Callable[[], None]) -> int | None:
+def peak_resident_bytes(device: torch.device, step: Callable[[], object]) -> int | None:
     """By how much the memory of the process rises during `step`: what glibc cannot use again included, which depends
     on all that the process did before. None on a GPU."""
     if device.type == "cuda":

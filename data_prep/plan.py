@@ -44,9 +44,8 @@ _LEAST_FRAME_BYTES, _MIN_FRAME_BYTES, _MAX_FRAME_BYTES = 4 * 1024, 16 * 1024, 51
 _TEXT_RATIO, _ZSTD_SECONDS_PER_BYTE = 0.45, 1 / 330e6 + 1 / 1000e6  # zstd-1, measured
 PROGRAM_BYTES = 256 * 1024**2  # of a worker before it has read anything
 _RECORD_BYTES_PER_TEXT_BYTE = 8  # at most: ids, words, places and what sorting them takes
-_LEAST_TEXT_SHARE = (
-    1 / 8
-)  # of the estimated text: other fields, what cleaning drops, and a guess at compression
+# Of the estimated text, which counts other fields, what cleaning drops, and a guess at compression.
+_LEAST_TEXT_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,10 @@ def plan_recomputation(
         if least is None or best.peak_bytes < least.peak_bytes:
             least = best
     assert least is not None
+    needed = math.ceil(100 * least.peak_bytes / 2**20) / 100
     raise BudgetError(
-        f"memory.activation_mib: found {budget_bytes / 2**20:.0f}, expected at least "
-        f"{math.ceil(least.peak_bytes / 2**20)} for these layers at this micro-batch; or lower batch.micro_sequences"
+        f"memory.activation_mib: found {budget_bytes / 2**20:.3g}, expected at least {needed:g} for these layers at "
+        "this micro-batch; or lower batch.micro_sequences"
     )
 
 
