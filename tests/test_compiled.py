@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from sutrain.compiled import compile_layers
-from sutrain.models import attention
+from sutrain.models import attention, gates
 from sutrain.models import encoder as encoder_module
 from sutrain.models.masked_lm import MaskedLanguageModel
 from tests.models.tiny import CONFIGS
@@ -31,14 +31,19 @@ def passes(model, documents):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "again_from"),
     [
-        "roformer_v2",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gau_alpha", "deepnorm", "flash")),
+        ("roformer_v2", 1024),
+        *(
+            pytest.param(name, length, marks=pytest.mark.slow)
+            for name, length in (("gau_alpha", 1024), ("gau_alpha", 1), ("deepnorm", 1024), ("flash", 1))
+        ),
     ],
 )
-def test_compiled_layers_compute_the_same(name, monkeypatch):
-    """In rows and document by document, each with other lengths the second time."""
+def test_compiled_layers_compute_the_same(name, again_from, monkeypatch):
+    """In rows and document by document, each with other lengths the second time; gated units with everything kept and
+    with gate and value projected again."""
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", again_from)
     model = MaskedLanguageModel(replace(CONFIGS[name], hidden_dropout=0.0, attention_dropout=0.0)).train()
     compiled = MaskedLanguageModel(model.config).train()
     compiled.load_state_dict(model.state_dict())
