@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 import sutrain.huggingface
 from sutrain.compare import compare_checkpoints, compare_steps, read_steps
 from sutrain.export import export_weights
+from sutrain.models import gates
 from sutrain.models.attention import varlen_exists
 from sutrain.models.documents import find_documents
 from sutrain.models.masked_lm import MaskedLanguageModel
@@ -64,6 +65,25 @@ def test_documents_apart_are_what_they_are_under_a_mask(dtype, normaliser):
     outputs, gradients = zip(found[True], found[False], strict=True)
     assert (outputs[0] - outputs[1]).square().mean().sqrt() < 0.02
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gated_units_that_project_again_have_the_gradients_of_those_that_keep(dropout, monkeypatch):
+    config = replace(CONFIGS["gau_alpha"], hidden_dropout=0.0, attention_dropout=dropout)
+    torch.manual_seed(0)
+    model = MaskedLanguageModel(config).to(DEVICE, torch.bfloat16).train()
+    tokens_BL = torch.randint(5, 300, (4, 24), device=DEVICE)
+    found = []
+    for length in (25, 1):  # from which value and gate are projected again
+        monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", length)
+        torch.manual_seed(1)  # the same dropout
+        model.zero_grad()
+        outputs = model(tokens_BL).float()
+        (outputs * torch.linspace(-1, 1, outputs.shape[-1], device=DEVICE)).sum().backward()
+        gradient = torch.cat([p.grad.flatten().float() for p in model.encoder.layers.parameters()])
+        found.append((outputs.detach(), gradient))
+    assert (found[0][0] - found[1][0]).square().mean().sqrt() < 0.02
+    assert torch.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.99
 
 
 def test_no_layer_waits_for_the_device():
