@@ -72,12 +72,18 @@ def plan_recomputation(
 
 
 def measure_layer(
-    config: EncoderConfig, rows: int, row_tokens: int, dtype: torch.dtype, device: torch.device
+    config: EncoderConfig,
+    rows: int,
+    row_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    zero_stage: int = 1,
 ) -> tuple[int, int]:
     """Bytes that one layer keeps for its backward pass, and bytes of its input, for full rows of one document.
 
     Counted from the tensors that autograd saves for a layer of its own, each storage once; weights and what all layers
-    share are left out, and so is the output. No random stream is touched.
+    share are left out, and so is the output. No random stream is touched. Under ZeRO-3 a gated unit keeps more
+    (gates.py).
     """
     held: dict[int, torch.UntypedStorage] = {}
 
@@ -88,6 +94,9 @@ def measure_layer(
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         layer = Layer(config).to(device, dtype).train()
+        if zero_stage == 3:
+            for parameter in layer.parameters():
+                parameter.ds_id = -1  # type: ignore[attr-defined]  # how DeepSpeed marks what it partitions
         documents = torch.ones(rows, row_tokens, dtype=torch.long, device=device)
         visible = build_visibility(documents, config, dtype)
         stream = torch.float32 if config.fp32_residual else dtype
@@ -107,6 +116,7 @@ def apply_budget(
     row_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
+    zero_stage: int = 1,
 ) -> str:
     """Plan for `rows` of a micro-batch, set the encoder up, and say in one line what was decided.
 
@@ -115,7 +125,7 @@ def apply_budget(
     """
     if budget_mib is None:
         return "activations: all kept (memory.activation_mib is not set)"
-    layer_bytes, input_bytes = measure_layer(encoder.config, rows, row_tokens, dtype, device)
+    layer_bytes, input_bytes = measure_layer(encoder.config, rows, row_tokens, dtype, device, zero_stage)
     plan = plan_recomputation(len(encoder.layers), layer_bytes, input_bytes, budget_mib * 2**20)
     encoder.recompute_layers, encoder.recompute_together = plan.layers, plan.together
     flash = encoder.config.mixer == "flash"

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sutrain.models import gates
 from sutrain.models.configuration import EncoderConfig
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.recompute import BudgetError, apply_budget, measure_layer, plan_recomputation
@@ -28,13 +29,24 @@ def bytes_held(model):
     return total, output
 
 
-@pytest.mark.parametrize("name", ["roformer_v2", "gau_alpha", "deepnorm", "pre"])
-def test_a_layers_measure_is_what_another_layer_costs(name):
+@pytest.mark.parametrize(
+    ("name", "again_from"),
+    [("roformer_v2", 1024), ("gau_alpha", 1024), ("gau_alpha", 1), ("deepnorm", 1024), ("pre", 1024)],
+)
+def test_a_layers_measure_is_what_another_layer_costs(name, again_from, monkeypatch):
     """The difference between 5 and 4 layers of a whole model, which knows nothing of the measurement."""
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", again_from)
     config = replace(CONFIGS[name], hidden_dropout=0.1, attention_dropout=0.0)
     totals = [bytes_held(MaskedLanguageModel(replace(config, num_layers=n)).train())[0] for n in (4, 5)]
     measured, _ = measure_layer(config, 2, 24, torch.float32, CPU)
     assert totals[1] - totals[0] == pytest.approx(measured, rel=0.05)
+
+
+def test_under_zero_3_a_gated_unit_is_measured_with_all_that_it_keeps(monkeypatch):
+    kept = measure_layer(CONFIGS["gau_alpha"], 2, 24, torch.float32, CPU)
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 24)
+    less = measure_layer(CONFIGS["gau_alpha"], 2, 24, torch.float32, CPU, zero_stage=2)
+    assert less < kept == measure_layer(CONFIGS["gau_alpha"], 2, 24, torch.float32, CPU, zero_stage=3)
 
 
 def test_the_measurement_leaves_the_random_stream_alone():

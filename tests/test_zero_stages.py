@@ -91,7 +91,8 @@ def test_every_stage_computes_the_same_in_fp32(runs, name):
 
 
 def test_gated_units_whose_output_map_is_entered_again_compute_the_same(runs):
-    """Alone, and within a layer that is computed again; ZeRO-3 has to bring the map's weights together each time."""
+    """Alone, with value and gate projected again, and within a layer that is computed again; ZeRO-3 has to bring the
+    map's weights together each time."""
     for found in (losses, held_out):
         assert found(runs, "gated_stage3_recomputed") == pytest.approx(
             found(runs, "gated_stage1"), rel=SAME_NUMBERS

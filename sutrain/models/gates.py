@@ -43,7 +43,7 @@ def project(projection: Linear, x_BLD: Tensor, promised: int) -> tuple[list[Prom
     weight, bias, sizes = projection.weight, projection.bias, projection.parts[:promised]
     keeps = projection.training and torch.is_grad_enabled()
     if not keeps or x_BLD.shape[1] < AGAIN_FROM_TOKENS or hasattr(weight, "ds_id"):
-        *first, rest_BLR = projection(x_BLD).split((*sizes, len(weight) - sum(sizes)), dim=-1)
+        *first, rest_BLR = projection(x_BLD).split((*sizes, projection.out_features - sum(sizes)), dim=-1)
         return [Promise(x) for x in first], rest_BLR
     *places, rest_BLR = _Projection.apply(x_BLD, weight, bias, sizes)
     weights = weight.detach()[: sum(sizes)].split(sizes)

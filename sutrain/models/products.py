@@ -97,7 +97,10 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tiles, masks, squared, silu, make, count = ctx.settings
-        tensors, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = (
+            ctx.saved_tensors
+        )  # once: behind a checkpoint every look would compute them again, and is refused
+        tensors, kept = saved[:count], saved[count:]
         if make is None:
             query_PK, key_PK, given = tensors
         else:

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sutrain.models.products import Source, _softmax_backward, attend_by_products
 
@@ -112,6 +113,17 @@ def test_what_is_made_again_is_not_kept(squared):
     torch.testing.assert_close(found[1], found[0])
     assert kept[1] == {shared.data_ptr()}
     assert len(kept[0]) == 3
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_computed_again_as_a_whole_has_the_same_gradients(keep):
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, sum(LENGTHS), 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    settings = LENGTHS, [None] * 5, False, keep
+    found = attend_by_products(*inputs, *settings)
+    again = checkpoint(attend_by_products, *inputs, *settings, use_reentrant=False)
+    one, other = (torch.autograd.grad(x.square().sum(), inputs) for x in (found, again))
+    torch.testing.assert_close(one, other)
 
 
 def test_softmax_goes_back_in_place():
