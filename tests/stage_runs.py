@@ -71,7 +71,11 @@ def train(folder: Path, name: str, origin: str | None, port: str) -> None:
         "gated"
     ):  # its rows are short, yet value and gate are projected again, but under ZeRO-3
         gates.AGAIN_FROM_TOKENS = 1
-    Run(load_config(PretrainConfig, folder / f"{name}.yaml", [])).train()
+    run = Run(load_config(PretrainConfig, folder / f"{name}.yaml", []))
+    run.train()
+    if name.startswith("gated"):
+        plain = all(gates.is_plain(layer.mixer.input) for layer in run.engine.module.encoder.layers)
+        print(f"{name}: {'projects again' if plain else 'keeps'}", flush=True)
     compiler = "with" if "torch._inductor.compile_fx" in sys.modules else "without"
     print(f"{name}: {counters['stats']['unique_graphs']} programs, {compiler} compiler", flush=True)
     dist.destroy_process_group()

@@ -97,6 +97,8 @@ def test_gated_units_whose_output_map_is_entered_again_compute_the_same(runs):
         assert found(runs, "gated_stage3_recomputed") == pytest.approx(
             found(runs, "gated_stage1"), rel=SAME_NUMBERS
         )
+    log = (runs / "rank0.log").read_text()
+    assert "gated_stage1: projects again" in log and "gated_stage3_recomputed: keeps" in log
 
 
 def test_layers_were_computed_again_and_compiled(runs):

@@ -59,7 +59,7 @@ class MixedChunkAttention(nn.Module):
         chunks = visible.chunks
         if chunks is None:
             raise ValueError("visible: found no chunks; build it with the model's own configuration")
-        (gate,), rest = project(self.input, x_BLD, promised=1)
+        (gate,), rest = project(self.input, x_BLD, self.parts[:1], sum(self.parts[1:]))
         value_BLE, shared_BLS = rest.split(self.parts[1:], dim=-1)
         value_BLE, shared_BLS = F.silu(value_BLE), F.silu(shared_BLS)
         query, key, linear_query, linear_key = (

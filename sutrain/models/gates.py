@@ -4,7 +4,7 @@ B batch, L sequence length, D hidden size, F outputs of a map (E in a gated unit
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,23 +34,32 @@ class Promise(NamedTuple):
         return _Kept.apply(self.place_BLF, F.linear(self.x_BLD, self.weight_FD, self.bias_F))
 
 
-def project(projection: Linear, x_BLD: Tensor, promised: int) -> tuple[list[Promise], Tensor]:
-    """The first `promised` of the maps fused in `projection`, and the outputs of the others side by side [B, L, R].
+def project(
+    projection: nn.Module, x_BLD: Tensor, sizes: tuple[int, ...], rest: int
+) -> tuple[list[Promise], Tensor]:
+    """The first maps fused in `projection`, of these sizes, and the `rest` of its outputs side by side [B, L, R].
 
     In training on long rows the first ones are really promised, else computed with the others. Not under ZeRO-3, which
-    would have to gather the weights once more.
+    would have to gather the weights once more, nor where somebody has put something in the place of the map or around
+    it: adapters, quantised weights, hooks.
     """
-    weight, bias, sizes = projection.weight, projection.bias, projection.parts[:promised]
-    keeps = projection.training and torch.is_grad_enabled()
-    if not keeps or x_BLD.shape[1] < AGAIN_FROM_TOKENS or hasattr(weight, "ds_id"):
-        *first, rest_BLR = projection(x_BLD).split((*sizes, projection.out_features - sum(sizes)), dim=-1)
+    keeps = projection.training and torch.is_grad_enabled() and x_BLD.shape[1] >= AGAIN_FROM_TOKENS
+    if not keeps or not is_plain(projection):
+        *first, rest_BLR = projection(x_BLD).split((*sizes, rest), dim=-1)
         return [Promise(x) for x in first], rest_BLR
+    weight, bias = projection.weight, projection.bias
     *places, rest_BLR = _Projection.apply(x_BLD, weight, bias, sizes)
     weights = weight.detach()[: sum(sizes)].split(sizes)
-    biases = [None] * promised if bias is None else bias.detach()[: sum(sizes)].split(sizes)
+    biases = [None] * len(sizes) if bias is None else bias.detach()[: sum(sizes)].split(sizes)
     return [
         Promise(one, x_BLD.detach(), *made_of) for one, *made_of in zip(places, weights, biases, strict=True)
     ], rest_BLR
+
+
+def is_plain(projection: nn.Module) -> TypeGuard[Linear]:
+    """Is this one of our own maps, with its weights at hand, and does nobody look at what goes in and out?"""
+    hooked = projection._forward_hooks or projection._forward_pre_hooks or "forward" in projection.__dict__
+    return type(projection) is Linear and not hooked and not hasattr(projection.weight, "ds_id")
 
 
 def gated_output(

@@ -45,7 +45,7 @@ def promised(monkeypatch):
 
 
 def gated(projection, output, x):
-    (gate, value), shared = project(projection, x, promised=2)
+    (gate, value), shared = project(projection, x, (6, 6), 2)
     return gated_output(output, F.silu, value.kept() * shared.square().sum(-1, keepdim=True), gate)
 
 
@@ -103,17 +103,25 @@ def test_a_promised_gate_takes_no_memory(monkeypatch):
 def test_where_a_gate_is_not_promised(monkeypatch):
     projection, _, x = unit(bias=False)
     monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 8)
-    assert project(projection, x, 1)[0][0].x_BLD is None  # short rows
+    assert project(projection, x, (6,), 8)[0][0].x_BLD is None  # short rows
     monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 7)
-    assert project(projection, x, 1)[0][0].x_BLD is not None
+    assert project(projection, x, (6,), 8)[0][0].x_BLD is not None
     with torch.no_grad():
-        assert project(projection, x, 1)[0][0].x_BLD is None  # nothing is kept
+        assert project(projection, x, (6,), 8)[0][0].x_BLD is None  # nothing is kept
     assert (
-        project(projection.eval(), x, 1)[0][0].x_BLD is None
+        project(projection.eval(), x, (6,), 8)[0][0].x_BLD is None
     )  # nobody trains, but somebody may torch.export
     projection.train()
+    hook = projection.register_forward_hook(lambda *_: None)
+    assert project(projection, x, (6,), 8)[0][0].x_BLD is None  # somebody wants to see all that it computes
+    hook.remove()
+    assert project(projection, x, (6,), 8)[0][0].x_BLD is not None
+    adapted = torch.nn.Sequential(
+        projection
+    )  # without a weight of its own, as adapters and quantised maps have none
+    assert project(adapted, x, (6,), 8)[0][0].x_BLD is None
     projection.weight.ds_id = 0  # ZeRO-3 holds the weights elsewhere
-    assert project(projection, x, 1)[0][0].x_BLD is None
+    assert project(projection, x, (6,), 8)[0][0].x_BLD is None
 
 
 def test_under_autocast_gradients_have_the_dtypes_of_the_weights(promised):
