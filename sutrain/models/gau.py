@@ -49,9 +49,8 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
         """Mix the tokens of each document and transform each; [B, L, D] in and out."""
-        (gate, value), shared_BLS = project(
-            self.input, x_BLD, self.parts[:2], self.parts[2]
-        )  # all before silu
+        # All before silu.
+        (gate, value), shared_BLS = project(self.input, x_BLD, self.parts[:2], self.parts[2])
         query_B1LS, key_B1LS = self._query_key(shared_BLS, visible)
         value_BLE = value.kept()
         # The value is not kept beside what it is promised of.

@@ -97,9 +97,7 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tiles, masks, squared, silu, make, count = ctx.settings
-        saved = (
-            ctx.saved_tensors
-        )  # once: behind a checkpoint every look would compute them again, and is refused
+        saved = ctx.saved_tensors  # asked for once: a checkpoint computes them again, but not a second time
         tensors, kept = saved[:count], saved[count:]
         if make is None:
             query_PK, key_PK, given = tensors
