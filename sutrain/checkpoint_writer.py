@@ -345,11 +345,13 @@ def _bytes(values: torch.Tensor) -> memoryview:
 
 def _say_failed(file: Path, error: BaseException) -> None:
     """Tell rank 0, as far as the disk still takes a line."""
-    number = getattr(error, "errno", None) or errno.EIO
+    number, line = getattr(error, "errno", None) or errno.EIO, file.with_suffix(".line")
     try:
-        file.write_text(f"{number} {getattr(error, 'strerror', None) or error}")
+        line.write_text(f"{number} {getattr(error, 'strerror', None) or error}")
+        line.replace(file)  # whole, or rank 0 might read the file before there is a line in it
     except OSError:
-        pass
+        with contextlib.suppress(OSError):
+            file.touch()
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
