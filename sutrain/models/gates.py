@@ -31,7 +31,9 @@ class Promise(NamedTuple):
         """The output itself, [B, L, F]. Nothing that is made of it is asked for a gradient here but its place."""
         if self.x_BLD is None or self.weight_FD is None:
             return self.place_BLF
-        return _Kept.apply(self.place_BLF, F.linear(self.x_BLD, self.weight_FD, self.bias_F))
+        dtype = self.place_BLF.dtype  # of 16 bits under autocast, which has ended in a backward pass
+        bias_F = None if self.bias_F is None else self.bias_F.to(dtype)
+        return _Kept.apply(self.place_BLF, F.linear(self.x_BLD.to(dtype), self.weight_FD.to(dtype), bias_F))
 
 
 def project(

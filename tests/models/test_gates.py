@@ -173,3 +173,20 @@ def test_models_with_promised_gates_and_pairs_made_again(monkeypatch, mixer, nor
         found[again] = (hidden * (documents > 0).unsqueeze(-1), *gradients)
     assert all(x.abs().max() > 1e-3 for x in found[False])
     torch.testing.assert_close(found[True], found[False])
+
+
+def test_under_autocast_a_unit_on_long_rows_trains(promised, monkeypatch):
+    """The backward pass makes the value again outside of autocast, in the dtype that it had."""
+    monkeypatch.setattr(attention, "SCORES_AGAIN_FROM_TOKENS", 1)
+    config = EncoderConfig(
+        mixer="gau", vocab_size=50, hidden_size=16, num_layers=2, gau_expansion_size=32, gau_key_size=8,
+        initialisation="gau_alpha", max_row_tokens=32, hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    encoder, tokens, direction = Encoder(config), torch.randint(5, 50, (2, 32)), torch.randn(2, 32, 16)
+    exact = torch.autograd.grad((encoder(tokens) * direction).sum(), list(encoder.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = encoder(tokens)
+    found = torch.autograd.grad((hidden.float() * direction).sum(), list(encoder.parameters()))
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == torch.float32 and (one - other).norm() < 0.1 * other.norm()
