@@ -32,8 +32,9 @@ FOLDER = "heartbeats"
 INTERVAL_SECONDS = 1.0
 REQUESTS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1}
 EXIT_KILLED = 137
-MARK = "SUTRAIN_SUPERVISED"
-"""Name of the environment variable with which a supervisor marks what it started, as "WORD@HOST"."""
+MARK = "PYTHON_SUTRAIN_SUPERVISED"
+"""Name of the environment variable with which a supervisor marks what it started, as "WORD@HOST". DeepSpeed's launcher
+hands names that begin with PYTHON on to the ranks that it starts by ssh, and few others."""
 SUPERVISOR_LOCK = ".supervise.lock"
 """In the run folder, held by the supervisor for as long as it lives."""
 

@@ -58,8 +58,7 @@ def local_device(deterministic: bool = False) -> torch.device:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    local_ranks = ranks_of_this_host()
     if torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         count = torch.accelerator.device_count()
         if local_ranks > count:
@@ -76,6 +75,11 @@ def local_device(deterministic: bool = False) -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores // local_ranks))
     return torch.device("cpu")
+
+
+def ranks_of_this_host() -> int:
+    """How many ranks the launcher says it starts here: torchrun in LOCAL_WORLD_SIZE, DeepSpeed's in LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def parse_arguments(

@@ -14,15 +14,15 @@ import os
 import platform
 import shutil
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -34,8 +34,9 @@ from sutrain.checkpoint_writer import leftover_bytes
 from sutrain.config import PretrainConfig
 from sutrain.data import remote_of
 from sutrain.engine import whole_state_numbers
-from sutrain.launch import hold_run_folder
+from sutrain.launch import EXIT_FAILURE, hold_run_folder, ranks_of_this_host, stop
 from sutrain.models.configuration import parameter_count
+from sutrain.network import choose_interface, interface_to, own_address
 from sutrain.remote import Remote
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "zstandard", "xxhash")
@@ -74,7 +75,9 @@ def join(
     limit = config.start_timeout_seconds
     store = meet(limit)
     findings += sharing_findings(store, config.run_dir, rank, limit)
-    compare_notes(store, rank, world_size, findings, facts, limit)
+    notes = compare_notes(store, rank, world_size, findings, facts, limit)
+    if device.type == "cpu":
+        choose_interface(list(notes.values()))
     heartbeat.start(config.run_dir, rank, supervisors(store, rank))
     make_group(store, rank, world_size, device, limit)
     check_collectives(store, rank, world_size, device, limit)
@@ -172,10 +175,14 @@ def make_group(store: dist.Store, rank: int, world_size: int, device: torch.devi
     gloo = device.type == "cpu"
     limit = timedelta(seconds=seconds) if gloo else None
     try:
-        dist.init_process_group(
-            "gloo" if gloo else "nccl", store=store, rank=rank, world_size=world_size, timeout=limit
-        )
+        with watched(store, rank, seconds) if gloo else contextlib.nullcontext():
+            dist.init_process_group(
+                "gloo" if gloo else "nccl", store=store, rank=rank, world_size=world_size, timeout=limit
+            )
     except RuntimeError as error:
+        with contextlib.suppress(RuntimeError):
+            store.set("group/failed", _this_rank(rank))
+            time.sleep(2 if rank == 0 else 0)  # rank 0 holds the store: the others read why
         absent = _wait_for(store, [f"group/begun/{other}" for other in range(world_size)], 1)
         whom = f"rank {', '.join(key.rpartition('/')[2] for key in absent)} did not come; " if absent else ""
         raise PreflightTimeoutError(
@@ -184,6 +191,35 @@ def make_group(store: dist.Store, rank: int, world_size: int, device: torch.devi
         ) from None
     if gloo:
         dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout)
+
+
+@contextlib.contextmanager
+def watched(store: dist.Store, rank: int, seconds: float) -> Iterator[None]:
+    """End this process when another rank could not make the group, or when making it takes much longer than `seconds`:
+    gloo waits without a limit for a rank that tries to connect elsewhere."""
+    own, done = store.clone(), threading.Event()  # type: ignore[attr-defined]  # the other one is in use
+
+    def watch() -> None:
+        deadline = time.monotonic() + seconds + 5
+        while not done.wait(0.5):
+            try:
+                failed = own.get("group/failed").decode() if own.check(["group/failed"]) else ""
+            except RuntimeError:
+                failed = "rank 0"
+            if failed or time.monotonic() > deadline:
+                why = (
+                    f"{failed} did not connect; its message says why" if failed else f"not in {seconds:.0f} s"
+                )
+                message = (
+                    f"{_this_rank(rank)}: could not connect to the other ranks: {why}. {_INTERFACE_ADVICE}"
+                )
+                stop(message, on_every_rank=True, status=EXIT_FAILURE, at_once=True)
+
+    threading.Thread(target=watch, name="group-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def facts_of_this_rank(must_agree: Mapping[str, Any]) -> dict[str, str]:
@@ -228,14 +264,16 @@ def meet(seconds: float) -> dist.Store:
 
 
 def compare_notes(store: dist.Store, rank: int, world_size: int, findings: list[str], facts: dict[str, str],
-                  seconds: float) -> None:  # fmt: skip
-    """Put down what this rank found, read what the others did.
+                  seconds: float) -> dict[int, dict[str, Any]]:  # fmt: skip
+    """Put down what this rank found, read what the others did; the notes of all ranks.
 
     Raises PreflightTimeoutError naming the ranks that did not come, PreflightError with every finding and difference.
     """
     note = {
         "host": socket.gethostname(),
+        "address": own_address(os.environ["MASTER_ADDR"]),
         "interface": interface_to(os.environ["MASTER_ADDR"]),
+        "ranks here": ranks_of_this_host(),
         "findings": findings,
         "facts": facts,
     }
@@ -255,6 +293,12 @@ def compare_notes(store: dist.Store, rank: int, world_size: int, findings: list[
         )
     lines = []
     for other, note in notes.items():
+        here = [one["host"] for one in notes.values()].count(note["host"])
+        if note["ranks here"] > here:  # DeepSpeed would wait for the others in shared memory, for ever
+            lines.append(
+                f"{note['host']}: LOCAL_SIZE (or LOCAL_WORLD_SIZE) is {note['ranks here']}, but of the {world_size} "
+                f"ranks {here} came from there; start it with as many ranks a host as it says"
+            )
         lines += [f"{note['host']}: {finding}" for finding in note["findings"]]
         for key, value in note["facts"].items():
             if value != notes[0]["facts"].get(key):
@@ -269,6 +313,7 @@ def compare_notes(store: dist.Store, rank: int, world_size: int, findings: list[
     if lines:
         # a shared disk that is full is one finding, not one for each rank
         raise PreflightError("\n".join(dict.fromkeys(lines)))
+    return notes
 
 
 def check_collectives(
@@ -319,23 +364,6 @@ _INTERFACE_ADVICE = "Set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interfa
 
 def _this_rank(rank: int) -> str:
     return f"rank {rank} on {socket.gethostname()} ({interface_to(os.environ['MASTER_ADDR'])})"
-
-
-def interface_to(address: str) -> str:
-    """Name and address of the network interface over which this host reaches `address`."""
-    chosen = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME")
-    if chosen:
-        return f"interface {chosen}, as set"
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing; asks the routing table
-            own = probe.getsockname()[0]
-    except OSError:
-        return "no route"
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address == own for one in addresses):
-            return f"interface {name}, {own}"
-    return own
 
 
 def _wait_for(store: dist.Store, keys: list[str], seconds: float) -> list[str]:

@@ -165,7 +165,7 @@ class Supervisor:
         self.hang_seconds, self.start_seconds, self.grace_seconds = hang_seconds, start_seconds, grace_seconds
         self.mark = f"{uuid.uuid4().hex}@{socket.gethostname()}"
         self.stop_asked_at: float | None = None
-        self.save_asked = self.trained = False
+        self.save_asked = self.trained = self.stopped_late = False
 
     def run(self) -> int:
         """Start, watch, start again. Returns the exit status of the run, 1 where it was given up."""
@@ -183,7 +183,7 @@ class Supervisor:
             self.trained |= self._newest_checkpoint() > before
             if self.stop_asked_at is not None or status == 0:
                 self._log("end", status=status, stopped=self.stop_asked_at is not None)
-                return max(status, 0) if self.stop_asked_at is None else 0
+                return 1 if self.stopped_late else 0
             if status == EXIT_STOPPED:
                 self._log("given_up", reason="exit status 3: the run stopped itself; its last lines say why")
                 return EXIT_STOPPED
@@ -230,7 +230,13 @@ class Supervisor:
             if now != known:
                 known, changed_at = now, time.monotonic()
             if self.stop_asked_at is not None:
-                if not beats or time.monotonic() - self.stop_asked_at > self.grace_seconds:
+                if not beats:
+                    return -1, "stopped before there was anything to save"
+                if time.monotonic() - self.stop_asked_at > self.grace_seconds:
+                    self.stopped_late = True
+                    self._log(
+                        "too_late", reason=f"no checkpoint within {self.grace_seconds:.0f} s; ended without"
+                    )
                     return -1, "stopped before it could save"
                 self._request("TERM")
             elif self.save_asked and beats:

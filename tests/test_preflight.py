@@ -13,14 +13,15 @@ import pytest
 
 from sutrain import preflight
 from sutrain.data import load_manifest
-from sutrain.preflight import folder_findings, interface_to, shard_findings
+from sutrain.network import interface_to
+from sutrain.preflight import folder_findings, shard_findings
 from tests.conftest import ROOT, environment
 
 # A rank that does what pretrain.py does first. Faults are put in here, from outside.
 RANK = """
 import json, os, pathlib, sys, time
 import torch, torch.distributed as dist
-from sutrain import launch, preflight
+from sutrain import heartbeat, launch, preflight
 
 options = json.loads(sys.argv[1])
 rank, world_size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), options["limit"]
@@ -32,8 +33,11 @@ try:
         preflight._SEEN_WITHIN_SECONDS = 1.0
         findings += preflight.sharing_findings(store, pathlib.Path(options["run_dir"]), rank, limit)
     preflight.compare_notes(store, rank, world_size, findings, facts, limit)
+    if "fails" in options:
+        store.set("group/failed", "rank 0 on far")
+        time.sleep(60)
     if "marks" in options:
-        os.environ["SUTRAIN_SUPERVISED"] = options["marks"]
+        os.environ[heartbeat.MARK] = options["marks"]
         print("obeys", *sorted(preflight.supervisors(store, rank)), flush=True)
     if options.get("absent"):
         time.sleep(60)
@@ -63,7 +67,9 @@ def start(options):
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
         command = [sys.executable, "-c", RANK, json.dumps({"limit": 30, **option})]
-        variables = environment(**{key: str(value) for key, value in where.items()})
+        variables = environment(
+            **{key: str(value) for key, value in where.items()}, **option.get("variables", {})
+        )
         ranks.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -117,6 +123,26 @@ def test_a_rank_that_does_not_join_the_group_is_named_in_time():
     (output,) = outputs(start([{"limit": 3}, {"absent": True}]), of=1)
     assert "could not connect to the other ranks: rank 1 did not come" in output, output
     assert "GLOO_SOCKET_IFNAME" in output and time.monotonic() - started < 60
+
+
+def test_a_rank_whose_group_another_one_could_not_make_does_not_wait_for_it():
+    started = time.monotonic()
+    ranks = start([{"fails": True}, {"limit": 90}])
+    try:
+        (output,) = outputs(ranks[1:])
+    finally:
+        outputs(ranks, of=0)
+    assert "could not connect to the other ranks: rank 0 on far did not connect" in output, output
+    assert ranks[1].returncode == 1 and time.monotonic() - started < 75, "the limit is 90 s"
+
+
+def test_a_launcher_that_says_more_ranks_are_here_than_came_is_refused():
+    found = outputs(start([{"variables": {"LOCAL_SIZE": "3"}}, {}]))
+    host = socket.gethostname()
+    for output in found:
+        assert (
+            f"{host}: LOCAL_SIZE (or LOCAL_WORLD_SIZE) is 3, but of the 2 ranks 2 came from there" in output
+        ), output
 
 
 def test_a_run_folder_that_hosts_do_not_share_is_found_before_training(tmp_path):
