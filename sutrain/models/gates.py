@@ -60,7 +60,13 @@ def project(
 
 def is_plain(projection: nn.Module) -> TypeGuard[Linear]:
     """Is this one of our own maps, with its weights at hand, and does nobody look at what goes in and out?"""
-    hooked = projection._forward_hooks or projection._forward_pre_hooks or "forward" in projection.__dict__
+    hooks = (
+        projection._forward_hooks,
+        projection._forward_pre_hooks,
+        projection._backward_hooks,
+        projection._backward_pre_hooks,
+    )
+    hooked = any(hooks) or "forward" in projection.__dict__
     return type(projection) is Linear and not hooked and not hasattr(projection.weight, "ds_id")
 
 
@@ -74,7 +80,8 @@ def gated_output(
         return _gated_output(output, activation, x_BLF, *gate)
     # As arguments of their own: only so are they dropped where all of this is computed again as well.
     inputs = output, activation, x_BLF, *gate
-    return checkpoint(_gated_output, *inputs, use_reentrant=False, preserve_rng_state=False)
+    draws = type(output) not in (Linear, nn.Linear)  # an adapter in its place may drop: the same again then
+    return checkpoint(_gated_output, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 def _gated_output(
@@ -102,14 +109,20 @@ class _Projection(torch.autograd.Function):
         outer = [x.flatten(0, -2) for x in gradients]
         dtype = outer[-1].dtype  # of 16 bits under autocast, where x and the weight may have 32
         x_TD, matrix = x_BLD.flatten(0, -2).to(dtype), weight.to(dtype)
-        d_x, d_weight = torch.zeros_like(x_TD), torch.empty_like(matrix)
-        for x, rows, out in zip(outer, matrix.split(ctx.sizes), d_weight.split(ctx.sizes), strict=True):
-            d_x.addmm_(x, rows)
-            torch.mm(x.t(), x_TD, out=out)
-        d_bias = None
-        if ctx.bias_dtype is not None:
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.zeros_like(x_TD)
+            for x, rows in zip(outer, matrix.split(ctx.sizes), strict=True):
+                d_x.addmm_(x, rows)
+            d_x = d_x.view(x_BLD.shape).to(x_BLD.dtype)
+        if ctx.needs_input_grad[1]:  # not of frozen layers
+            d_weight = torch.empty_like(matrix)
+            for x, out in zip(outer, d_weight.split(ctx.sizes), strict=True):
+                torch.mm(x.t(), x_TD, out=out)
+            d_weight = d_weight.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
             d_bias = torch.cat([x.sum(0) for x in outer]).to(ctx.bias_dtype)
-        return d_x.view(x_BLD.shape).to(x_BLD.dtype), d_weight.to(weight.dtype), d_bias, None
+        return d_x, d_weight, d_bias, None
 
 
 class _Kept(torch.autograd.Function):

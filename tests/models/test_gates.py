@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from sutrain.models import attention, gates
 from sutrain.models.configuration import EncoderConfig
@@ -36,6 +37,31 @@ def test_no_product_is_made_twice():
     output.register_forward_hook(lambda module, inputs, out: calls.append("done"))
     gated_output(output, F.silu, x, Promise(gate)).sum().backward()
     assert calls == ["begun", "done", "begun"]  # ends where its input is there again
+
+
+class Adapted(torch.nn.Module):
+    """A map with another of low rank beside it, which sees a part of the input: LoRA."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.dropout = base, torch.nn.Dropout(0.5)
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False, dtype=torch.float64)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(self.dropout(x)))
+
+
+def test_an_adapter_drops_the_same_when_it_is_computed_again():
+    gate, x = (torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    output = Adapted(torch.nn.Linear(3, 4, dtype=torch.float64))
+    inputs, found = (gate, x, *output.parameters()), []
+    for product in (lambda: output(F.silu(gate) * x), lambda: gated_output(output, F.silu, x, Promise(gate))):
+        torch.manual_seed(1)
+        out = product()
+        torch.manual_seed(2)
+        found.append(torch.autograd.grad(out.square().sum(), inputs))
+    torch.testing.assert_close(*found)
 
 
 @pytest.fixture
@@ -112,9 +138,12 @@ def test_where_a_gate_is_not_promised(monkeypatch):
         project(projection.eval(), x, (6,), 8)[0][0].x_BLD is None
     )  # nobody trains, but somebody may torch.export
     projection.train()
-    hook = projection.register_forward_hook(lambda *_: None)
-    assert project(projection, x, (6,), 8)[0][0].x_BLD is None  # somebody wants to see all that it computes
-    hook.remove()
+    for register in (projection.register_forward_hook, projection.register_full_backward_hook):
+        hook = register(lambda *_: None)
+        assert (
+            project(projection, x, (6,), 8)[0][0].x_BLD is None
+        )  # somebody wants to see all that it computes
+        hook.remove()
     assert project(projection, x, (6,), 8)[0][0].x_BLD is not None
     adapted = torch.nn.Sequential(
         projection
@@ -141,10 +170,20 @@ def test_under_autocast_gradients_have_the_dtypes_of_the_weights(promised):
 
 def test_frozen_weights_and_inputs_without_gradient(promised):
     projection, output, x = unit(bias=True)
-    expected = torch.autograd.grad(gated(projection, output, x).sum(), x)
-    projection.requires_grad_(False)
-    torch.testing.assert_close(torch.autograd.grad(gated(projection, output, x).sum(), x), expected)
-    gated(projection.requires_grad_(True), output, x.detach()).sum().backward()
+    gradients, flops = [], []
+    for frozen in (False, True):
+        loss = gated(projection.requires_grad_(not frozen), output, x).sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops.append(counter.get_total_flops())
+        gradients.append(x.grad)
+        x.grad = None
+    torch.testing.assert_close(*gradients)
+    assert (
+        flops[0] - flops[1] == 2 * x[..., 0].numel() * projection.weight.numel()
+    )  # no product for what is frozen
+    projection.requires_grad_(True).zero_grad()
+    gated(projection, output, x.detach()).sum().backward()
     assert projection.weight.grad is not None
 
 
