@@ -44,8 +44,9 @@ def rotate(x_BLHK: Tensor, table: Tensor | None, half: bool = False) -> Tensor:
     """
     if table is None:
         return x_BLHK
-    # The complex product is one pass and four times as fast on a CPU; compilers fuse the other.
-    plain = x_BLHK.device.type == "cpu" and not torch.compiler.is_compiling()
+    # The complex product is one pass, the other seven: four times as fast on a CPU, and on a GPU less than half of the
+    # bytes. Compilers fuse the other.
+    plain = x_BLHK.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
     turn = turn_complex if plain else turn_real
     pairs = (
         x_BLHK.float().unflatten(-1, (2, -1)).transpose(-1, -2)

@@ -48,7 +48,7 @@ def test_equals_the_rotary_positions_of_roformer_in_transformers():
 
 
 def test_real_and_complex_arithmetic_agree():
-    """A CPU takes the one, accelerators the other."""
+    """Compilers take the one, everybody else the other."""
     pairs, table = torch.randn(2, 9, 3, 4, 2), rotary_table(9, 8, 10000.0, CPU).unsqueeze(-3)
     torch.testing.assert_close(turn_real(pairs, table), turn_complex(pairs, table), atol=1e-6, rtol=0)
 
