@@ -58,8 +58,9 @@ def build_chunks(document_BL: Tensor, size: int, causal: bool) -> Chunks:
     else:
         sizes = documents.sizes()
         starts = sizes.cumsum(0) - sizes
-        run_T = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
-        rank_T = torch.arange(len(run_T), device=device) - starts[run_T]
+        total = len(documents.index_T)
+        run_T = torch.arange(len(sizes), device=device).repeat_interleave(sizes, output_size=total)
+        rank_T = torch.arange(total, device=device) - starts[run_T]
         row_of_run = documents.index_T[starts] // length
         chunks_of_run = (sizes + size - 1) // size
         before = chunks_of_run.cumsum(0) - chunks_of_run  # chunks of the whole batch ahead of a document
@@ -80,13 +81,15 @@ def build_chunks(document_BL: Tensor, size: int, causal: bool) -> Chunks:
 
     source = torch.zeros(rows, groups * size, dtype=torch.long, device=device)
     filled = torch.zeros(rows, groups * size, dtype=torch.bool, device=device)
-    place_BL = place.view(rows, length)
-    row_index, token_index = torch.nonzero(real_BL, as_tuple=True)
-    source[row_index, place_BL[row_index, token_index]] = token_index
-    filled[row_index, place_BL[row_index, token_index]] = True
+    if documents is not None:
+        row_T, place_T = documents.index_T // length, place[documents.index_T]
+        source[row_T, place_T] = documents.index_T % length
+        filled[row_T, place_T] = True
 
     reads_BGG = owner_BG.unsqueeze(2) == owner_BG.unsqueeze(1)
     if causal:  # complete chunks before one's own
         reads_BGG = reads_BGG & (ordinal_BG.unsqueeze(1) < ordinal_BG.unsqueeze(2))
         tokens_BG = (ordinal_BG * size).float()
-    return Chunks(size, source, filled, place_BL, real_BL, reads_BGG, tokens_BG.clamp(min=1), causal)
+    return Chunks(
+        size, source, filled, place.view(rows, length), real_BL, reads_BGG, tokens_BG.clamp(min=1), causal
+    )

@@ -128,7 +128,8 @@ class Encoder(nn.Module):
             token_types_BL = None if token_types_BL is None else documents.take(token_types_BL)
             positions_BL = None if positions_BL is None else documents.take(positions_BL)
         if self.config.residual == "ramp":
-            visible = visible._replace(ramp=torch.tensor(self.ramp, device=document_BL.device))
+            # Made on the device: for a copy the host would wait.
+            visible = visible._replace(ramp=torch.full((), self.ramp, device=document_BL.device))
 
         types_BL = token_types_BL if self.embeddings.token_type is not None else None
         x_BLD = self.embeddings(tokens_BL, types_BL, positions_BL, row_tokens=document_BL.shape[1])

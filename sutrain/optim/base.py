@@ -291,8 +291,9 @@ class FragmentOptimizer(torch.optim.Optimizer):
 
     @property
     def global_grad_norm(self) -> float:
-        """Norm of all gradients before clipping, of the last step. (Waits for the device.)"""
-        return float(self._global_grad_norm)
+        """Norm of all gradients before clipping, of the last step. (Waits for the device, once.)"""
+        self._global_grad_norm = float(self._global_grad_norm)
+        return self._global_grad_norm
 
     def _start_statistics(self, first: Bucket) -> None:
         self.statistics.fill_(math.nan)
