@@ -236,7 +236,8 @@ def long(bench: Bench) -> Iterator[dict[str, Any]]:
         speeds, memory = [], []
         for length in options.long_lengths:
             longer = replace(config, max_row_tokens=length, attention_dropout=dropout)
-            batch = make_batch("full", 1, length, config.vocab_size, bench.device)
+            rows = 1 if bench.device.type == "cpu" else rows_of(length, options.tokens)
+            batch = make_batch("full", rows, length, config.vocab_size, bench.device)
             title = (
                 f"{config.num_layers} x {config.hidden_size}, document of {length}{suffix.replace('_', ', ')}"
             )
@@ -339,7 +340,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--layouts", nargs="+", choices=("padded", "packed", "full"), default=["padded", "packed"]
     )
     parser.add_argument(
-        "--tokens", type=int, default=2048, help="tokens of a batch's rows, two rows at least (2048)"
+        "--tokens",
+        type=int,
+        help="tokens of a batch's rows, two rows at least (2048; 16384 on a GPU, which fewer do not keep busy)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="steps that count, of every contender (5)")
     parser.add_argument(
@@ -359,6 +362,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--quick", action="store_true", help="everything very small: does it run?")
     options = parser.parse_args(arguments)
+    options.tokens = options.tokens or (16384 if torch.device(options.device).type == "cuda" else 2048)
     options.compile = list(CONTENDERS) if options.compile == [] else options.compile or []
     if options.quick:
         small = {

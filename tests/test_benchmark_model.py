@@ -230,6 +230,11 @@ def test_without_a_gpu_its_shares_are_not_measured(bench):
     assert [(entry["value"], entry["goal"]) for entry in found] == [(None, 0.5), (None, 0.4)]
 
 
+def test_a_gpu_gets_batches_that_keep_it_busy():
+    assert parse(["--device", "cuda"]).tokens == 16384 and parse(["--device", "cpu"]).tokens == 2048
+    assert parse(["--device", "cuda", "--tokens", "512"]).tokens == 512
+
+
 def test_a_quick_run_does_not_replace_results():
     with pytest.raises(SystemExit):
         parse(["--quick"])
