@@ -58,13 +58,14 @@ def test_a_step_is_on_the_device_and_waits_for_nothing_but_its_batch(seen, case)
     assert found["waits"] == waits
 
 
-def test_a_layer_of_the_base_model_moves_few_bytes(seen):
-    """Beside products and attention, in bf16 with dropout and without a compiler: each copy in fp32 would add 6 to 8
-    bytes a feature, of which a layer's stream has 768."""
-    one, two = (seen[str(case)] for case in TRAFFIC)
+@pytest.mark.parametrize(("dropout", "most"), [(0.0, 166_000), (0.1, 181_000)])
+def test_a_layer_of_the_base_model_moves_few_bytes(seen, dropout, most):
+    """Beside products and attention, in bf16 without a compiler: each copy in fp32 would add 6 to 8 bytes a feature, of
+    which a layer's stream has 768."""
+    one, two = (seen[str(case)] for case in TRAFFIC[dropout])
     assert "error" not in one and "error" not in two
-    assert (two["moved"] - one["moved"]) / one["tokens"] < 180_000
-    assert two["kernels"] - one["kernels"] < 50
+    assert (two["moved"] - one["moved"]) / one["tokens"] < most
+    assert two["kernels"] - one["kernels"] <= 56
 
 
 KERNELS = {"adafactor": 168, "lamb": 99, "adamw": 108, "egd": 101}

@@ -210,7 +210,8 @@ def varlen_attention() -> Callable[..., Any] | None:
 @torch.compiler.disable  # as above: the number of documents and the longest change with every batch
 def _attend_varlen(query_1HTK: Tensor, key_1HTK: Tensor, value_1HTE: Tensor, documents: Documents) -> Tensor:
     boundaries, longest = documents.boundaries.to(query_1HTK.device), max(documents.lengths)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query_1HTK, key_1HTK, value_1HTE))
+    # squeeze, not an index: going back, that would fill a tensor with zeros and copy into it.
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query_1HTK, key_1HTK, value_1HTE))
     kernel = varlen_attention()
     assert kernel is not None  # else the encoder would have left the rows together
     mixed_THE = kernel(q, k, v, boundaries, boundaries, longest, longest)

@@ -76,7 +76,7 @@ class Documents:
     def put_back(self, x_1TD: Tensor, rows: int) -> Tensor:
         """The one row to rows [B, L, D], with zeros at padding."""
         spread = x_1TD.new_zeros(rows * self.row_tokens, x_1TD.shape[-1])
-        spread = spread.index_copy(0, self.index_T.to(x_1TD.device), x_1TD[0])
+        spread = spread.index_copy(0, self.index_T.to(x_1TD.device), x_1TD.squeeze(0))
         return spread.unflatten(0, (rows, self.row_tokens))
 
 
