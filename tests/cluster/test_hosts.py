@@ -139,8 +139,8 @@ def test_killed_ranks_and_pulled_cables_end_with_the_bits_of_a_quiet_run(
     command = deepspeed(tmp_path, config, "--start_timeout_seconds=30")
     process = begin(near, supervised(command, "--hang_seconds=25", "--restarts=20"), output)
     wait_for(lambda: steps_done(run) >= 12, process, output)
-    for number in far.processes("sutrain/pretrain.py --local_rank"):
-        os.kill(number, signal.SIGKILL)
+    (rank,) = far.processes("sutrain/pretrain.py --local_rank")
+    os.kill(rank, signal.SIGKILL)
     wait_for(lambda: "resumed at step 10" in output.read_text(), process, output)
     wait_for(lambda: steps_done(run) >= 22, process, output)
     far.unplug()

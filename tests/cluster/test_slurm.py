@@ -78,8 +78,8 @@ def test_a_job_whose_time_is_up_saves_and_queues_itself_again(scheduler, checkou
     wait_for(lambda: scheduler.state(job) == "PENDING", checkout)
     stopped_at = steps_done(run)
     assert max(int(path.name[5:]) for path in run.glob("checkpoints/step-*")) == stopped_at
-    # A requeued job would wait for two minutes.
-    scheduler.run(checkout, "scontrol", "update", f"JobId={job}", "TimeLimit=60", "StartTime=now")
+    # It begins two minutes later, when the nodes have forgotten that it ended.
+    scheduler.run(checkout, "scontrol", "update", f"JobId={job}", "TimeLimit=60")
     wait_for(lambda: steps_done(run) > stopped_at + 2, checkout)
     assert f"resumed at step {stopped_at}" in (checkout / f"sutrain-{job}.log").read_text()
     scheduler.run(
