@@ -1,5 +1,6 @@
 """What the configuration becomes for DeepSpeed, at every stage and precision."""
 
+import gc
 import importlib
 import math
 import sys
@@ -102,7 +103,19 @@ def test_other_errors_of_the_engine_are_not_touched():
         step_engine(SimpleNamespace(step=step))
 
 
-def test_deepspeed_finds_no_muon_unless_it_was_there_before(monkeypatch):
+@pytest.fixture
+def unfreeze():
+    """For the tests that follow, what quicken_start put out of the collector's sight is back in it."""
+    yield
+    gc.unfreeze()
+
+
+def test_collections_of_garbage_pass_over_what_was_imported(unfreeze):
+    quicken_start()
+    assert gc.get_freeze_count() > 100_000, "DeepSpeed collects four times when it starts"
+
+
+def test_deepspeed_finds_no_muon_unless_it_was_there_before(monkeypatch, unfreeze):
     muon = "deepspeed.runtime.zero.muon.muon_optimizer"
     monkeypatch.delitem(sys.modules, muon, raising=False)
     quicken_start()
@@ -115,7 +128,7 @@ def test_deepspeed_finds_no_muon_unless_it_was_there_before(monkeypatch):
     assert importlib.import_module(muon) is there
 
 
-def test_parameters_that_an_optimizer_has_twice_are_named_in_linear_time():
+def test_parameters_that_an_optimizer_has_twice_are_named_in_linear_time(unfreeze):
     quicken_start()
     module = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(20_000)))
     engine = SimpleNamespace(module=module)
