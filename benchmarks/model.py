@@ -339,11 +339,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--layouts", nargs="+", choices=("padded", "packed", "full"), default=["padded", "packed"]
     )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        help="tokens of a batch's rows, two rows at least (2048; 16384 on a GPU, which fewer do not keep busy)",
-    )
+    parser.add_argument("--tokens", type=int, help="of a batch, at least two rows (2048; on a GPU 16384)")
     parser.add_argument("--rounds", type=int, default=5, help="steps that count, of every contender (5)")
     parser.add_argument(
         "--compile", nargs="*", choices=tuple(CONTENDERS), help="compile these layers; without a name all"
@@ -370,8 +366,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             "flash_tokens": 64, "flash_layers": 1, "deep_layers": 48, "deep_width": 32,
         }  # fmt: skip
         vars(options).update(small)
-    if options.quick and options.output == OUTPUT:
-        parser.error("--quick has no figures to keep: name another --output")
+        if options.output == OUTPUT:
+            parser.error("--quick has no figures to keep: name another --output")
     return options
 
 

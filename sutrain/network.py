@@ -26,9 +26,9 @@ def choose_interface(notes: Sequence[Mapping[str, Any]]) -> None:
 
 def interface_to(address: str) -> str:
     """Name and address of the network interface over which this host reaches `address`."""
-    chosen = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME")
-    if chosen:
-        return f"interface {chosen}, as set"
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        if chosen := os.environ.get(variable):
+            return f"interface {chosen}, by {variable}"
     own = own_address(address)
     if own is None:
         return "no route"

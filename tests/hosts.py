@@ -54,8 +54,8 @@ class Host:
             time.sleep(0.01)
         self.pid = int(found[0])  # as this machine sees it
 
-    def enter(self, command: Sequence[str], folder: Path = ROOT) -> list[str]:
-        return ["nsenter", "-t", str(self.pid), "-n", "-u", "-i", "-m", "-p", f"--wdns={folder}", *command]
+    def enter(self, command: Sequence[str]) -> list[str]:
+        return ["nsenter", "-t", str(self.pid), "-n", "-u", "-i", "-m", "-p", f"--wdns={ROOT}", *command]
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
         options.setdefault("env", environment())
@@ -108,7 +108,7 @@ class Host:
 
 
 def environment() -> dict[str, str]:
-    """That of a shell on a host: nothing of a launcher, and the interpreter of these tests first."""
+    """That of a shell on a host, with the interpreter of these tests first."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "OMP_"))}
     return kept | {"PATH": _PATH, "HOME": "/root"}
 

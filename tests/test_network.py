@@ -1,4 +1,4 @@
-"""Which interface gloo is told to use: the one that leads to the other hosts, however their names are resolved."""
+"""Interfaces: gloo is told to use the one that leads to the other hosts, however their names are resolved."""
 
 import os
 from types import SimpleNamespace
@@ -17,8 +17,9 @@ def one_of_two_hosts(monkeypatch):
     monkeypatch.setattr(network, "own_address", TO.get)
     interfaces = {"lo": [SimpleNamespace(address="127.0.0.1")], "ib0": [SimpleNamespace(address="10.0.0.1")]}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what a test sets goes with it
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what a test sets goes with it
+        monkeypatch.delenv(name)
 
 
 def note(host, address):
@@ -50,3 +51,10 @@ def test_what_the_user_set_stays(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     network.choose_interface([note("a", "10.0.0.1"), note("b", "10.0.0.2")])
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+@pytest.mark.parametrize("name", ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"])
+def test_an_interface_that_was_chosen_is_the_one_named(monkeypatch, name):
+    assert network.interface_to("10.0.0.2") == "interface ib0, 10.0.0.1"
+    monkeypatch.setenv(name, "eth7")
+    assert network.interface_to("10.0.0.2") == f"interface eth7, by {name}"

@@ -9,8 +9,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import pytest
-
 from sutrain import preflight
 from sutrain.data import load_manifest
 from sutrain.network import interface_to
@@ -202,9 +200,3 @@ def test_room_is_looked_for_where_checkpoints_go_and_what_a_start_sweeps_away_is
     assert folder_findings(run, 1000, 0) == []
     free[there] = 1499
     assert len(folder_findings(run, 1000, 0)) == 1
-
-
-@pytest.mark.parametrize("name", ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"])
-def test_an_interface_that_was_set_is_the_one_named(monkeypatch, name):
-    monkeypatch.setenv(name, "eth7")
-    assert interface_to("127.0.0.1") == "interface eth7, as set"

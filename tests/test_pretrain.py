@@ -70,8 +70,8 @@ def records(run_dir, kind="step"):
     return {record["step"]: record for record in lines if record["kind"] == kind}
 
 
-def final_files(run_dir):
-    folder = run_dir / "checkpoints/step-00000012"
+def final_files(run_dir, step=12):
+    folder = run_dir / f"checkpoints/step-{step:08d}"
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 

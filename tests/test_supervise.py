@@ -56,7 +56,9 @@ if todo == "late mistake":
 if todo == "hang":
     heartbeat.beat("training step", 7)
     time.sleep(600)
-while todo == "work":
+if todo == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while todo in ("work", "deaf"):
     heartbeat.beat("training step", 7)
     time.sleep(0.1)
 print("done")
@@ -71,9 +73,17 @@ time.sleep(3)
 """
 
 
-def supervise(run_dir, *plan, restarts=3, hang_seconds=60, launcher=LAUNCHER, before=()):
+def supervise(run_dir, *plan, restarts=3, hang_seconds=60, grace_seconds=120, launcher=LAUNCHER, before=()):
     command = [sys.executable, "-m", "sutrain.supervise", f"--restarts={restarts}", "--pause_seconds=0.1"]
-    command += [f"--hang_seconds={hang_seconds}", "--", sys.executable, "-c", launcher, RANK]
+    command += [
+        f"--hang_seconds={hang_seconds}",
+        f"--grace_seconds={grace_seconds}",
+        "--",
+        sys.executable,
+        "-c",
+        launcher,
+        RANK,
+    ]
     return subprocess.Popen(
         [*before, *command, f"--run_dir={run_dir}", *plan], cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -228,6 +238,15 @@ def test_signals_reach_the_rank_behind_a_launcher_that_hands_none_down(tmp_path,
     status, output = finish(process)
     assert status == 0 and (tmp_path / "saved").exists(), output
     assert events(tmp_path)[-1] | {"time": ""} == {"event": "end", "time": "", "status": 0, "stopped": True}
+
+
+def test_a_run_that_cannot_save_in_time_is_no_success(tmp_path, sleepers):
+    process = supervise(tmp_path, "deaf", grace_seconds=2)
+    wait_until(lambda: any(beat.phase == "training step" for beat in heartbeat.read_beats(tmp_path)))
+    process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 1 and "no checkpoint within 2 s" in output, output
+    assert [event["event"] for event in events(tmp_path)] == ["start", "too_late", "end"]
 
 
 @pytest.mark.parametrize("before", [(), ("nohup",)])

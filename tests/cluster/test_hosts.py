@@ -1,5 +1,6 @@
 """Training on several hosts: namespaces of this machine with names, networks and ssh servers of their own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,12 +8,11 @@ import subprocess
 import time
 
 import pytest
-import yaml
 
 from sutrain.compare import compare_steps, read_steps
-from tests.conftest import RUN
 from tests.hosts import cluster, environment, missing
-from tests.test_pretrain import train
+from tests.test_pretrain import final_files, records, train
+from tests.test_supervise import events
 
 pytestmark = [
     pytest.mark.skipif(
@@ -20,19 +20,12 @@ pytestmark = [
     ),
     pytest.mark.timeout(1200),
 ]
-SAID = "starting step", "resumed at step"
 
 
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory):
     with cluster(tmp_path_factory.mktemp("hosts"), "node-a", "node-b") as hosts:
         yield hosts
-
-
-def write_run(folder, dataset, name="run", **changes):
-    tree = {**RUN, "run_dir": str(folder / name), "data": {"dir": str(dataset)}, **changes}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    return folder / f"{name}.yaml"
 
 
 def deepspeed(folder, config, *overrides):
@@ -52,11 +45,9 @@ def begin(host, command, output):
 
 
 def steps_done(run_dir):
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return 0
-    return max((json.loads(line)["step"] for line in lines if '"kind": "step"' in line), default=0)
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or half a line
+        return max(records(run_dir), default=0)
+    return 0
 
 
 def wait_for(condition, process, output, seconds=300):
@@ -66,33 +57,24 @@ def wait_for(condition, process, output, seconds=300):
         time.sleep(0.2)
 
 
-def events(run_dir):
-    return [json.loads(line) for line in (run_dir / "supervise.jsonl").read_text().splitlines()]
-
-
-def files(run_dir, step):
-    folder = run_dir / f"checkpoints/step-{step:08d}"
-    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-
-
-def test_two_hosts_train_as_two_ranks_of_one_do(two_hosts, dataset, tmp_path):
+def test_two_hosts_train_as_two_ranks_of_one_do(two_hosts, dataset, write_config, tmp_path):
     """The same bits; and although each host knows its own name as a loopback address, as on Debian and Ubuntu."""
-    here = write_run(tmp_path, dataset, "here")
+    here = write_config("here", data={"dir": str(dataset)})
     train(here, 2)
-    there = write_run(tmp_path, dataset, "there")
+    there = write_config("there", data={"dir": str(dataset)})
     done = two_hosts[0].run(deepspeed(tmp_path, there))
     assert done.returncode == 0, done.stdout + done.stderr
     compared = compare_steps(read_steps(tmp_path / "here"), read_steps(tmp_path / "there"), 0.0)
     assert compared == []
-    assert files(tmp_path / "here", 12) == files(tmp_path / "there", 12) != {}
+    assert final_files(tmp_path / "here") == final_files(tmp_path / "there") != {}
     beats = [json.loads(file.read_text()) for file in sorted((tmp_path / "there/heartbeats").glob("*.json"))]
     assert [beat["host"] for beat in beats] == ["node-a", "node-b"]
 
 
-def test_a_supervisor_has_the_ranks_of_all_hosts_save_and_stop(two_hosts, dataset, tmp_path):
+def test_a_supervisor_has_the_ranks_of_all_hosts_save_and_stop(two_hosts, dataset, write_config, tmp_path):
     """DeepSpeed starts ranks by ssh, where neither signals nor most variables of the supervisor's environment go."""
-    seldom = {"steps": 10_000, "evaluation": {"every_steps": 1000, "sequences": 40}}
-    config, run, output = write_run(tmp_path, dataset, **seldom), tmp_path / "run", tmp_path / "output"
+    seldom = {"data": {"dir": str(dataset)}, "steps": 10_000, "evaluation": {"every_steps": 1000}}
+    config, run, output = write_config(**seldom), tmp_path / "run", tmp_path / "output"
     process = begin(
         two_hosts[0], supervised(deepspeed(tmp_path, config, "--checkpoint.every_steps=1000")), output
     )
@@ -108,8 +90,10 @@ def test_a_supervisor_has_the_ranks_of_all_hosts_save_and_stop(two_hosts, datase
     assert [host.processes("pretrain.py") for host in two_hosts] == [[], []]
 
 
-def test_hosts_with_a_wrong_interface_end_in_time_with_one_message_each(two_hosts, dataset, tmp_path):
-    config = write_run(tmp_path, dataset)
+def test_hosts_with_a_wrong_interface_end_in_time_with_one_message_each(
+    two_hosts, dataset, write_config, tmp_path
+):
+    config = write_config(data={"dir": str(dataset)})
     for host in two_hosts:
         host.set_variables(GLOO_SOCKET_IFNAME="lo")
     try:
@@ -128,14 +112,14 @@ def test_hosts_with_a_wrong_interface_end_in_time_with_one_message_each(two_host
 
 @pytest.mark.slow
 def test_killed_ranks_and_pulled_cables_end_with_the_bits_of_a_quiet_run(
-    two_hosts, dataset, tmp_path, evidence
+    two_hosts, dataset, write_config, tmp_path, evidence
 ):
     """A rank of the other host is killed, then its cable is pulled in the middle of the training and put back while
     the supervisor starts again; both hosts are as they were at the end."""
     near, far = two_hosts
-    changes = {"steps": 60, "checkpoint": {"every_steps": 10}}
-    train(write_run(tmp_path, dataset, "quiet", **changes), 2)
-    config, run, output = write_run(tmp_path, dataset, **changes), tmp_path / "run", tmp_path / "output"
+    changes = {"data": {"dir": str(dataset)}, "steps": 60, "checkpoint": {"every_steps": 10}}
+    train(write_config("quiet", **changes), 2)
+    config, run, output = write_config(**changes), tmp_path / "run", tmp_path / "output"
     command = deepspeed(tmp_path, config, "--start_timeout_seconds=30")
     process = begin(near, supervised(command, "--hang_seconds=25", "--restarts=20"), output)
     wait_for(lambda: steps_done(run) >= 12, process, output)
@@ -152,5 +136,5 @@ def test_killed_ranks_and_pulled_cables_end_with_the_bits_of_a_quiet_run(
     assert process.wait(600) == 0, output.read_text()
     compared = compare_steps(read_steps(tmp_path / "quiet"), read_steps(run), 0.0)
     assert compared == []
-    assert files(tmp_path / "quiet", 60) == files(run, 60) != {}
+    assert final_files(tmp_path / "quiet", 60) == final_files(run, 60) != {}
     evidence(events=events(run))

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from sutrain.compare import read_steps
-from tests.cluster.test_hosts import steps_done, write_run
+from tests.cluster.test_hosts import steps_done
 from tests.hosts import cluster
 from tests.hosts import missing as hosts_missing
 from tests.slurm import missing, slurm
@@ -31,8 +31,10 @@ def scheduler(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkout(workspace):
     """The repository as a user has it on the cluster, with its environment."""
-    (workspace / ".venv").symlink_to(sys.prefix)
-    return workspace
+    link = workspace / ".venv"
+    link.symlink_to(sys.prefix)
+    yield workspace
+    link.unlink()  # others that use this folder make one there
 
 
 def wait_for(condition, folder, seconds=600):
@@ -48,8 +50,10 @@ def submit(scheduler, folder, config, *options, **variables):
     return scheduler.run(folder, *command, PYTHONPATH=str(folder), OMP_NUM_THREADS="1", **variables).strip()
 
 
-def test_a_job_on_two_nodes_stops_when_told_and_goes_on_on_one(scheduler, checkout, dataset, tmp_path):
-    config, run = write_run(tmp_path, dataset, steps=100_000), tmp_path / "run"
+def test_a_job_on_two_nodes_stops_when_told_and_goes_on_on_one(
+    scheduler, checkout, dataset, write_config, tmp_path
+):
+    config, run = write_config(data={"dir": str(dataset)}, steps=100_000), tmp_path / "run"
     job = submit(scheduler, checkout, config, "--nodes=2", "--time=60", RANKS_PER_NODE="2")
     wait_for(lambda: steps_done(run) > 3, checkout)
     scheduler.run(checkout, "scancel", "--signal=TERM", job)
@@ -59,7 +63,7 @@ def test_a_job_on_two_nodes_stops_when_told_and_goes_on_on_one(scheduler, checko
     assert "with a checkpoint; start again to go on" in log and "Traceback" not in log
     assert len(list((run / "heartbeats").glob("rank-*.json"))) == 4
     stopped_at = steps_done(run)
-    config = write_run(tmp_path, dataset, steps=stopped_at + 4)
+    config = write_config(data={"dir": str(dataset)}, steps=stopped_at + 4)
     job = submit(scheduler, checkout, config, "--nodes=1", "--time=60")
     wait_for(lambda: scheduler.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), checkout)
     assert scheduler.state(job) == "COMPLETED"
@@ -67,9 +71,11 @@ def test_a_job_on_two_nodes_stops_when_told_and_goes_on_on_one(scheduler, checko
     assert steps_done(run) == stopped_at + 4
 
 
-def test_a_job_whose_time_is_up_saves_and_queues_itself_again(scheduler, checkout, dataset, tmp_path):
+def test_a_job_whose_time_is_up_saves_and_queues_itself_again(
+    scheduler, checkout, dataset, write_config, tmp_path
+):
     config, run = (
-        write_run(tmp_path, dataset, steps=100_000, checkpoint={"every_steps": 10_000}),
+        write_config(data={"dir": str(dataset)}, steps=100_000),
         tmp_path / "run",
     )
     job = submit(scheduler, checkout, config, "--nodes=2", "--time=60")
@@ -82,9 +88,8 @@ def test_a_job_whose_time_is_up_saves_and_queues_itself_again(scheduler, checkou
     scheduler.run(checkout, "scontrol", "update", f"JobId={job}", "TimeLimit=60")
     wait_for(lambda: steps_done(run) > stopped_at + 2, checkout)
     assert f"resumed at step {stopped_at}" in (checkout / f"sutrain-{job}.log").read_text()
-    scheduler.run(
-        checkout, "scancel", job
-    )  # cancelled is cancelled, although the shell gets a signal then, too
+    # Cancelled is cancelled, although the shell gets a signal then, too.
+    scheduler.run(checkout, "scancel", job)
     wait_for(lambda: scheduler.state(job) == "CANCELLED", checkout)
     wait_for(lambda: scheduler.run(checkout, "squeue", "-h").strip() == "", checkout)
     assert steps_done(run) == max(int(path.name[5:]) for path in run.glob("checkpoints/step-*")) > stopped_at
