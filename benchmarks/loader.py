@@ -43,6 +43,7 @@ from benchmarks.loader_peers import (  # noqa: E402
     torchdata_loader,
     webdataset_loader,
 )  # fmt: skip
+from benchmarks.loader_tokens import Tokens  # noqa: E402
 from benchmarks.results import write_results  # noqa: E402
 from data_prep.shards import (  # noqa: E402
     SPECIAL_IDS,
@@ -55,10 +56,11 @@ from data_prep.shards import (  # noqa: E402
     shard_name,
     token_dtype,
 )  # fmt: skip
+from sutrain.batch_plan import BatchPlan  # noqa: E402
 from sutrain.checkpoint import MASTER  # noqa: E402
 from sutrain.checkpoint_writer import CheckpointWriter, Keep  # noqa: E402
 from sutrain.config import Masking  # noqa: E402
-from sutrain.data import BatchPlan, Samples, load_manifest  # noqa: E402
+from sutrain.data import Samples, load_manifest  # noqa: E402
 from sutrain.labelling import word_masking  # noqa: E402
 from sutrain.launch import environment  # noqa: E402
 from sutrain.prefetch import prefetch  # noqa: E402
@@ -103,16 +105,6 @@ def write_shards(folder: Path, rows: int) -> np.ndarray:
     manifest = Manifest(**known)
     (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
     return tokens_NL
-
-
-class Tokens:
-    """Our loader without masking: the tokens of samples, as the peers deliver them."""
-
-    def __init__(self, samples: Samples):
-        self.samples, self.manifest, self.rows_per_epoch = samples, samples.manifest, samples.rows_per_epoch
-
-    def batch(self, first: int, count: int) -> torch.Tensor:
-        return torch.from_numpy(self.samples.rows(first, count).tokens_NL)
 
 
 def ours(folder: Path, masked: bool) -> Callable[[int, int], Iterator[Any]]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from data_prep.config_file import ConfigError, Section
-from sutrain.data import BatchPlan
+from sutrain.batch_plan import BatchPlan
 from sutrain.models.configuration import EncoderConfig, EncoderConfigError
 from sutrain.models.depth import resolve_auto
 from sutrain.optim import Schedule, ScheduleError, build_schedule

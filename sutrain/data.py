@@ -10,16 +10,13 @@ Shapes: N rows, L tokens a row.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import sentencepiece
-import torch
 import xxhash
 
 from data_prep.keys import philox_words, stream_id
@@ -27,9 +24,13 @@ from data_prep.rows import RowBatch
 from data_prep.shards import Manifest, SplitReader
 from sutrain.continuation import Continuation
 from sutrain.labelling import Labelling
-from sutrain.masking import IGNORED, VocabularyWords
+from sutrain.masking import IGNORED, LabelledRows, VocabularyWords
 from sutrain.mixture import Mixture
-from sutrain.remote import Remote, RemoteSplitReader
+
+if TYPE_CHECKING:
+    import torch
+
+    from sutrain.remote import Remote
 
 BLOCK_ROWS = 256
 """Rows that stay together in later epochs: large enough to be read in one go, small enough to mix a small corpus."""
@@ -58,7 +59,8 @@ def permuted(index: int, size: int, key: int) -> int:
 
 @dataclass
 class Batch:
-    """Consecutive samples, labelled, as int64 tensors [N, L] (see LabelledRows); `document_NL` is 0 at padding."""
+    """Consecutive samples, labelled, as tensors [N, L] (see LabelledRows) of int64, or narrower where a process handed
+    them over; `document_NL` is 0 at padding."""
 
     first_sample: int
     inputs_NL: torch.Tensor
@@ -81,16 +83,21 @@ class Batch:
         return int((self.labels_NL >= 0).sum())
 
     def on(self, device: torch.device) -> dict[str, Any]:
-        """What TrainingModel.forward takes, on that device; token types are None where the model needs none."""
+        """What TrainingModel.forward takes, int64 and on that device; token types are None where it needs none."""
         found = {
             "tokens_BL": self.inputs_NL, "document_BL": self.document_NL, "token_types_BL": self.types_NL,
             "labels_BL": self.labels_NL, "hidden_BL": self.hidden_NL,
         }  # fmt: skip
-        return {name: None if values is None else values.to(device) for name, values in found.items()}
+        moved = {name: None if values is None else values.to(device) for name, values in found.items()}
+        return {
+            name: values if values is None or name == "hidden_BL" else values.long()
+            for name, values in moved.items()
+        }
 
     def without_weight(self) -> Batch:
         """The same rows with nothing to predict, which count for nothing."""
-        labels_NL, hidden_NL = torch.full_like(self.labels_NL, IGNORED), torch.zeros_like(self.hidden_NL)
+        labels_NL = self.labels_NL.new_full(self.labels_NL.shape, IGNORED)
+        hidden_NL = self.hidden_NL.new_zeros(self.hidden_NL.shape)
         return replace(self, labels_NL=labels_NL, hidden_NL=hidden_NL, fingerprint=0, idle=True)
 
     def cut(self, row_tokens: int) -> Batch:
@@ -100,13 +107,44 @@ class Batch:
         return replace(self, **{name: value.reshape(-1, row_tokens) for name, value in given.items()})
 
 
-class Rows(threading.local):
-    """A reader of one split for each thread: a reader remembers what it decoded, which two threads must not share."""
+class LabelledSamples(NamedTuple):
+    """Consecutive samples, labelled, as arrays: what a process that reads ahead hands over."""
 
-    def __init__(self, directory: str | Path, split: str, remote: Remote | None):
-        self.reader = (
-            SplitReader(directory, split) if remote is None else RemoteSplitReader(remote, directory, split)
+    first_sample: int
+    rows: LabelledRows
+    document_NL: np.ndarray
+    fingerprint: int
+
+    def narrowed(self) -> LabelledSamples:
+        """The same in integers of as few bytes as hold them: a third or a quarter to hand over."""
+        rows, types_NL = self.rows, self.rows.types_NL
+        narrow = LabelledRows(
+            _narrowed(rows.inputs_NL),
+            _narrowed(rows.labels_NL),
+            rows.hidden_NL,
+            None if types_NL is None else _narrowed(types_NL),
         )
+        return self._replace(rows=narrow, document_NL=_narrowed(self.document_NL))
+
+    def batch(self) -> Batch:
+        """The same as tensors, which share the memory."""
+        import torch  # not above: processes that read ahead do without it, a second and 300 MB each
+
+        types_NL = self.rows.types_NL
+        return Batch(
+            self.first_sample,
+            torch.from_numpy(self.rows.inputs_NL),
+            torch.from_numpy(self.rows.labels_NL),
+            torch.from_numpy(self.rows.hidden_NL),
+            torch.from_numpy(self.document_NL),
+            self.fingerprint,
+            None if types_NL is None else torch.from_numpy(types_NL),
+        )
+
+
+def _narrowed(values: np.ndarray) -> np.ndarray:
+    """Integers from IGNORED on, as int16 or int32, whatever holds the largest."""
+    return values.astype(np.int16 if values.max(initial=0) < 2**15 else np.int32)
 
 
 class Samples:
@@ -117,7 +155,8 @@ class Samples:
     ):
         """Raises DataError when the folder holds no finished data set or the split is empty."""
         self.manifest = load_manifest(directory)
-        self._rows = Rows(directory, split, remote)
+        self._opened = (directory, split, seed, labelling, remote)
+        self.reader = SplitReader(directory, split) if remote is None else remote.reader(split)
         self.rows_per_epoch = len(self.reader)
         if self.rows_per_epoch == 0:
             raise DataError(f"{directory}: the {split} split holds no rows; prepare more text")
@@ -125,9 +164,11 @@ class Samples:
         told = self.manifest.has_words or not labelling.needs_words
         self.vocabulary = None if told else vocabulary_words(Path(directory))
 
-    @property
-    def reader(self) -> SplitReader:
-        return self._rows.reader
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_again, (
+            self.manifest.content_hash,
+            *self._opened,
+        )  # another process opens the files itself
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -159,7 +200,11 @@ class Samples:
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Samples [first_sample, first_sample + count), read, verified and labelled."""
-        return labelled_batch(self.labelling, first_sample, *self.read(first_sample, count))
+        return self.labelled(first_sample, count).batch()
+
+    def labelled(self, first_sample: int, count: int) -> LabelledSamples:
+        """Samples [first_sample, first_sample + count), read, verified and labelled."""
+        return label(self.labelling, first_sample, *self.read(first_sample, count))
 
     def rows(self, first_sample: int, count: int) -> RowBatch:
         """The rows of samples [first_sample, first_sample + count), verified; their columns are made when looked at."""
@@ -174,6 +219,14 @@ class Samples:
         if words_NL is None and self.vocabulary is not None:
             words_NL = self.vocabulary.starts(tokens_NL)
         return tokens_NL, words_NL, rows.document_NL
+
+
+def _open_again(content_hash: str, *opened: Any) -> Samples:
+    """The same samples in another process. Raises DataError where another data set has taken the place."""
+    samples = Samples(*opened)
+    if samples.manifest.content_hash != content_hash:
+        raise DataError(f"{samples.manifest.directory}: another data set than the run began with")
+    return samples
 
 
 class MixedSamples:
@@ -192,6 +245,9 @@ class MixedSamples:
                         "tokenizer and one row length"
                     )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MixedSamples, (self.corpora, self.mixture.weights, self.mixture.seed, self.labelling)
+
     @property
     def manifests(self) -> list[Manifest]:
         return [corpus.manifest for corpus in self.corpora]
@@ -202,6 +258,10 @@ class MixedSamples:
         return sum(corpus.rows_per_epoch for corpus in self.corpora)
 
     def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples [first_sample, first_sample + count), read, verified and labelled."""
+        return self.labelled(first_sample, count).batch()
+
+    def labelled(self, first_sample: int, count: int) -> LabelledSamples:
         """Samples [first_sample, first_sample + count), read, verified and labelled."""
         # The samples of a data set inside a stretch of the mixture are consecutive in that data set.
         corpus_N, number_N = self.mixture.assign(first_sample, count)
@@ -214,40 +274,22 @@ class MixedSamples:
                 tokens_NL[mine], words, document_NL[mine] = corpus.read(int(number_N[mine[0]]), len(mine))
                 has_words &= words is not None
                 words_NL[mine] = True if words is None else words
-        return labelled_batch(
-            self.labelling, first_sample, tokens_NL, words_NL if has_words else None, document_NL
-        )
+        return label(self.labelling, first_sample, tokens_NL, words_NL if has_words else None, document_NL)
 
 
-def micro_batch(
-    samples: Samples | MixedSamples, first_sample: int, count: int, row_tokens: int | None
-) -> Batch:
-    """What BatchPlan says of one: for a count of 0 a row without weight; cut to rows of `row_tokens` if given."""
-    batch = samples.batch(first_sample, count or 1)
-    batch = batch if count else batch.without_weight()
-    return batch.cut(row_tokens) if row_tokens else batch
-
-
-def labelled_batch(
+def label(
     labelling: Labelling, first_sample: int, tokens_NL: np.ndarray, word_start_NL: np.ndarray | None,
     document_NL: np.ndarray,
-) -> Batch:  # fmt: skip
-    """Rows as a batch of the samples first_sample, first_sample + 1, …"""
+) -> LabelledSamples:  # fmt: skip
+    """Rows as the samples first_sample, first_sample + 1, …"""
     if isinstance(labelling, Continuation):
         rows = labelling(tokens_NL, document_NL, first_sample)
     else:
         rows = labelling(tokens_NL, word_start_NL, first_sample)
     types_NL = rows.types_NL
     hashed = np.stack([tokens_NL, rows.inputs_NL, *([] if types_NL is None else [types_NL])], axis=1)
-    return Batch(
-        first_sample,
-        torch.from_numpy(rows.inputs_NL),
-        torch.from_numpy(rows.labels_NL),
-        torch.from_numpy(rows.hidden_NL),
-        torch.from_numpy(document_NL),
-        sum(xxhash.xxh3_64_intdigest(row) for row in hashed) % FINGERPRINT_MODULUS,
-        None if types_NL is None else torch.from_numpy(types_NL),
-    )
+    fingerprint = sum(xxhash.xxh3_64_intdigest(row) for row in hashed) % FINGERPRINT_MODULUS
+    return LabelledSamples(first_sample, rows, document_NL, fingerprint)
 
 
 def open_samples(data: Any, seed: int, labelling: Labelling) -> Samples | MixedSamples:
@@ -272,7 +314,11 @@ def open_manifest(data: Any) -> Manifest:
 
 def remote_of(data: Any) -> Remote | None:
     """Where the shards of data.dir come from when they are not there."""
-    return None if data.remote is None else Remote(data.remote, data.dir, data.cache_bytes)
+    if data.remote is None:
+        return None
+    from sutrain.remote import Remote  # a fifth of a second, in every process that reads ahead too
+
+    return Remote(data.remote, data.dir, data.cache_bytes, readers=1 + data.workers)
 
 
 def vocabulary_words(directory: Path) -> VocabularyWords | None:
@@ -296,81 +342,3 @@ def load_manifest(directory: str | Path) -> Manifest:
             "prepare one with: python -m data_prep run --config configs/data/demo.yaml"
         )
     return Manifest.load(directory)
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How global batches are spread: rank r, micro-batch m reads a contiguous range of the batch's samples.
-
-    `size_warmup` and `length_warmup` are {samples consumed: rows an update, tokens a row} as sorted pairs, valid from
-    that
-    position on; after the last comes the full size. A row is cut into shorter ones, so that position, documents and
-    masks are the same with and without warm-up.
-    """
-
-    global_sequences: int
-    micro_sequences: int
-    world_size: int
-    rank: int
-    size_warmup: tuple[tuple[int, int], ...] = ()
-    length_warmup: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches each rank computes for one update of full size."""
-        return self._passes(self.global_sequences)
-
-    def _passes(self, sequences: int) -> int:
-        return -(-sequences // (self.micro_sequences * self.world_size))
-
-    def sequences_at(self, samples_consumed: int) -> int:
-        """Rows of the update that starts at `samples_consumed`, over all ranks."""
-        return _stage_at(self.size_warmup, samples_consumed) or self.global_sequences
-
-    def samples_after(self, updates: int) -> int:
-        """Rows that the first `updates` updates of a run read, over all ranks."""
-        samples, stages = 0, self.size_warmup or ((0, 0),)
-        for number, (_, size) in enumerate(stages):
-            sequences, made = size or self.global_sequences, updates
-            if number + 1 < len(stages):  # the last one has no end
-                to_go = stages[number + 1][0] - samples
-                made = min(updates, max(0, -(-to_go // sequences)))
-            samples, updates = samples + made * sequences, updates - made
-        return samples
-
-    def tokens_at(self, samples_consumed: int) -> int | None:
-        """Tokens that rows are cut to in that update; None: whole rows."""
-        return _stage_at(self.length_warmup, samples_consumed)
-
-    def ranges(self, samples_consumed: int) -> list[tuple[int, int]]:
-        """(first sample, count) of this rank's micro-batches of the update that starts at `samples_consumed`.
-
-        As many on every rank, since they compute in step. Rows that do not divide are spread evenly, over ranks and
-        over micro-batches, so that their sizes differ by one; a count of 0 is a micro-batch of a row without weight.
-        """
-        sequences = self.sequences_at(samples_consumed)
-        shares = _shares(sequences, self.world_size, self.rank, self._passes(sequences))
-        return [(samples_consumed + start, count) for start, count in shares]
-
-
-@lru_cache(maxsize=256)  # the same for update after update
-def _shares(sequences: int, world_size: int, rank: int, passes: int) -> tuple[tuple[int, int], ...]:
-    """(first, count) of a rank's micro-batches inside an update."""
-    before, mine = _share(sequences, world_size, rank)
-    return tuple(
-        (before + start, count) for start, count in (_share(mine, passes, number) for number in range(passes))
-    )
-
-
-def _share(rows: int, parts: int, number: int) -> tuple[int, int]:
-    """(first, count) of one of `parts` parts of `rows` that differ by one at most, the larger ones first."""
-    size, larger = divmod(rows, parts)
-    return number * size + min(number, larger), size + (number < larger)
-
-
-def _stage_at(stages: tuple[tuple[int, int], ...], samples_consumed: int) -> int | None:
-    """The value of the last stage that has begun; the final one, 0, stands for the full value."""
-    if not stages:
-        return None
-    values = [value for start, value in stages if start <= samples_consumed]
-    return values[-1] or None if values else None

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from sutrain.batch_plan import BatchPlan
 from sutrain.compiled import compile_layers
 from sutrain.config import PretrainConfig
-from sutrain.data import BatchPlan
 from sutrain.models.configuration import EncoderConfig, parameter_count
 from sutrain.objectives.training_model import TrainingModel
 from sutrain.optim import build, build_optimizer

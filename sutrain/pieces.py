@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.shards import PIECE_COLUMNS, Block, Manifest, ShardError, ShardReader, SplitReader
-from sutrain.remote import Remote, RemoteSplitReader
+from sutrain.remote import Remote
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class PieceReader:
         self.manifest = Manifest.load(directory)
         if split not in self.manifest.splits:
             raise ShardError(f"{directory}: no split {split!r}; there are {', '.join(self.manifest.splits)}")
-        rows = (
-            SplitReader(directory, split) if remote is None else RemoteSplitReader(remote, directory, split)
-        )
+        rows = SplitReader(directory, split) if remote is None else remote.reader(split)
         self._open = rows.open_shard
         self._entries = self.manifest.splits[split].shards
         self._stops = np.cumsum([entry.rows for entry in self._entries], dtype=np.int64)

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from data_prep.config_file import field_help, load_config, split_arguments, to_yaml
 from data_prep.shards import Manifest
+from sutrain.batch_plan import BatchPlan
 from sutrain.config import PretrainConfig, batch_plan, learning_rate_schedule
-from sutrain.data import BatchPlan, MixedSamples, open_manifest, open_samples
+from sutrain.data import MixedSamples, open_manifest, open_samples
 from sutrain.engine import deepspeed_config, whole_state_numbers
 from sutrain.labelling import labelling_of, predicted_share
 from sutrain.launch import check_model_fits_data

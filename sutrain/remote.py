@@ -1,10 +1,9 @@
 """Shards that lie elsewhere (any fsspec URL: s3://, gs://, http://, file://), read by range, kept in a bounded cache.
 
 The local folder of the data set mirrors what is small: manifest, tokenizer, counts, the validation split; indexes
-when they
-are needed.
-Blocks are fetched when a batch needs them, by as many threads as the loader has workers, and kept as files below
-FOLDER/.blocks until the cache is full; then those go that were used longest ago. Ranks of one host share the folder.
+when they are needed. Blocks are fetched when a batch needs them, by each process that reads ahead, and kept as files
+below FOLDER/.blocks until the cache is full; then those go that were used longest ago. All processes of a host share
+the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import fcntl
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,20 +33,23 @@ class NoSuchFileError(ShardError):
 class Remote:
     """One data set at `url`, mirrored in `directory`, with at most `cache_bytes` of blocks on the local disk."""
 
-    def __init__(self, url: str, directory: Path, cache_bytes: int):
-        """Raises ConfigError for a URL that cannot be read here."""
+    def __init__(self, url: str, directory: Path, cache_bytes: int, readers: int = 1):
+        """`readers`: how many processes of a rank read. Raises ConfigError for a URL that cannot be read here."""
+        self._described = (url, directory, cache_bytes, readers)
         self.directory, self.cache_bytes = Path(directory), cache_bytes
         try:
             self._files, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"data.remote: {url}: {error}") from None
-        self._lock = threading.Lock()
         self._cache = self.directory / ".blocks"
         # A look at all blocks of a large cache takes longer than it takes to fetch one. So a look leaves a sixteenth of
-        # it free, which the ranks of this host may fill before the next.
+        # it free, which the processes of this host may fill before the next.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        self._spare_bytes, self._look_after_bytes = cache_bytes // 16, cache_bytes // 16 // ranks
+        self._spare_bytes, self._look_after_bytes = cache_bytes // 16, cache_bytes // 16 // (ranks * readers)
         self._unseen_bytes = cache_bytes  # kept since the last look; at the start nothing has been seen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remote, self._described  # another process connects itself
 
     def mirror(self) -> None:
         """Bring the small files here; the manifest comes last, so a folder with one is whole.
@@ -92,6 +93,10 @@ class Remote:
         shutil.rmtree(self._cache, ignore_errors=True)
         for index in self.directory.glob("*/*.index.json"):
             index.unlink(missing_ok=True)
+
+    def reader(self, split: str) -> SplitReader:
+        """The rows of one split. Raises ShardError."""
+        return RemoteSplitReader(self, self.directory, split)
 
     def size(self, split: str, shard: str) -> int | None:
         """Bytes of a shard there, None where there is no such file. Raises ShardError when it cannot be asked."""
@@ -152,23 +157,22 @@ class Remote:
         raise AssertionError("unreachable")
 
     def _evict(self, added_bytes: int) -> None:
-        with self._lock:
-            self._unseen_bytes += added_bytes
-            if self._unseen_bytes < self._look_after_bytes:
-                return
-            self._unseen_bytes, found = 0, []
-            for file in self._cache.iterdir():
-                try:
-                    status = file.stat()
-                except FileNotFoundError:  # another rank was faster
-                    continue
-                found.append((status.st_mtime, status.st_size, file))
-            total = sum(size for _, size, _ in found)
-            for _, size, file in sorted(found):
-                if total <= self.cache_bytes - self._spare_bytes:
-                    break
-                file.unlink(missing_ok=True)
-                total -= size
+        self._unseen_bytes += added_bytes
+        if self._unseen_bytes < self._look_after_bytes:
+            return
+        self._unseen_bytes, found = 0, []
+        for file in self._cache.iterdir():
+            try:
+                status = file.stat()
+            except FileNotFoundError:  # another rank was faster
+                continue
+            found.append((status.st_mtime, status.st_size, file))
+        total = sum(size for _, size, _ in found)
+        for _, size, file in sorted(found):
+            if total <= self.cache_bytes - self._spare_bytes:
+                break
+            file.unlink(missing_ok=True)
+            total -= size
 
 
 class _RemoteShardReader(ShardReader):
@@ -202,8 +206,8 @@ class RemoteSplitReader(SplitReader):
 
 
 def _write(file: Path, data: bytes) -> None:
-    """Atomic, and under a name of this process and thread, so that ranks of one host may write the same file."""
+    """Atomic, and under a name of this process, so that several of one host may write the same file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_bytes(data)
     temporary.rename(file)
