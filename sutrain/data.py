@@ -88,11 +88,7 @@ class Batch:
             "tokens_BL": self.inputs_NL, "document_BL": self.document_NL, "token_types_BL": self.types_NL,
             "labels_BL": self.labels_NL, "hidden_BL": self.hidden_NL,
         }  # fmt: skip
-        moved = {name: None if values is None else values.to(device) for name, values in found.items()}
-        return {
-            name: values if values is None or name == "hidden_BL" else values.long()
-            for name, values in moved.items()
-        }
+        return {name: None if values is None else _moved(values, device) for name, values in found.items()}
 
     def without_weight(self) -> Batch:
         """The same rows with nothing to predict, which count for nothing."""
@@ -140,6 +136,14 @@ class LabelledSamples(NamedTuple):
             self.fingerprint,
             None if types_NL is None else torch.from_numpy(types_NL),
         )
+
+
+def _moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Integers as int64, made wide where they arrive."""
+    if device.type == "cuda":  # out of pinned memory: the loop goes on while they travel
+        values = values.pin_memory()
+    values = values.to(device, non_blocking=True)
+    return values.long() if values.dtype.is_signed else values  # bools stay
 
 
 def _narrowed(values: np.ndarray) -> np.ndarray:

@@ -340,7 +340,7 @@ def describe(beats: list[heartbeat.Beat]) -> str:
         return "no rank said anything since the start"
     slowest = min(beats, key=lambda beat: (beat.step, beat.beats))
     others = len(beats) - 1
-    rest = f"; {others} others wait" if others else ""
+    rest = f"; {others} other{'s wait' if others > 1 else ' waits'}" if others else ""
     return f"rank {slowest.rank} on {slowest.host} in {slowest.phase!r} at step {slowest.step}{rest}"
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import sutrain.huggingface
+from sutrain.batch_plan import BatchPlan
 from sutrain.compare import compare_checkpoints, compare_steps, read_steps
 from sutrain.export import export_weights
 from sutrain.models import gates
@@ -19,8 +20,10 @@ from sutrain.models.attention import varlen_exists
 from sutrain.models.documents import find_documents
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.models.visibility import build_visibility_of_documents
+from sutrain.prefetch import prefetch
 from tests.conftest import RUN
 from tests.models.tiny import CONFIGS, write_tokenizer
+from tests.test_prefetch import open_samples
 from tests.test_pretrain import launch, train, write_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -101,6 +104,13 @@ def test_no_layer_waits_for_the_device():
         x_BLD.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_was_read_ahead_arrives_on_the_device(dataset):
+    for (batch,) in prefetch(open_samples(dataset), BatchPlan(4, 4, 1, 0), 0, 40):
+        there, here = batch.on(torch.device("cuda")), batch.on(torch.device("cpu"))
+        assert all(there[name].is_cuda and there[name].cpu().equal(values)
+                   for name, values in here.items() if values is not None)  # fmt: skip
 
 
 def test_a_run_in_fp32_follows_that_of_the_cpu(dataset, tmp_path):
