@@ -20,10 +20,10 @@ class TokenRows(NamedTuple):
     def batch(self) -> Any:
         import torch
 
-        return torch.from_numpy(self.tokens_NL.astype(np.int64))
+        return torch.from_numpy(self.tokens_NL.astype(np.int64, copy=False))
 
     def narrowed(self) -> TokenRows:
-        return self  # as narrow as the shards have them
+        return TokenRows(self.tokens_NL.astype(np.uint16))
 
 
 class Tokens:
@@ -33,4 +33,4 @@ class Tokens:
         self.samples, self.manifest, self.rows_per_epoch = samples, samples.manifest, samples.rows_per_epoch
 
     def labelled(self, first: int, count: int) -> TokenRows:
-        return TokenRows(self.samples.rows(first, count).stored_tokens_NL)
+        return TokenRows(self.samples.rows(first, count).tokens_NL)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -38,15 +37,7 @@ class RowBatch:
 
     @property
     def tokens_NL(self) -> np.ndarray:  # noqa: N802
-        return self._tokens(np.dtype(np.int64))
-
-    @property
-    def stored_tokens_NL(self) -> np.ndarray:  # noqa: N802
-        """The tokens in the type that the shards have, uint16 or uint32."""
-        return self._tokens(self._parts[0][0].tokens_NL.dtype)
-
-    def _tokens(self, dtype: np.dtype[Any]) -> np.ndarray:
-        return self._joined([block.tokens_NL[rows] for block, rows in self._parts], dtype)
+        return self._joined([block.tokens_NL[rows] for block, rows in self._parts], np.int64)
 
     @property
     def word_start_NL(self) -> np.ndarray | None:  # noqa: N802
@@ -57,7 +48,7 @@ class RowBatch:
     def document_NL(self) -> np.ndarray:  # noqa: N802
         return self._joined([block.document_NL[rows] for block, rows in self._parts], np.int64)
 
-    def _joined(self, parts: list[np.ndarray], dtype: type | np.dtype[Any]) -> np.ndarray:
+    def _joined(self, parts: list[np.ndarray], dtype: type) -> np.ndarray:
         joined: np.ndarray = parts[0].astype(dtype) if len(parts) == 1 else np.concatenate(parts, dtype=dtype)
         return joined if self._order is None else joined[self._order]
 

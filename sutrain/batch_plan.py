@@ -11,9 +11,8 @@ class BatchPlan:
     """How global batches are spread: rank r, micro-batch m reads a contiguous range of the batch's samples.
 
     `size_warmup` and `length_warmup` are {samples consumed: rows an update, tokens a row} as sorted pairs, valid from
-    that
-    position on; after the last comes the full size. A row is cut into shorter ones, so that position, documents and
-    masks are the same with and without warm-up.
+    that position on; after the last comes the full size. A row is cut into shorter ones, so that position, documents
+    and masks are the same with and without warm-up.
     """
 
     global_sequences: int
