@@ -91,6 +91,8 @@ class Reader:
 
     def hang_up(self) -> None:
         """Let the process end."""
+        if not self.ready:  # it would see that only when it is up
+            self.process.kill()
         self._connection.close()
 
     def wait(self) -> None:
