@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from .estimate import Estimate
@@ -47,11 +48,12 @@ def account(
     return found
 
 
-def _stage(results: list[dict[str, Any]], input_bytes: int) -> dict[str, float]:
+def _stage(results: list[dict[str, Any]], input_bytes: int) -> dict[str, Any]:
     core_seconds = sum(result["cpu_seconds"] for result in results)
     return {
         "tasks": len(results),
         "taken_over": sum("taken_over" in result for result in results),
+        "hosts": dict(sorted(Counter(result.get("host", "?") for result in results).items())),
         "core_seconds": core_seconds,
         "core_seconds_per_gb": core_seconds / max(1, input_bytes) * _GIGABYTE,
         "peak_bytes": max(result["peak_bytes"] for result in results),

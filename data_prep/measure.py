@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+import socket
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -39,12 +41,13 @@ class TaskMeter:
         self._io = _io_bytes()
         _idle_bytes = _idle_bytes or memory_bytes("VmRSS")
 
-    def finish(self) -> dict[str, float]:
-        """seconds, cpu_seconds, peak_bytes above idle_bytes of resident memory, and what read and write calls
+    def finish(self) -> dict[str, Any]:
+        """host, seconds, cpu_seconds, peak_bytes above idle_bytes of resident memory, and what read and write calls
         moved (proc_read_bytes, proc_written_bytes; 0 where /proc does not tell).
         """
         read, written = (after - before for after, before in zip(_io_bytes(), self._io, strict=True))
         return {
+            "host": socket.gethostname(),
             "seconds": time.monotonic() - self._started,
             "cpu_seconds": time.process_time() - self._cpu_started,
             "idle_bytes": _idle_bytes,

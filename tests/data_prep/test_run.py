@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,7 @@ def test_workers_memory_and_tasks_change_no_byte(corpus, prepared, tmp_path, mon
     assert content_files(output) == content_files(prepared)
     stages = json.loads((output / "run.json").read_text())["stages"]
     assert ("merge" in stages) == ("min_read_bytes" in resources)
+    assert all(stage["hosts"] == {socket.gethostname(): stage["tasks"]} for stage in stages.values())
 
 
 def test_the_order_of_tasks_changes_no_byte(corpus, prepared, tmp_path, monkeypatch):
