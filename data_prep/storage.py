@@ -8,6 +8,7 @@ tokens stay as long as the run: of a node that joins later, every process is ask
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import uuid
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from .clean import function_identity
@@ -25,7 +27,10 @@ from .plan import Plan, tool_versions
 from .words import segmenter_identity
 
 TOKEN = ".seen"
-_ADVICE = "mount the data at the same path everywhere, or use a URL (s3://…), and install the same versions"
+_ADVICE = (
+    "mount the data at the same path everywhere, or use a URL (s3://…), and install the same versions (the code comes "
+    "with a Ray job that is sent with --working-dir)"
+)
 
 
 class Cluster(Protocol):
@@ -122,9 +127,9 @@ def look(task: StorageTask) -> dict[str, Any]:
             problems.append(f"cannot read {path}")
     here = dict(tools_of(task.segmenter, task.functions))
     problems += [
-        f"has {here[name]} for {name}, the driver {version}"
+        f"has {here.get(name)} for {name}, the driver {version}"
         for name, version in task.tools
-        if here[name] != version
+        if here.get(name) != version
     ]
     return {"problems": problems, "host": socket.gethostname(), "process": os.getpid()}
 
@@ -133,6 +138,16 @@ def tools_of(segmenter: str, functions: tuple[str, ...]) -> tuple[tuple[str, str
     """What decides bytes beside the input and the configuration, as this process has it: by name the version, or a
     hash.
     """
+    code = {"the code of data_prep": _own_code()}  # a driver that is no job brings none
     words = {f"words.{name}": value for name, value in segmenter_identity(segmenter).items()}
     sources = {path: function_identity(path) for path in functions}
-    return tuple((tool_versions() | words | sources).items())
+    return tuple((tool_versions() | words | sources | code).items())
+
+
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    """A hash of the sources of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

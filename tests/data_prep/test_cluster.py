@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_prep import storage
 from data_prep.config import PrepareConfig
 from data_prep.errors import DataPrepError
 from data_prep.executor import call
@@ -153,7 +155,8 @@ def elsewhere(task: StorageTask, folder: Path) -> StorageTask:
     for token in tokens[1:]:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.write_text("of another run")
-    tools = tuple((name, "0.0" if name == "sentencepiece" else version) for name, version in task.tools)
+    other = {"sentencepiece": "0.0", "the code of data_prep": "0123"}
+    tools = tuple((name, other.get(name, version)) for name, version in task.tools)
     return replace(task, tokens=tuple(tokens), inputs=(*task.inputs, str(folder / "b.txt")), tools=tools)
 
 
@@ -174,8 +177,25 @@ def test_what_a_node_does_not_see_or_has_otherwise_is_told(plan, tmp_path):
         and f"cannot read {tmp_path / 'other' / 'b.txt'}" in lines[1]
     )
     assert f"has {version('sentencepiece')} for sentencepiece, the driver 0.0" in lines[1]
+    assert "for the code of data_prep, the driver 0123" in lines[1]
     assert lines[2] == "node gone: the worker died"
     assert not list((tmp_path / "out").iterdir()) and not list(tmp_path.rglob("work/*/.seen*"))
+
+
+def test_other_sources_are_another_code(tmp_path, monkeypatch):
+    """What a worker has installed itself, where the driver is no job that brings the code."""
+    for name in ("same", "other"):
+        shutil.copytree(ROOT / "data_prep", tmp_path / name)
+    with (tmp_path / "other/keys.py").open("a") as file:
+        file.write("# another version\n")
+    found = []
+    for name in ("same", "other"):
+        monkeypatch.setattr(storage, "__file__", str(tmp_path / name / "storage.py"))
+        storage._own_code.cache_clear()
+        found.append(dict(storage.tools_of("none", ()))["the code of data_prep"])
+    monkeypatch.undo()
+    storage._own_code.cache_clear()
+    assert storage._own_code() == found[0] != found[1]
 
 
 def test_a_process_that_does_not_see_the_storage_runs_no_task(plan, tmp_path):
