@@ -29,6 +29,10 @@ from .files import set_fence
 
 _NODE_SECONDS = 120  # for a node to start a worker and look at its storage
 _JOIN_SECONDS = 60  # for a node to join on which a task fits
+_ASK_SECONDS, _ANSWER_SECONDS = (
+    70,
+    20,
+)  # when a task's process is asked for a sign of life, and how long it has
 _LOOK_SECONDS = 5.0  # between two looks at which nodes there are
 _TASK_BYTES = 512 * 1024**2  # memory of a task for which nobody says more
 Task = Callable[[Any], dict[str, Any]]
@@ -177,6 +181,11 @@ class RayExecutor:
         say: Callable[[str], None] = print,
     ) -> None:
         _choose_authentication()
+        # A host that is cut off or without power ends no connection: the tasks on it would be waited for until Ray
+        # asks whether it is there, after 300 s, and then 120 s for the answer, although its node is known to be dead
+        # within a minute. Ray's servers take a question a minute, and hang up on who asks more often.
+        os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", str(_ASK_SECONDS * 1000))
+        os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", str(_ANSWER_SECONDS * 1000))
         import ray
 
         self._ray, self._fence = ray, fence
@@ -208,7 +217,8 @@ class RayExecutor:
         tasks run apart.
         """
         ray, memory = self._ray, memory_bytes or self._memory_bytes
-        remote = ray.remote(num_cpus=1, memory=memory, max_retries=3)(call)
+        # By the name of the function, as Ray's dashboard and `ray summary tasks` show it.
+        remote = ray.remote(num_cpus=1, memory=memory, max_retries=3)(call).options(name=function.__name__)
         waiting, looked = iter(descriptions), -math.inf
         running: list[Any] = []
         if descriptions:
@@ -235,8 +245,9 @@ class RayExecutor:
                 ray.cancel(other)
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except ray.exceptions.RayError as error:
-            message = " ".join(str(error).split())[:300]
-            raise DataPrepError(f"a Ray task died ({message}); run the same command again to go on") from None
+            raise DataPrepError(
+                f"a Ray task died ({_in_short(error)}); run the same command again to go on"
+            ) from None
         return result
 
     def _nodes(self) -> list[dict[str, Any]]:
@@ -297,13 +308,19 @@ class RayExecutor:
             try:
                 results.append((name, ray.get(reference, timeout=_NODE_SECONDS)))
             except Exception as error:  # whatever keeps a node from running a task is what there is to tell
-                results.append((name, " ".join(str(error).split())[:300]))
+                results.append((name, _in_short(error)))
         return results
 
     def close(self) -> None:
         """The cluster belongs to whoever started it; only the connection of this process ends with the
         process.
         """
+
+
+def _in_short(error: Exception) -> str:
+    """What an exception says, in one line: of a long one, such as a trace, how it begins and how it ends."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:100]} … {text[-300:]}"
 
 
 def _choose_authentication() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from data_prep.errors import DataPrepError
-from data_prep.executor import LocalExecutor, make_executor, usable_cores
+from data_prep.executor import LocalExecutor, _in_short, make_executor, usable_cores
 from tests.data_prep.made import ROOT, command_line, content_files, settings
 from tests.data_prep.ray_here import ray_here
 
@@ -128,8 +128,21 @@ def test_local_pool_runs_every_task_once_and_passes_errors_on():
 def test_without_a_cluster_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # What this process says to Ray is put back; a sign of life is asked for as often as Ray's servers allow.
+    asked_for = "RAY_grpc_client_keepalive_time_ms"
+    monkeypatch.setenv(asked_for, "")
+    monkeypatch.delenv(asked_for)
     with pytest.raises(DataPrepError, match="no Ray cluster can be reached"):
         make_executor("ray", None)
+    assert 60_000 < int(os.environ[asked_for]) < 90_000
+
+
+def test_a_long_error_of_a_node_is_told_with_its_end():
+    """A trace of a worker has its reason at the end."""
+    error = ValueError("begins here " + "at a line\n" * 100 + "no module named data_prep")
+    told = _in_short(error)
+    assert told.startswith("begins here at a line at") and told.endswith("no module named data_prep")
+    assert len(told) < 410 and "\n" not in told and _in_short(ValueError("a\n b")) == "a b"
 
 
 def test_a_long_tmpdir_is_told(corpus, prepared, tmp_path, monkeypatch):
