@@ -14,7 +14,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.data_prep.made import command_line, content_files, make_texts, settings, write_jsonl
-from tests.hosts import cluster, missing
+from tests.hosts import cluster, environment, missing
 
 pytestmark = [
     pytest.mark.skipif(
@@ -24,16 +24,19 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
 ]
+_HERE = environment() | {"TMPDIR": "/run"}
 _DASHBOARD = ["--address", "http://127.0.0.1:8265"]
 
 
 @pytest.fixture
 def hosts(tmp_path):
-    """The user's machine, which is none of the cluster, the head and two workers; each has a /tmp/ray and a home."""
+    """The user's machine, which is none of the cluster, the head and two workers; each has a /tmp/ray and a home, and
+    leaves nothing in the /tmp of all."""
     with cluster(tmp_path, "user", "head", "worker-a", "worker-b") as found:
         for host in found:
             host.shell("mkdir -p /tmp/ray; mount -t tmpfs tmpfs /tmp/ray; mkdir /root/sutrain")
             host.shell(f"ln -s {sys.prefix} /root/sutrain/.venv")
+            host.set_variables(TMPDIR="/run")
         yield found
 
 
@@ -63,7 +66,7 @@ def wait_for(condition, seconds, explain):
 
 
 def ray(host, *words, seconds=240):
-    done = host.run(["ray", *words], timeout=seconds)
+    done = host.run(["ray", *words], timeout=seconds, env=_HERE)
     assert done.returncode == 0, f"ray {' '.join(words)}: {done.stdout[-5000:]}{done.stderr[-5000:]}"
     return done.stdout
 
@@ -86,6 +89,7 @@ def submit(host, config, output):
             ["ray", "job", "submit", *_DASHBOARD, "--working-dir", ".", "--", *run],
             stdout=file,
             stderr=subprocess.STDOUT,
+            env=_HERE,
         )
 
 
@@ -97,7 +101,8 @@ def hosts_of_pass_1(work):
 @contextlib.contextmanager
 def forwarded(host, config):
     """`ray dashboard`, until it is interrupted."""
-    process = host.start(["ray", "dashboard", config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = host.start(["ray", "dashboard", config], env=_HERE, **silent)
     try:
         wait_for(lambda: "8265" in host.shell("ss -ltn"), 60, lambda: "nothing is forwarded")
         yield
@@ -168,6 +173,6 @@ def test_a_cluster_by_ray_up_gives_the_bytes_of_local_processes_also_when_a_host
 def test_a_worker_that_the_head_does_not_know_is_named(hosts, filled_in):
     path = Path(filled_in)
     path.write_text(path.read_text().replace("worker-b", "worker-x"))
-    done = hosts[0].run(["ray", "up", "-y", filled_in], timeout=240)
+    done = hosts[0].run(["ray", "up", "-y", filled_in], timeout=240, env=_HERE)
     assert done.returncode != 0 and "error: worker_ips: the head does not know worker-x" in done.stdout
     assert hosts[1].processes("/ray/") == []
