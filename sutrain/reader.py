@@ -2,7 +2,8 @@
 
 The loop and the process are given the same plan and derive the same *stretches* from it, so that a request is a number.
 A stretch are consecutive micro-batches that lie in one block of the shards or have half as many rows: a block is
-decoded by one process, and once.
+decoded by one process, and once. At first it is one update, so that the loop, which reads for itself until a process is
+up, reads no more than it must.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ READY = b"ready"
 """Said once, when all is imported and opened."""
 MOST_NUMBERS = 64
 """In one request: the stretch that is wanted, and segments of memory that the loop has done with."""
+FIRST_UPDATES = 16
 _PR_SET_PDEATHSIG = 1
 
 
@@ -76,7 +78,9 @@ def stretches(
         for number, (first, count) in enumerate(ranges, 1):
             block = first % rows_per_epoch // block_rows
             if stretch is not None and (
-                stretch.rows >= block_rows or (block != stretch.block and 2 * stretch.rows >= block_rows)
+                stretch.rows >= block_rows
+                or (block != stretch.block and 2 * stretch.rows >= block_rows)
+                or (number == 1 and update < FIRST_UPDATES)
             ):
                 yield stretch
                 stretch, made = None, made + 1

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from sutrain.config import Masking
 from sutrain.data import MixedSamples, Samples, load_manifest
 from sutrain.labelling import word_masking
 from sutrain.prefetch import prefetch
+from sutrain.reader import FIRST_UPDATES, stretches
 from tests.conftest import ROOT, environment
 
 PLAN = BatchPlan(8, 2, 1, 0)
@@ -82,6 +84,15 @@ def test_processes_hand_over_what_the_loop_reads_itself(samples, dataset, mixed,
         for ours, theirs in zip(own, handed, strict=True)
         for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def test_a_stretch_is_an_update_at_first_and_then_a_block(samples):
+    found = list(islice(stretches(samples, PLAN, 0, 400), 40))
+    assert [stretch.number for stretch in found] == list(range(40))
+    assert {stretch.rows for stretch in found[: FIRST_UPDATES - 1]} == {8}
+    assert {stretch.rows for stretch in found[FIRST_UPDATES : FIRST_UPDATES + 8]} == {samples.manifest.block_rows}
+    jobs = [job for stretch in found for job in stretch.jobs]
+    assert [job.first_sample for job in jobs] == list(range(0, 2 * len(jobs), 2))
 
 
 def test_what_is_held_is_not_written_over_and_what_is_not_is_used_again(samples):
