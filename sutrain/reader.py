@@ -1,9 +1,9 @@
 """What a process that reads ahead does.
 
 The loop and the process are given the same plan and derive the same *stretches* from it, so that a request is a number.
-A stretch are consecutive micro-batches that lie in one block of the shards or have half as many rows: a block is
-decoded by one process, and once. At first it is one update, so that the loop, which reads for itself until a process is
-up, reads no more than it must.
+A stretch are consecutive micro-batches up to the end of a block of the shards, and at least half as many rows: a block
+is decoded by one process, and once. At first it is one update, so that the loop, which reads for itself until a process
+is up, reads no more than it must.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Job(NamedTuple):
 class Stretch:
     """Micro-batches that are read in a row and handed over together: every time a loop is woken costs."""
 
-    def __init__(self, number: int, block: int):
-        self.number, self.block = number, block
+    def __init__(self, number: int):
+        self.number = number
         self.jobs: list[Job] = []
         self.rows = self.last_update = 0
 
@@ -71,22 +71,21 @@ def stretches(
 ) -> Iterator[Stretch]:
     """This rank's micro-batches of the next `updates`, in order."""
     rows_per_epoch, block_rows = samples.rows_per_epoch, samples.manifest.block_rows
-    position, made = samples_consumed, 0
+    position, made, last_block = samples_consumed, 0, -1
     stretch: Stretch | None = None
     for update in range(updates):
         ranges, row_tokens = plan.ranges(position), plan.tokens_at(position)
         for number, (first, count) in enumerate(ranges, 1):
             block = first % rows_per_epoch // block_rows
             if stretch is not None and (
-                stretch.rows >= block_rows
-                or (block != stretch.block and 2 * stretch.rows >= block_rows)
+                (block != last_block and 2 * stretch.rows >= block_rows)
                 or (number == 1 and update < FIRST_UPDATES)
             ):
                 yield stretch
                 stretch, made = None, made + 1
-            stretch = stretch or Stretch(made, block)
+            stretch, last_block = stretch or Stretch(made), block
             stretch.jobs.append(Job(first, count, row_tokens, number == len(ranges)))
-            stretch.rows += count
+            stretch.rows += count or 1  # see read_job
             stretch.last_update = update
         position += plan.sequences_at(position)
     if stretch is not None:

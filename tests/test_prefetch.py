@@ -86,13 +86,18 @@ def test_processes_hand_over_what_the_loop_reads_itself(samples, dataset, mixed,
     )
 
 
-def test_a_stretch_is_an_update_at_first_and_then_a_block(samples):
-    found = list(islice(stretches(samples, PLAN, 0, 400), 40))
-    assert [stretch.number for stretch in found] == list(range(40))
+@pytest.mark.parametrize("start", [0, 40, 8000])
+def test_a_stretch_is_an_update_at_first_and_then_ends_with_a_block(samples, start):
+    found = list(islice(stretches(samples, PLAN, start, 400), 36))
+    assert [stretch.number for stretch in found] == list(range(36))
     assert {stretch.rows for stretch in found[: FIRST_UPDATES - 1]} == {8}
-    assert {stretch.rows for stretch in found[FIRST_UPDATES : FIRST_UPDATES + 8]} == {samples.manifest.block_rows}
     jobs = [job for stretch in found for job in stretch.jobs]
-    assert [job.first_sample for job in jobs] == list(range(0, 2 * len(jobs), 2))
+    assert [job.first_sample for job in jobs] == list(range(start, start + 2 * len(jobs), 2))
+    block_rows, ends = samples.manifest.block_rows, samples.rows_per_epoch
+    for stretch in found[FIRST_UPDATES:]:
+        place = stretch.jobs[0].first_sample % ends
+        assert place % block_rows < 2, "it begins with the first micro-batch of a block"
+        assert block_rows // 2 <= stretch.rows <= 2 * block_rows
 
 
 def test_what_is_held_is_not_written_over_and_what_is_not_is_used_again(samples):
