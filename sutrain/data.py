@@ -169,10 +169,8 @@ class Samples:
         self.vocabulary = None if told else vocabulary_words(Path(directory))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_again, (
-            self.manifest.content_hash,
-            *self._opened,
-        )  # another process opens the files itself
+        # Another process opens the files itself.
+        return _open_again, (self.manifest.content_hash, *self._opened)
 
     @property
     def manifests(self) -> list[Manifest]:
