@@ -45,10 +45,7 @@ class Data(Section):
     cache_bytes: int = Field(10_000_000_000, ge=0, description="of blocks from `remote` kept in dir")
     prefetch_updates: int = Field(2, ge=1, description="updates read ahead by the loader")
     workers: int = Field(
-        1,
-        ge=0,
-        le=64,
-        description="processes of each rank that read ahead; 0: the loop reads itself. The samples do not depend on it",
+        1, ge=0, le=64, description="processes of a rank that read ahead; the samples do not depend on it"
     )
 
 
