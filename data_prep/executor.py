@@ -29,10 +29,8 @@ from .files import set_fence
 
 _NODE_SECONDS = 120  # for a node to start a worker and look at its storage
 _JOIN_SECONDS = 60  # for a node to join on which a task fits
-_ASK_SECONDS, _ANSWER_SECONDS = (
-    70,
-    20,
-)  # when a task's process is asked for a sign of life, and how long it has
+_ASK_SECONDS = 70  # without a word from a task's process: it is asked for a sign of life
+_ANSWER_SECONDS = 20  # that it has to answer
 _LOOK_SECONDS = 5.0  # between two looks at which nodes there are
 _TASK_BYTES = 512 * 1024**2  # memory of a task for which nobody says more
 Task = Callable[[Any], dict[str, Any]]

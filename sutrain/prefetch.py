@@ -36,6 +36,8 @@ _ENVIRONMENT = {
 _UP_SECONDS = 0.0
 """How long a loop waits for a process that is not up yet, before it reads for itself."""
 _END_SECONDS = 1.0
+_MOST_AHEAD = 128
+"""Stretches asked for at once: a socket holds some 200 messages; with both ends full both sides would wait for ever."""
 
 
 class Reader:
@@ -156,7 +158,8 @@ def prefetch(
     workers: int = 1,
 ) -> Generator[list[Batch], None, None]:
     """Yield this rank's micro-batches for each of the next `updates`, read by `workers` processes at least `depth`
-    updates and two stretches a process ahead; with 0 everything is read when it is asked for.
+    updates (of `_MOST_AHEAD` stretches at most) and two stretches a process ahead; with 0 everything is read when it is
+    asked for.
 
     Only what is yielded counts as read: position is advanced by the caller after the optimizer step.
     """
@@ -168,7 +171,9 @@ def prefetch(
     def filled() -> Iterator[tuple[Stretch, Filled | None]]:
         """Every stretch with what a process read of it, or None."""
         while True:
-            while len(ahead) <= 2 * workers or ahead[-1][0].last_update < done + depth:
+            while len(ahead) <= 2 * workers or (
+                len(ahead) < _MOST_AHEAD and ahead[-1][0].last_update < done + depth
+            ):
                 if (stretch := next(planned, None)) is None:
                     break
                 ahead.append((stretch, readers.ask(stretch)))

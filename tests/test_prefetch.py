@@ -237,3 +237,12 @@ def test_a_process_that_reads_ahead_does_without_torch():
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ, capture_output=True, text=True
     )
     assert result.stdout == "[]\n", result.stderr
+
+
+@pytest.mark.timeout(60)
+def test_an_update_of_more_blocks_than_sockets_hold_messages_is_read(samples):
+    """Requests and answers that nobody takes fill both ends; only so many stretches are asked for at once."""
+    (update,) = prefetch(samples, BatchPlan(80_000, 1000, 1, 0), 0, 1)
+    assert sum(len(batch.inputs_NL) for batch in update) == 80_000
+    batches = prefetch(samples, BatchPlan(30_000, 50, 1, 0), 0, 3)
+    assert [sum(len(batch.inputs_NL) for batch in update) for update in batches] == [30_000] * 3
