@@ -13,17 +13,24 @@ from sutrain.data import Samples
 
 
 class TokenRows(NamedTuple):
-    """In the place of LabelledSamples: tokens alone [N, L]."""
+    """In the place of LabelledSamples: tokens alone [N, L], in the integers of the shards."""
 
+    first_sample: int
     tokens_NL: np.ndarray
+
+    def hold(self, first: int, count: int) -> bool:
+        return self.first_sample <= first <= first + count <= self.first_sample + len(self.tokens_NL)
+
+    def part(self, first: int, count: int) -> TokenRows:
+        return TokenRows(first, self.tokens_NL[first - self.first_sample :][:count])
 
     def batch(self) -> Any:
         import torch
 
-        return torch.from_numpy(self.tokens_NL.astype(np.int64, copy=False))
+        return torch.from_numpy(self.tokens_NL.astype(np.int64))
 
     def narrowed(self) -> TokenRows:
-        return TokenRows(self.tokens_NL.astype(np.uint16))
+        return self
 
 
 class Tokens:
@@ -33,4 +40,4 @@ class Tokens:
         self.samples, self.manifest, self.rows_per_epoch = samples, samples.manifest, samples.rows_per_epoch
 
     def labelled(self, first: int, count: int) -> TokenRows:
-        return TokenRows(self.samples.rows(first, count).tokens_NL)
+        return TokenRows(first, self.samples.rows(first, count).tokens_NL)

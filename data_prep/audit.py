@@ -150,8 +150,8 @@ def _blocks(reader: ShardReader, content: Any) -> Iterator[Block]:
     for number in range(len(reader.blocks)):
         block = reader.read(number)
         content.update(block.tokens_NL.tobytes())
-        if block.word_start_NL is not None:
-            content.update(np.packbits(block.word_start_NL.reshape(-1)).tobytes())
+        if block.word_bits is not None:
+            content.update(block.word_bits)
         content.update(block.pieces.tobytes())
         yield block
 

@@ -75,7 +75,7 @@ class RowPacker:
             pieces = self._pieces(starts[first:last] - begin, end - begin, origin[:, first:last])
             yield Block(
                 self._rows(tokens[begin:end], SPECIAL_IDS["[PAD]"]),
-                None if words is None else self._rows(words[begin:end], False),
+                None if words is None else np.packbits(self._rows(words[begin:end], False)),
                 pieces,
             )
         keep = int(np.searchsorted(stops, taken, side="right"))

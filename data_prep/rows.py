@@ -16,9 +16,17 @@ import numpy as np
 class Block:
     """N rows of a shard with their document pieces; also what a webdataset sample decodes to."""
 
-    tokens_NL: np.ndarray
-    word_start_NL: np.ndarray | None
+    tokens_NL: np.ndarray  # uint16 or uint32, as the shards have them
+    word_bits: np.ndarray | None  # uint8, a bit for each token as np.packbits has them: does a word begin?
     pieces: np.ndarray  # uint32 [8, P], see PIECE_COLUMNS of shards.py
+
+    @cached_property
+    def word_start_NL(self) -> np.ndarray | None:  # noqa: N802
+        """Where words begin, bool."""
+        if self.word_bits is None:
+            return None
+        bits = np.unpackbits(self.word_bits, count=self.tokens_NL.size)
+        return bits.reshape(self.tokens_NL.shape).view(bool)
 
     @cached_property
     def document_NL(self) -> np.ndarray:  # noqa: N802
@@ -27,8 +35,9 @@ class Block:
 
 
 class RowBatch:
-    """Rows in the order they were asked for, copied out of their blocks when looked at: tokens int64 [N, L], word
-    starts bool [N, L] or None, document numbers int64 [N, L] (0 is padding, k the k-th document piece inside the row).
+    """Rows in the order they were asked for, taken out of their blocks when looked at: tokens [N, L] in the integers of
+    the shards (uint16 or uint32, to read only), word starts bool [N, L] or None, document numbers int64 [N, L] (0 is
+    padding, k the k-th document piece inside the row).
     """
 
     def __init__(self, parts: Sequence[tuple[Block, slice | np.ndarray]], order: np.ndarray | None = None):
@@ -37,7 +46,8 @@ class RowBatch:
 
     @property
     def tokens_NL(self) -> np.ndarray:  # noqa: N802
-        return self._joined([block.tokens_NL[rows] for block, rows in self._parts], np.int64)
+        parts = [block.tokens_NL[rows] for block, rows in self._parts]
+        return parts[0] if len(parts) == 1 and self._order is None else self._joined(parts, parts[0].dtype)
 
     @property
     def word_start_NL(self) -> np.ndarray | None:  # noqa: N802
@@ -48,7 +58,7 @@ class RowBatch:
     def document_NL(self) -> np.ndarray:  # noqa: N802
         return self._joined([block.document_NL[rows] for block, rows in self._parts], np.int64)
 
-    def _joined(self, parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    def _joined(self, parts: list[np.ndarray], dtype: np.typing.DTypeLike) -> np.ndarray:
         joined: np.ndarray = parts[0].astype(dtype) if len(parts) == 1 else np.concatenate(parts, dtype=dtype)
         return joined if self._order is None else joined[self._order]
 

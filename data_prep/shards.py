@@ -190,8 +190,8 @@ class ShardWriter:
     def add(self, block: Block) -> None:
         """Append one block as one webdataset sample."""
         contents = {"tokens": block.tokens_NL.astype(self._dtype, copy=False).tobytes()}
-        if block.word_start_NL is not None:
-            contents["words"] = np.packbits(block.word_start_NL.reshape(-1)).tobytes()
+        if block.word_bits is not None:
+            contents["words"] = block.word_bits.tobytes()
         contents["documents"] = block.pieces.astype("<u4", copy=False).tobytes()
         checksum = xxhash.xxh3_64()
         entry: dict[str, Any] = {"first_row": self.rows, "rows": len(block.tokens_NL)}
@@ -274,10 +274,7 @@ class ShardReader:
         if not intact:
             raise ShardError(f"{self.path}: block {number} is damaged (checksum differs from the index)")
         shape = (entry["rows"], self._manifest.row_tokens)
-        words = None
-        if "words" in contents:
-            bits = np.unpackbits(np.frombuffer(contents["words"], np.uint8), count=shape[0] * shape[1])
-            words = bits.reshape(shape).view(bool)
+        words = np.frombuffer(contents["words"], np.uint8) if "words" in contents else None
         tokens = np.frombuffer(contents["tokens"], self._manifest.token_dtype).reshape(shape)
         pieces = np.frombuffer(contents["documents"], "<u4").reshape(len(PIECE_COLUMNS), -1)
         return Block(tokens, words, pieces)
@@ -373,7 +370,7 @@ class SplitReader:
     def _empty(self) -> Block:
         tokens_NL = np.zeros((0, self.manifest.row_tokens), self.manifest.token_dtype)
         pieces = np.zeros((len(PIECE_COLUMNS), 0), np.uint32)
-        return Block(tokens_NL, tokens_NL.astype(bool) if self.manifest.has_words else None, pieces)
+        return Block(tokens_NL, np.zeros(0, np.uint8) if self.manifest.has_words else None, pieces)
 
 
 _of_this_thread = threading.local()

@@ -55,9 +55,12 @@ class BatchPlan:
         As many on every rank, since they compute in step. Rows that do not divide are spread evenly, over ranks and
         over micro-batches, so that their sizes differ by one; a count of 0 is a micro-batch of a row without weight.
         """
-        sequences = self.sequences_at(samples_consumed)
-        shares = _shares(sequences, self.world_size, self.rank, self._passes(sequences))
+        shares = self.shares(self.sequences_at(samples_consumed))
         return [(samples_consumed + start, count) for start, count in shares]
+
+    def shares(self, sequences: int) -> tuple[tuple[int, int], ...]:
+        """(first, count) of this rank's micro-batches inside an update of so many rows, see `ranges`."""
+        return _shares(sequences, self.world_size, self.rank, self._passes(sequences))
 
 
 @lru_cache(maxsize=256)  # the same for update after update

@@ -109,18 +109,23 @@ class LabelledSamples(NamedTuple):
     first_sample: int
     rows: LabelledRows
     document_NL: np.ndarray
-    fingerprint: int
+    fingerprint_N: np.ndarray  # uint64, see Batch
+
+    def hold(self, first_sample: int, count: int) -> bool:
+        """Whether samples [first_sample, first_sample + count) are among them."""
+        at = first_sample - self.first_sample
+        return 0 <= at <= at + count <= len(self.fingerprint_N)
+
+    def part(self, first_sample: int, count: int) -> LabelledSamples:
+        """Samples [first_sample, first_sample + count) of these; the arrays are views."""
+        at = first_sample - self.first_sample
+        part = slice(at, at + count)
+        rows = self.rows.each(lambda values: values[part])
+        return LabelledSamples(first_sample, rows, self.document_NL[part], self.fingerprint_N[part])
 
     def narrowed(self) -> LabelledSamples:
         """The same in integers of as few bytes as hold them: a third or a quarter to hand over."""
-        rows, types_NL = self.rows, self.rows.types_NL
-        narrow = LabelledRows(
-            _narrowed(rows.inputs_NL),
-            _narrowed(rows.labels_NL),
-            rows.hidden_NL,
-            None if types_NL is None else _narrowed(types_NL),
-        )
-        return self._replace(rows=narrow, document_NL=_narrowed(self.document_NL))
+        return self._replace(rows=self.rows.each(_narrowed), document_NL=_narrowed(self.document_NL))
 
     def batch(self) -> Batch:
         """The same as tensors, which share the memory."""
@@ -133,7 +138,7 @@ class LabelledSamples(NamedTuple):
             torch.from_numpy(self.rows.labels_NL),
             torch.from_numpy(self.rows.hidden_NL),
             torch.from_numpy(self.document_NL),
-            self.fingerprint,
+            int(self.fingerprint_N.sum()) % FINGERPRINT_MODULUS,
             None if types_NL is None else torch.from_numpy(types_NL),
         )
 
@@ -147,7 +152,9 @@ def _moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _narrowed(values: np.ndarray) -> np.ndarray:
-    """Integers from IGNORED on, as int16 or int32, whatever holds the largest."""
+    """Integers from IGNORED on, as int16 or int32, whatever holds the largest; bools as they are."""
+    if values.dtype == np.bool_:
+        return values
     return values.astype(np.int16 if values.max(initial=0) < 2**15 else np.int32)
 
 
@@ -217,7 +224,8 @@ class Samples:
     def read(self, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """(tokens, word starts or None, document numbers) of samples [first_sample, first_sample + count), [N, L]."""
         rows = self.rows(first_sample, count)
-        tokens_NL, words_NL = rows.tokens_NL, rows.word_start_NL if self.labelling.needs_words else None
+        tokens_NL = rows.tokens_NL.astype(np.int64)
+        words_NL = rows.word_start_NL if self.labelling.needs_words else None
         if words_NL is None and self.vocabulary is not None:
             words_NL = self.vocabulary.starts(tokens_NL)
         return tokens_NL, words_NL, rows.document_NL
@@ -290,8 +298,8 @@ def label(
         rows = labelling(tokens_NL, word_start_NL, first_sample)
     types_NL = rows.types_NL
     hashed = np.stack([tokens_NL, rows.inputs_NL, *([] if types_NL is None else [types_NL])], axis=1)
-    fingerprint = sum(xxhash.xxh3_64_intdigest(row) for row in hashed) % FINGERPRINT_MODULUS
-    return LabelledSamples(first_sample, rows, document_NL, fingerprint)
+    fingerprint_N = np.array([xxhash.xxh3_64_intdigest(row) for row in hashed], np.uint64)
+    return LabelledSamples(first_sample, rows, document_NL, fingerprint_N)
 
 
 def open_samples(data: Any, seed: int, labelling: Labelling) -> Samples | MixedSamples:

@@ -8,9 +8,10 @@ other L give replacement tokens.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,7 @@ IGNORED = -100
 """Label of a position that carries no loss (the convention of torch's cross entropy)."""
 
 
-@dataclass(frozen=True)
-class LabelledRows:
+class LabelledRows(NamedTuple):
     """Rows ready for a language model; all arrays are int64 [N, L] unless said otherwise."""
 
     inputs_NL: np.ndarray
@@ -30,6 +30,11 @@ class LabelledRows:
         np.ndarray
     )  # bool: the input does not show it, so a right guess counts (no kept or random token)
     types_NL: np.ndarray | None = None  # context unilm: 1 behind the prefix of a document
+
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> LabelledRows:
+        """The same with every array changed."""
+        types_NL = None if self.types_NL is None else change(self.types_NL)
+        return LabelledRows(change(self.inputs_NL), change(self.labels_NL), change(self.hidden_NL), types_NL)
 
 
 @dataclass(frozen=True)

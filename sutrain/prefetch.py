@@ -1,8 +1,9 @@
 """Reading ahead: other processes read, verify and mask the next micro-batches while a step is computed.
 
 Processes, because threads would hold Python's lock while the loop hands its kernels to the device. They need a moment
-to come up; until then, and where one is killed, the loop reads for itself. Batches come out in order and are a function
-of their position, so neither the number of processes nor their fate changes anything.
+to come up; until then, and where one is killed or fails, the loop reads for itself, and where it would wait for them it
+reads what is to come behind. Batches come out in order and are a function of their position, so neither the number of
+processes nor their fate changes anything.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from sutrain.batch_plan import BatchPlan
 from sutrain.data import Batch, LabelledSamples, MixedSamples, Samples
-from sutrain.reader import MOST_NUMBERS, READY, Filled, Job, Stretch, read_job, stretches
+from sutrain.reader import MOST_GIVEN_BACK, READY, Job, Run, Stretch, read_runs, request, stretches
 from sutrain.shared_memory import Receiver, Writer
 
 PROGRAM = "from sutrain.reader import serve; serve({descriptor})"
@@ -30,20 +29,25 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     # Memory that was freed is kept: a page fault for every 4 KiB of every block would cost a third of reading it.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 28),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
+    # In huge pages, where the system has them, finding memory takes a tenth less.
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}={value}"
+        for name, value in (("mmap_threshold", 1 << 28), ("trim_threshold", 1 << 28), ("hugetlb", 1))
+    ),
 }
 _UP_SECONDS = 0.0
 """How long a loop waits for a process that is not up yet, before it reads for itself."""
 _END_SECONDS = 1.0
 _MOST_AHEAD = 128
 """Stretches asked for at once: a socket holds some 200 messages; with both ends full both sides would wait for ever."""
+_MOST_OWN = 8
+"""Stretches that the loop has read in the place of waiting."""
 
 
 class Reader:
     """One process that reads ahead, as the loop sees it."""
 
-    def __init__(self, task: tuple[Any, ...]):
+    def __init__(self, samples: Samples | MixedSamples):
         path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -59,10 +63,10 @@ class Reader:
         self.waiting = 0
         """Stretches that were asked for and not fetched."""
         with suppress(ConnectionError):  # if it is gone again, `ask` finds out
-            Writer(self._connection).send(task)
+            Writer(self._connection).send(samples)
 
-    def ask(self, stretch: Stretch) -> bool:
-        """Ask for a stretch; False where the process is not up yet, or no more."""
+    def ask(self, runs: list[Run]) -> bool:
+        """Ask for those samples; False where the process is not up yet, or no more."""
         if self.gone or not (self.ready or self._poll.poll(1000 * _UP_SECONDS)):
             return False
         try:
@@ -70,26 +74,30 @@ class Reader:
                 self.ready = self._connection.recv(len(READY)) == READY
                 self.gone = not self.ready
             if self.ready:
-                self._connection.send(self._request(stretch))
+                done_with = self._receiver.done_with
+                given_back = [done_with.popleft() for _ in range(min(len(done_with), MOST_GIVEN_BACK))]
+                self._connection.send(request(runs, given_back))
                 self.waiting += 1
         except ConnectionError:
             self.gone = True
         return not self.gone
 
-    def _request(self, stretch: Stretch) -> bytes:
-        numbers, done_with = [stretch.number], self._receiver.done_with
-        while done_with and len(numbers) < MOST_NUMBERS:
-            numbers.append(done_with.popleft())
-        return struct.pack(f"<{len(numbers)}Q", *numbers)
+    @property
+    def has_answered(self) -> bool:
+        """Whether `answer` would not wait."""
+        return self.gone or bool(self._poll.poll(0))
 
-    def answer(self) -> Filled | None:
-        """The stretch that was asked for first; None where the process is gone."""
+    def answer(self) -> list[LabelledSamples]:
+        """What could be read of what was asked for first."""
         self.waiting -= 1
         try:
-            return None if self.gone else self._receiver.receive()
+            read, error = ([], None) if self.gone else self._receiver.receive()
         except (EOFError, ConnectionError):
-            self.gone = True
-            return None
+            self.gone, read, error = True, [], None
+        if error is not None:
+            told = f"data: process {self.process.pid}, which reads ahead, failed ({error}); the loop tries itself"
+            print(told, file=sys.stderr, flush=True)
+        return read
 
     def hang_up(self) -> None:
         """Let the process end."""
@@ -109,18 +117,23 @@ class Reader:
 class Readers:
     """The processes of one loop."""
 
-    def __init__(self, count: int, task: tuple[Any, ...]):
-        self._task = task
+    def __init__(self, count: int, samples: Samples | MixedSamples):
+        self._samples = samples
         self._readers: list[Reader] = []
         for _ in range(count):
             self._begin()
 
-    def ask(self, stretch: Stretch) -> Reader | None:
+    @property
+    def waiting(self) -> int:
+        """Stretches that were asked for and not fetched."""
+        return sum(reader.waiting for reader in self._readers)
+
+    def ask(self, runs: list[Run]) -> Reader | None:
         """Which process reads it, the one with the least to do; None where the loop must."""
         for reader in [reader for reader in self._readers if reader.gone]:
             self._replace(reader)
         self._readers.sort(key=lambda reader: reader.waiting)
-        return next((reader for reader in self._readers if reader.ask(stretch)), None)
+        return next((reader for reader in self._readers if reader.ask(runs)), None)
 
     def close(self) -> None:
         for reader in self._readers:
@@ -130,7 +143,7 @@ class Readers:
 
     def _begin(self) -> None:
         try:
-            self._readers.append(Reader(self._task))
+            self._readers.append(Reader(self._samples))
         except OSError as error:  # too many processes, or no memory for one
             print(f"data: no further process to read ahead ({error})", file=sys.stderr, flush=True)
 
@@ -163,38 +176,46 @@ def prefetch(
 
     Only what is yielded counts as read: position is advanced by the caller after the optimizer step.
     """
-    task = (samples, plan, samples_consumed, updates)
-    planned, readers = stretches(*task), Readers(workers, task)
-    ahead: deque[tuple[Stretch, Reader | None]] = deque()
+    planned, readers = stretches(samples, plan, samples_consumed, updates), Readers(workers, samples)
+    ahead: deque[tuple[Stretch, Reader | list[LabelledSamples]]] = deque()
     done = 0
 
-    def filled() -> Iterator[tuple[Stretch, Filled | None]]:
-        """Every stretch with what a process read of it, or None."""
+    def read_here(stretch: Stretch) -> None:
+        ahead.append((stretch, read_runs(samples, stretch.runs(samples.manifest.row_tokens))[0]))
+
+    def asked_for() -> Iterator[Stretch]:
+        """What the processes shall read now."""
+        while readers.waiting <= 2 * workers or (
+            len(ahead) < _MOST_AHEAD and ahead[-1][0].last_update < done + depth
+        ):
+            if (stretch := next(planned, None)) is None:
+                return
+            yield stretch
+
+    def filled() -> Iterator[tuple[Stretch, list[LabelledSamples]]]:
+        """Every stretch with what could be read of it."""
         while True:
-            while len(ahead) <= 2 * workers or (
-                len(ahead) < _MOST_AHEAD and ahead[-1][0].last_update < done + depth
-            ):
-                if (stretch := next(planned, None)) is None:
+            for stretch in asked_for():
+                if (reader := readers.ask(stretch.runs(samples.manifest.row_tokens))) is None:
+                    read_here(stretch)
                     break
-                ahead.append((stretch, readers.ask(stretch)))
-                if ahead[-1][1] is None:  # the loop reads it, and has no time for more
-                    break
+                ahead.append((stretch, reader))
             if not ahead:
                 return
-            stretch, reader = ahead.popleft()
-            yield stretch, None if reader is None else reader.answer()
+            stretch, read = ahead[0]
+            if isinstance(read, Reader):
+                own = sum(isinstance(other, list) for _, other in ahead)
+                if own < _MOST_OWN and not read.has_answered and (another := next(planned, None)):
+                    read_here(another)  # in the place of waiting
+                    continue
+                read = read.answer()
+            ahead.popleft()
+            yield stretch, read
 
     update: list[Batch] = []
     try:
-        for stretch, given in filled():
-            for number, job in enumerate(stretch.jobs):
-                if given is None:
-                    labelled = read_job(samples, job)
-                elif number < len(given.read):
-                    labelled = given.read[number]
-                else:
-                    assert given.error is not None
-                    raise given.error
+        for stretch, read in filled():
+            for job, labelled in _micro_batches(samples, stretch, read):
                 update.append(_batch(labelled, job))
                 if job.last:
                     yield update
@@ -202,6 +223,17 @@ def prefetch(
     finally:
         with suppress(Exception):  # what failed first is what is told
             readers.close()
+
+
+def _micro_batches(
+    samples: Samples | MixedSamples, stretch: Stretch, read: list[LabelledSamples]
+) -> Iterator[tuple[Job, LabelledSamples]]:
+    """Every micro-batch of a stretch with its rows. What could not be read is read again, and fails where it is due."""
+    at = 0
+    for job in stretch.jobs:
+        while at < len(read) and not read[at].hold(*job.samples):
+            at += 1
+        yield job, read[at].part(*job.samples) if at < len(read) else samples.labelled(*job.samples)
 
 
 def _batch(labelled: LabelledSamples, job: Job) -> Batch:

@@ -1,21 +1,18 @@
-"""What a process that reads ahead does.
+"""What is read ahead in one go, and the process that does it.
 
-The loop and the process are given the same plan and derive the same *stretches* from it, so that a request is a number.
-A stretch are consecutive micro-batches up to the end of a block of the shards, and at least half as many rows: a block
-is decoded by one process, and once. At first it is one update, so that the loop, which reads for itself until a process
-is up, reads no more than it must.
+Reading is divided into *stretches*: consecutive micro-batches up to the end of a block of the shards, and at least half
+as many rows, so that a block is decoded by one process, and once. At first a stretch is one update, so that the loop,
+which reads for itself until a process is up, reads no more than it must.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import pickle
 import signal
 import socket
 import struct
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from sutrain.batch_plan import BatchPlan
@@ -24,10 +21,16 @@ from sutrain.shared_memory import Receiver, Writer
 
 READY = b"ready"
 """Said once, when all is imported and opened."""
-MOST_NUMBERS = 64
-"""In one request: the stretch that is wanted, and segments of memory that the loop has done with."""
+MOST_GIVEN_BACK = 64
+"""Segments of memory in one request that the loop has done with."""
+_MOST_JOBS = 1024
 FIRST_UPDATES = 16
+_TOKENS_AT_ONCE = 1 << 17
+"""That are masked together: fewer cost more of Python, more do not stay near the processor."""
 _PR_SET_PDEATHSIG = 1
+
+Run = tuple[int, int]
+"""Consecutive samples: the first and how many."""
 
 
 class Job(NamedTuple):
@@ -38,32 +41,31 @@ class Job(NamedTuple):
     row_tokens: int | None  # that they are cut to
     last: bool  # of its update
 
+    @property
+    def samples(self) -> Run:
+        """What is read for it; where it has no rows, the one that stands in without weight."""
+        return self.first_sample, self.rows or 1
+
 
 class Stretch:
     """Micro-batches that are read in a row and handed over together: every time a loop is woken costs."""
 
-    def __init__(self, number: int):
-        self.number = number
+    def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.rows = self.last_update = 0
 
-    def fill(self, samples: Samples | MixedSamples) -> Filled:
-        """What could be read until an error."""
-        read: list[LabelledSamples] = []
-        try:
-            for job in self.jobs:
-                read.append(read_job(samples, job).narrowed())
-        except Exception as error:  # raised again where the micro-batch is asked for
-            error.add_note(f"in a process that reads ahead:\n{traceback.format_exc()}")
-            return Filled(read, _that_travels(error))
-        return Filled(read)
-
-
-class Filled(NamedTuple):
-    """The micro-batches of a stretch, and why not all of them."""
-
-    read: list[LabelledSamples]
-    error: Exception | None = None
+    def runs(self, row_tokens: int) -> list[Run]:
+        """Its samples; micro-batches that follow each other are read together, up to so many tokens."""
+        most_rows, found = _TOKENS_AT_ONCE // row_tokens, []
+        first = stop = -1
+        for job in self.jobs:
+            start, rows = job.samples
+            if start != stop or start + rows - first > most_rows:
+                if stop >= 0:
+                    found.append((first, stop - first))
+                first = start
+            stop = start + rows
+        return [*found, (first, stop - first)]
 
 
 def stretches(
@@ -71,30 +73,47 @@ def stretches(
 ) -> Iterator[Stretch]:
     """This rank's micro-batches of the next `updates`, in order."""
     rows_per_epoch, block_rows = samples.rows_per_epoch, samples.manifest.block_rows
-    position, made, last_block = samples_consumed, 0, -1
-    stretch: Stretch | None = None
+    position, last_block, stretch = samples_consumed, -1, Stretch()
     for update in range(updates):
-        ranges, row_tokens = plan.ranges(position), plan.tokens_at(position)
-        for number, (first, count) in enumerate(ranges, 1):
+        sequences, row_tokens = plan.sequences_at(position), plan.tokens_at(position)
+        if stretch.jobs and update < FIRST_UPDATES:
+            yield stretch
+            stretch = Stretch()
+        shares = plan.shares(sequences)
+        for number, (start, count) in enumerate(shares, 1):
+            first = position + start
             block = first % rows_per_epoch // block_rows
-            if stretch is not None and (
-                (block != last_block and 2 * stretch.rows >= block_rows)
-                or (number == 1 and update < FIRST_UPDATES)
-            ):
+            if (block != last_block and 2 * stretch.rows >= block_rows) or len(stretch.jobs) == _MOST_JOBS:
                 yield stretch
-                stretch, made = None, made + 1
-            stretch, last_block = stretch or Stretch(made), block
-            stretch.jobs.append(Job(first, count, row_tokens, number == len(ranges)))
-            stretch.rows += count or 1  # see read_job
+                stretch = Stretch()
+            last_block = block
+            stretch.jobs.append(Job(first, count, row_tokens, number == len(shares)))
+            stretch.rows += count or 1
             stretch.last_update = update
-        position += plan.sequences_at(position)
-    if stretch is not None:
+        position += sequences
+    if stretch.jobs:
         yield stretch
 
 
-def read_job(samples: Samples | MixedSamples, job: Job) -> LabelledSamples:
-    """The rows of a micro-batch; where it has none, the one that stands in without weight."""
-    return samples.labelled(job.first_sample, job.rows or 1)
+Read = tuple[list[LabelledSamples], str | None]
+"""Runs of samples, narrow, up to an error, and the error."""
+
+
+def read_runs(samples: Samples | MixedSamples, runs: Sequence[Run]) -> Read:
+    """Those samples."""
+    read: list[LabelledSamples] = []
+    try:
+        for first_sample, rows in runs:
+            read.append(samples.labelled(first_sample, rows).narrowed())
+    except Exception as error:
+        return read, f"{type(error).__name__}: {error}"
+    return read, None
+
+
+def request(runs: Sequence[Run], given_back: Sequence[int]) -> bytes:
+    """What the loop asks of a process: to read those runs, and to take back segments of memory."""
+    numbers = [len(given_back), *given_back, *(number for run in runs for number in run)]
+    return struct.pack(f"<{len(numbers)}Q", *numbers)
 
 
 def serve(descriptor: int) -> None:
@@ -103,22 +122,13 @@ def serve(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    with socket.socket(fileno=descriptor) as connection, contextlib.suppress(ConnectionError, EOFError):
-        samples, *position = Receiver(connection).receive()
-        planned, writer = stretches(samples, *position), Writer(connection)
+    with socket.socket(fileno=descriptor) as connection, suppress(ConnectionError, EOFError):
+        samples, writer = Receiver(connection).receive(), Writer(connection)
         connection.send(READY)
-        while request := connection.recv(8 * MOST_NUMBERS):
-            wanted, *done_with = (number for (number,) in struct.iter_unpack("<Q", request))
-            for segment in done_with:
+        longest = len(request([(0, 0)] * _MOST_JOBS, range(MOST_GIVEN_BACK)))
+        while received := connection.recv(longest):
+            count, *numbers = struct.unpack(f"<{len(received) // 8}Q", received)
+            for segment in numbers[:count]:
                 writer.give_back(segment)
-            writer.send(next(stretch for stretch in planned if stretch.number == wanted).fill(samples))
-
-
-def _that_travels(error: Exception) -> Exception:
-    """The error itself, if it can be made again from its pickle."""
-    try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
-            return error
-    except Exception:
-        pass
-    return RuntimeError(f"{type(error).__name__}: {error}")
+            runs = list(zip(numbers[count::2], numbers[count + 1 :: 2], strict=True))
+            writer.send(read_runs(samples, runs))

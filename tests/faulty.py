@@ -15,7 +15,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from sutrain import checkpoint_writer, heartbeat, prefetch, pretrain  # noqa: E402
+from sutrain import checkpoint_writer, data, heartbeat, prefetch, pretrain  # noqa: E402
 from tests.fault import Fault, drawn  # noqa: E402
 
 RUN_DIR = Path(next(word for word in sys.argv if word.startswith("--run_dir=")).partition("=")[2])
@@ -46,6 +46,8 @@ def put_in(fault: Fault) -> None:
         prefetch.PROGRAM = (
             there + f"serve({{descriptor}}, {str(RUN_DIR)!r}, {fault.phase!r}, {fault.nth}, {fault.kind!r})"
         )
+        if fault.kind == "error":  # what a process cannot read the loop tries itself
+            data.Samples.read = failing_as_well(data.Samples.read)
     elif fault.phase == "file":
         checkpoint_writer.write_tensors = before(checkpoint_writer.write_tensors)
     elif fault.phase == "publish":  # before and behind the rename, as it comes
@@ -63,6 +65,15 @@ def put_in(fault: Fault) -> None:
 
         heartbeat.beat = watched
         sys.modules["sutrain.evaluation"].beat = watched
+
+
+def failing_as_well(read):
+    def wrapped(*arguments):
+        if (RUN_DIR / f".fault-{os.getpid()}").exists():
+            raise RuntimeError("fault in loader")
+        return read(*arguments)
+
+    return wrapped
 
 
 if __name__ == "__main__":

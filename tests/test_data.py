@@ -130,7 +130,7 @@ def test_every_sample_once_an_epoch_at_any_world_size_and_number_of_workers(
                 original = np.where(part.labels_NL >= 0, part.labels_NL, part.inputs_NL).astype(np.int64)
                 seen |= {part.first_sample + i: row.tobytes() for i, row in enumerate(original)}
     assert sorted(seen) == list(range(updates * batch))
-    stored = samples.reader.rows(0, rows).tokens_NL
+    stored = samples.reader.rows(0, rows).tokens_NL.astype(np.int64)
     expected = sorted(row.tobytes() for row in stored)
     for epoch in (0, 1):
         assert sorted(seen[epoch * rows + i] for i in range(rows)) == expected

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from sutrain.config import Masking
 from sutrain.data import MixedSamples, Samples, load_manifest
 from sutrain.labelling import word_masking
 from sutrain.prefetch import prefetch
-from sutrain.reader import FIRST_UPDATES, stretches
+from sutrain.reader import FIRST_UPDATES, Job, Stretch, read_runs, stretches
 from tests.conftest import ROOT, environment
 
 PLAN = BatchPlan(8, 2, 1, 0)
@@ -41,14 +42,15 @@ def samples(dataset):
 def read_by_processes(monkeypatch):
     """In a test a loop waits for the processes, which take longer to come up than it takes to read everything."""
     monkeypatch.setattr(prefetching, "_UP_SECONDS", 60)
+    monkeypatch.setattr(prefetching, "_MOST_OWN", 0)
 
 
 def children() -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process().children()
-        if child.status() != psutil.STATUS_ZOMBIE and "sutrain.reader" in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.ZombieProcess):
+            found += [child] if "sutrain.reader" in " ".join(child.cmdline()) else []
+    return found
 
 
 def same(batch, other) -> bool:
@@ -73,7 +75,7 @@ def test_processes_hand_over_what_the_loop_reads_itself(samples, dataset, mixed,
     plan = BatchPlan(9, 2, 2, 1, length_warmup=((0, 8), (40, 0)))
     own = list(prefetch(source, plan, 0, 30, workers=0))
     read_here = []
-    monkeypatch.setattr(prefetching, "read_job", lambda *job: read_here.append(job))
+    monkeypatch.setattr(prefetching, "read_runs", lambda *of: read_here.append(of) or ([], None))
     handed = list(prefetch(source, plan, 0, 30, workers=2))
     assert not read_here, "the processes read everything"
     assert [[batch.idle for batch in batches] for batches in own] == [
@@ -89,7 +91,6 @@ def test_processes_hand_over_what_the_loop_reads_itself(samples, dataset, mixed,
 @pytest.mark.parametrize("start", [0, 40, 8000])
 def test_a_stretch_is_an_update_at_first_and_then_ends_with_a_block(samples, start):
     found = list(islice(stretches(samples, PLAN, start, 400), 36))
-    assert [stretch.number for stretch in found] == list(range(36))
     assert {stretch.rows for stretch in found[: FIRST_UPDATES - 1]} == {8}
     jobs = [job for stretch in found for job in stretch.jobs]
     assert [job.first_sample for job in jobs] == list(range(start, start + 2 * len(jobs), 2))
@@ -98,6 +99,55 @@ def test_a_stretch_is_an_update_at_first_and_then_ends_with_a_block(samples, sta
         place = stretch.jobs[0].first_sample % ends
         assert place % block_rows < 2, "it begins with the first micro-batch of a block"
         assert block_rows // 2 <= stretch.rows <= 2 * block_rows
+
+
+def test_micro_batches_that_follow_each_other_are_read_together():
+    def runs(row_tokens, *jobs):
+        stretch = Stretch()
+        stretch.jobs = [Job(first, rows, None, False) for first, rows in jobs]
+        return stretch.runs(row_tokens)
+
+    assert runs(512, (0, 8), (8, 8), (16, 3)) == [(0, 19)]
+    assert runs(512, (0, 8), (16, 8), (24, 8)) == [(0, 8), (16, 16)], "between them are those of another rank"
+    assert runs(512, (0, 200), (200, 56), (256, 1)) == [(0, 256), (256, 1)], "so many tokens at once"
+    assert runs(512, (0, 300), (300, 2)) == [(0, 300), (300, 2)], "a micro-batch is not divided"
+    assert runs(512, (5, 2), (7, 0), (7, 0), (7, 2)) == [(5, 3), (7, 1), (7, 2)], "a row stands in for none"
+
+
+def test_a_loop_that_would_wait_reads_what_comes_behind(samples, monkeypatch):
+    """However slow the processes are, every batch comes once, in order, and no more is held than allowed."""
+    monkeypatch.setattr(prefetching, "_MOST_OWN", 3)
+    slow = "import time; from sutrain import reader; read = reader.read_runs; "
+    slow += "reader.read_runs = lambda *of: (time.sleep(0.05), read(*of))[1]; reader.serve({descriptor})"
+    monkeypatch.setattr(prefetching, "PROGRAM", slow)
+    read_here, held = [], []
+
+    def here(source, runs):
+        read_here.append(runs[0][0])
+        return read_runs(source, runs)
+
+    monkeypatch.setattr(prefetching, "read_runs", here)
+    seen = []
+    for update in prefetch(samples, PLAN, 0, 300, workers=2):
+        seen += update
+        held.append(sum(first > update[-1].first_sample for first in read_here))
+    assert [batch.first_sample for batch in seen] == list(range(0, 2400, 2))
+    assert all(same(batch, expected(samples, batch.first_sample)) for batch in seen[::7])
+    assert 3 <= len(read_here) < 40 and max(held) <= 3
+
+
+def test_what_a_process_could_not_read_is_read_again(samples, monkeypatch, capfd):
+    """It may have been short of memory or of open files; an error that stays is the loop's own."""
+    failing = "from sutrain import data, reader; read = data.Samples.read; calls = []\n"
+    failing += "def once(*of):\n    calls.append(of)\n"
+    failing += "    if len(calls) == 20: raise MemoryError('none left')\n    return read(*of)\n"
+    failing += "data.Samples.read = once; reader.serve({descriptor})"
+    monkeypatch.setattr(prefetching, "PROGRAM", failing)
+    seen = [batch for update in prefetch(samples, PLAN, 0, 1200) for batch in update]
+    assert [batch.first_sample for batch in seen] == list(range(0, 9600, 2))
+    assert all(same(batch, expected(samples, batch.first_sample)) for batch in seen[::31])
+    told = capfd.readouterr().err
+    assert told.count("which reads ahead, failed (MemoryError: none left); the loop tries itself") == 1
 
 
 def test_what_is_held_is_not_written_over_and_what_is_not_is_used_again(samples):

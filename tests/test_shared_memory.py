@@ -5,7 +5,6 @@ import socket
 import numpy as np
 import pytest
 
-from sutrain.reader import _that_travels
 from sutrain.shared_memory import Receiver, Writer
 
 
@@ -67,15 +66,3 @@ def test_an_end_that_is_gone_is_told(ends):
     with pytest.raises(EOFError):
         receiver.receive()
     receiver._connection.close()
-
-
-class TwoWordsError(Exception):
-    def __init__(self, one, two):
-        super().__init__(f"{one} and {two}")
-
-
-def test_errors_that_cannot_be_made_again_are_told_in_words():
-    error = ValueError("damaged")
-    assert _that_travels(error) is error
-    found = _that_travels(TwoWordsError("salt", "pepper"))
-    assert type(found) is RuntimeError and str(found) == "TwoWordsError: salt and pepper"
