@@ -29,10 +29,12 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     # Memory that was freed is kept: a page fault for every 4 KiB of every block would cost a third of reading it.
-    # In huge pages, where the system has them, finding memory takes a tenth less.
+    # Huge pages, where the system has them, make what goes through it a tenth faster.
     "GLIBC_TUNABLES": ":".join(
-        f"glibc.malloc.{name}={value}"
-        for name, value in (("mmap_threshold", 1 << 28), ("trim_threshold", 1 << 28), ("hugetlb", 1))
+        [
+            *filter(None, [os.environ.get("GLIBC_TUNABLES")]),
+            f"glibc.malloc.mmap_threshold={1 << 28}:glibc.malloc.trim_threshold={1 << 28}:glibc.malloc.hugetlb=1",
+        ]
     ),
 }
 _UP_SECONDS = 0.0

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sutrain import prefetch as prefetching
+from sutrain import reader
 from sutrain.batch_plan import BatchPlan
 from sutrain.config import Masking
 from sutrain.data import MixedSamples, Samples, load_manifest
@@ -112,6 +113,13 @@ def test_micro_batches_that_follow_each_other_are_read_together():
     assert runs(512, (0, 200), (200, 56), (256, 1)) == [(0, 256), (256, 1)], "so many tokens at once"
     assert runs(512, (0, 300), (300, 2)) == [(0, 300), (300, 2)], "a micro-batch is not divided"
     assert runs(512, (5, 2), (7, 0), (7, 0), (7, 2)) == [(5, 3), (7, 1), (7, 2)], "a row stands in for none"
+
+
+def test_a_request_stays_short_enough_for_a_message(samples, monkeypatch):
+    monkeypatch.setattr(reader, "_MOST_JOBS", 10)
+    found = list(stretches(samples, BatchPlan(90, 1, 3, 1), 0, 20))
+    assert max(len(stretch.jobs) for stretch in found) == 10
+    assert [job.first_sample % 90 for stretch in found for job in stretch.jobs] == [*range(30, 60)] * 20
 
 
 def test_a_loop_that_would_wait_reads_what_comes_behind(samples, monkeypatch):
