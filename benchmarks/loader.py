@@ -58,6 +58,7 @@ from data_prep.shards import (  # noqa: E402
     shard_name,
     token_dtype,
 )  # fmt: skip
+from sutrain import prefetch as prefetch_module  # noqa: E402
 from sutrain.batch_plan import BatchPlan  # noqa: E402
 from sutrain.checkpoint import MASTER  # noqa: E402
 from sutrain.checkpoint_writer import CheckpointWriter, Keep  # noqa: E402
@@ -67,6 +68,7 @@ from sutrain.labelling import word_masking  # noqa: E402
 from sutrain.launch import environment  # noqa: E402
 from sutrain.prefetch import prefetch  # noqa: E402
 
+DEVICE = torch.device("cpu")
 V, BLOCK, LONGEST_SECONDS, PAUSE_SECONDS = 12_000, 256, 2.0, 1.0
 OUTPUT = ROOT / "benchmarks/results/loader.json"
 
@@ -114,7 +116,7 @@ def ours(folder: Path, masked: bool) -> Callable[[int, int], Iterator[Any]]:
         samples = Samples(folder, "train", 0, word_masking(load_manifest(folder), Masking(), 0, "masks"))
         source: Any = samples if masked else Tokens(samples)
         for batches in prefetch(source, BatchPlan(BATCH, BATCH, 1, 0), position, 10**6, 4, workers):
-            yield batches[0].inputs_NL if masked else batches[0]
+            yield batches[0].on(DEVICE)["tokens_BL"] if masked else batches[0]
 
     return loader
 
@@ -223,6 +225,9 @@ def step_beside_reading(data: Path, rounds: int, steps: int = 40, rows: int = 64
     """How much longer a step takes that only hands small operations to torch, 20,000 of them, while a process reads
     and masks `rows` rows a step: threads of the loop's process would wait for the same lock of Python's."""
     torch.set_num_threads(1)
+    prefetch_module._MOST_OWN = (
+        0  # what the loop reads in the place of waiting would not be read beside the step
+    )
     values = [torch.randn(8, 8) for _ in range(50)]
 
     def step() -> float:
@@ -243,6 +248,7 @@ def step_beside_reading(data: Path, rounds: int, steps: int = 40, rows: int = 64
             next(batches)
             beside.append(step())
             time.sleep(0.05)  # what is read ahead is there now
+            step()  # the first one behind a pause is slow
             alone.append(step())
         batches.close()
         ratios.append(statistics.fmean(beside) / statistics.fmean(alone))  # a stretch is read every few steps

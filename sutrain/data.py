@@ -59,8 +59,8 @@ def permuted(index: int, size: int, key: int) -> int:
 
 @dataclass
 class Batch:
-    """Consecutive samples, labelled, as tensors [N, L] (see LabelledRows) of int64, or narrower where a process handed
-    them over; `document_NL` is 0 at padding."""
+    """Consecutive samples, labelled, as tensors [N, L] (see LabelledRows) of int64 or, where they were read ahead,
+    narrower integers; `document_NL` is 0 at padding."""
 
     first_sample: int
     inputs_NL: torch.Tensor

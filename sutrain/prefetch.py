@@ -41,7 +41,7 @@ _UP_SECONDS = 0.0
 """How long a loop waits for a process that is not up yet, before it reads for itself."""
 _END_SECONDS = 1.0
 _MOST_AHEAD = 128
-"""Stretches asked for at once: a socket holds some 200 messages; with both ends full both sides would wait for ever."""
+"""Stretches asked for at once: a socket holds some 200 answers; with both ends full both sides would wait for ever."""
 _MOST_OWN = 8
 """Stretches that the loop has read in the place of waiting."""
 
@@ -61,7 +61,7 @@ class Reader:
         self._poll = select.poll()
         self._poll.register(self._connection, select.POLLIN)
         self._receiver = Receiver(self._connection)
-        self.ready = self.gone = False
+        self.ready = self.gone = self._failed = False
         self.waiting = 0
         """Stretches that were asked for and not fetched."""
         with suppress(ConnectionError):  # if it is gone again, `ask` finds out
@@ -78,7 +78,11 @@ class Reader:
             if self.ready:
                 done_with = self._receiver.done_with
                 given_back = [done_with.popleft() for _ in range(min(len(done_with), MOST_GIVEN_BACK))]
-                self._connection.send(request(runs, given_back))
+                try:
+                    self._connection.send(request(runs, given_back), socket.MSG_DONTWAIT)
+                except BlockingIOError:  # so many requests lie there already
+                    done_with.extend(given_back)
+                    return False
                 self.waiting += 1
         except ConnectionError:
             self.gone = True
@@ -96,7 +100,14 @@ class Reader:
             read, error = ([], None) if self.gone else self._receiver.receive()
         except (EOFError, ConnectionError):
             self.gone, read, error = True, [], None
-        if error is not None:
+        except OSError as refused:  # what it handed over is lost; another process hands over anew
+            self.gone, read, error = (
+                True,
+                [],
+                f"its rank cannot take what it read: {os.strerror(refused.errno or 0)}",
+            )
+        if error is not None and not self._failed:
+            self._failed = True
             told = f"data: process {self.process.pid}, which reads ahead, failed ({error}); the loop tries itself"
             print(told, file=sys.stderr, flush=True)
         return read
@@ -187,8 +198,8 @@ def prefetch(
 
     def asked_for() -> Iterator[Stretch]:
         """What the processes shall read now."""
-        while readers.waiting <= 2 * workers or (
-            len(ahead) < _MOST_AHEAD and ahead[-1][0].last_update < done + depth
+        while len(ahead) < _MOST_AHEAD and (
+            readers.waiting <= 2 * workers or ahead[-1][0].last_update < done + depth
         ):
             if (stretch := next(planned, None)) is None:
                 return

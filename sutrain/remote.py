@@ -1,9 +1,9 @@
 """Shards that lie elsewhere (any fsspec URL: s3://, gs://, http://, file://), read by range, kept in a bounded cache.
 
 The local folder of the data set mirrors what is small: manifest, tokenizer, counts, the validation split; indexes
-when they are needed. Blocks are fetched when a batch needs them, by each process that reads ahead, and kept as files
-below FOLDER/.blocks until the cache is full; then those go that were used longest ago. All processes of a host share
-the folder.
+when they are needed. Blocks are fetched when a batch needs them, by the rank and each process that reads ahead, and
+kept as files below FOLDER/.blocks until the cache is full; then those go that were used longest ago. All processes of a
+host share the folder.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ again: new memory would cost more than reading and decoding what goes into it (a
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import pickle
@@ -77,10 +78,13 @@ class Receiver:
         """Segments whose arrays are gone; whoever talks to the writer takes them out and tells it."""
 
     def receive(self) -> Any:
-        """What was sent. Raises EOFError or ConnectionError when the other side is gone."""
-        message, descriptors, _, _ = socket.recv_fds(self._connection, _MESSAGE.size, 1)
+        """What was sent. Raises EOFError or ConnectionError when the other side is gone, another OSError where this
+        process may open no further file or has no room to map it."""
+        message, descriptors, flags, _ = socket.recv_fds(self._connection, _MESSAGE.size, 1)
         if not message:
             raise EOFError
+        if flags & socket.MSG_CTRUNC:  # the descriptor is lost
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         segment, start, length = _MESSAGE.unpack(message)
         for descriptor in descriptors:
             self._segments[segment] = np.frombuffer(mmap.mmap(descriptor, 0), np.uint8)

@@ -54,7 +54,7 @@ def drawn(run_dir: Path) -> Fault | None:
 
 def serve(descriptor: int, run_dir: str, phase: str, nth: int, kind: str) -> None:
     """A process that reads ahead and meets a fault while it reads. Killed is the rank, which would do without this
-    process; one that is stopped, or fails, is not done without."""
+    process, and without one that fails: faulty.py lets the rank fail with it. One that is stopped it waits for."""
     from sutrain import data, reader
 
     fault, read = Fault(Path(run_dir), phase, nth, 0, kind), data.Samples.read

@@ -1,5 +1,6 @@
 """Processes that read ahead: what they hand over is what the loop would read, whatever becomes of them."""
 
+import errno
 import os
 import shutil
 import signal
@@ -69,7 +70,7 @@ def expected(samples, first: int, count: int = 2):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_processes_hand_over_what_the_loop_reads_itself(samples, dataset, mixed, monkeypatch):
+def test_processes_hand_over_what_the_loop_reads_itself(samples, dataset, mixed, monkeypatch, capfd):
     source = samples
     if mixed:
         source = MixedSamples([samples, open_samples(dataset, "validation")], [3, 1], 5, samples.labelling)
@@ -78,7 +79,7 @@ def test_processes_hand_over_what_the_loop_reads_itself(samples, dataset, mixed,
     read_here = []
     monkeypatch.setattr(prefetching, "read_runs", lambda *of: read_here.append(of) or ([], None))
     handed = list(prefetch(source, plan, 0, 30, workers=2))
-    assert not read_here, "the processes read everything"
+    assert not read_here and not capfd.readouterr().err, "the processes read everything"
     assert [[batch.idle for batch in batches] for batches in own] == [
         [batch.idle for batch in batches] for batches in handed
     ]
@@ -125,9 +126,7 @@ def test_a_request_stays_short_enough_for_a_message(samples, monkeypatch):
 def test_a_loop_that_would_wait_reads_what_comes_behind(samples, monkeypatch):
     """However slow the processes are, every batch comes once, in order, and no more is held than allowed."""
     monkeypatch.setattr(prefetching, "_MOST_OWN", 3)
-    slow = "import time; from sutrain import reader; read = reader.read_runs; "
-    slow += "reader.read_runs = lambda *of: (time.sleep(0.05), read(*of))[1]; reader.serve({descriptor})"
-    monkeypatch.setattr(prefetching, "PROGRAM", slow)
+    monkeypatch.setattr(prefetching, "PROGRAM", SLOW)
     read_here, held = [], []
 
     def here(source, runs):
@@ -156,6 +155,35 @@ def test_what_a_process_could_not_read_is_read_again(samples, monkeypatch, capfd
     assert all(same(batch, expected(samples, batch.first_sample)) for batch in seen[::31])
     told = capfd.readouterr().err
     assert told.count("which reads ahead, failed (MemoryError: none left); the loop tries itself") == 1
+
+
+def test_what_the_loop_cannot_take_is_read_again(samples, monkeypatch, capfd):
+    """For want of memory or descriptors."""
+    receive, calls = prefetching.Receiver.receive, []
+
+    def once(receiver):
+        calls.append(receiver)
+        if len(calls) == 3:
+            raise OSError(errno.ENOMEM, "told as the system calls it")
+        return receive(receiver)
+
+    monkeypatch.setattr(prefetching.Receiver, "receive", once)
+    seen = [batch for update in prefetch(samples, PLAN, 0, 200) for batch in update]
+    assert [batch.first_sample for batch in seen] == list(range(0, 1600, 2))
+    assert all(same(batch, expected(samples, batch.first_sample)) for batch in seen[::7])
+    told = capfd.readouterr().err
+    assert "(its rank cannot take what it read: Cannot allocate memory)" in told and "takes its place" in told
+
+
+def test_a_process_that_takes_nothing_does_not_hold_up_who_asks(samples, monkeypatch):
+    deaf = "import socket, time; end = socket.socket(fileno={descriptor}); end.send(b'ready'); time.sleep(60)"
+    monkeypatch.setattr(prefetching, "PROGRAM", deaf)
+    asked = prefetching.Reader(samples)
+    assert asked.ask([(0, 8)] * 1000)
+    assert sum(asked.ask([(0, 8)] * 1000) for _ in range(100)) < 99
+    asked.process.kill()
+    asked.hang_up()
+    asked.wait()
 
 
 def test_what_is_held_is_not_written_over_and_what_is_not_is_used_again(samples):
@@ -193,8 +221,16 @@ def test_integers_travel_narrow_and_reach_the_model_wide(samples):
     assert (labelled.narrowed().rows.inputs_NL == labelled.rows.inputs_NL).all()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_damaged_block_is_told_where_its_rows_are_asked_for(dataset, tmp_path, workers):
+SLOW = "import time; from sutrain import reader; read = reader.read_runs; "
+SLOW += "reader.read_runs = lambda *of: (time.sleep(0.05), read(*of))[1]; reader.serve({descriptor})"
+
+
+@pytest.mark.parametrize(("workers", "own"), [(0, 0), (1, 0), (2, 0), (1, 8)])
+def test_a_damaged_block_is_told_where_its_rows_are_asked_for(dataset, tmp_path, workers, own, monkeypatch):
+    """Also where the loop meets it early, in the place of waiting."""
+    monkeypatch.setattr(prefetching, "_MOST_OWN", own)
+    if own:
+        monkeypatch.setattr(prefetching, "PROGRAM", SLOW)
     folder = shutil.copytree(dataset, tmp_path / "data")
     reader = open_samples(folder).reader
     entry, block_rows = reader._reader(0).blocks[1], reader.manifest.block_rows

@@ -1,5 +1,6 @@
 """Objects handed to another process in memory that both map."""
 
+import resource
 import socket
 
 import numpy as np
@@ -66,3 +67,15 @@ def test_an_end_that_is_gone_is_told(ends):
     with pytest.raises(EOFError):
         receiver.receive()
     receiver._connection.close()
+
+
+def test_a_process_that_may_open_no_further_file_is_told_so(ends):
+    writer, receiver = ends
+    writer.send(numbers(1000))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            receiver.receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
