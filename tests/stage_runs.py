@@ -2,7 +2,7 @@
 
     python stage_runs.py FOLDER PORT…     with the launcher's variables in the environment
 FOLDER holds {run}.yaml for the runs of RUNS; each ends with FOLDER/{run}/, as pretrain.py leaves it. A run is a forked
-process, so that the imports, which take longer than a run, happen once.
+process, which begins with the imports made and nothing else.
 """
 
 import multiprocessing
@@ -82,6 +82,8 @@ def train(folder: Path, name: str, origin: str | None, port: str) -> None:
 
 
 def main(folder: Path, ports: list[str]) -> None:
+    if os.environ["RANK"] != "0":
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is read is what the first rank says
     present = {name: run for name, run in (RUNS | FP16_RUNS).items() if (folder / f"{name}.yaml").is_file()}
     for (name, (_, origin)), port in zip(present.items(), ports, strict=True):
         child = multiprocessing.get_context("fork").Process(target=train, args=(folder, name, origin, port))

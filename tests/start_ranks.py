@@ -1,9 +1,8 @@
 """Start the ranks of a program on this host, as the deepspeed launcher does but 4 s sooner (it imports torch twice).
 
 python tests/start_ranks.py RANKS PORT PROGRAM [ARGUMENT …]. When a rank fails the others are ended and its exit status
-becomes this program's; SIGTERM and SIGINT are handed on. The launcher itself is used where a test is about more than
-what the ranks compute: the demo, the README's commands, and a few runs of tests/test_pretrain.py and
-test_pretrain_failures.py.
+becomes this program's; SIGTERM and SIGINT are handed on. It is for runs on a device; those on the CPU start sooner
+still (tests/warm.py).
 """
 
 import os

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from sutrain import checkpoint as checkpoints
 from sutrain import checkpoint_writer, heartbeat
 from sutrain.checkpoint import MASTER, Checkpoint, CheckpointError
 from sutrain.checkpoint_writer import CheckpointWriter, Keep, prune, save_checkpoint, sweep
-from tests.conftest import ROOT, environment
+from tests import warm
 
 
 def save(directory, step, values=0.0, **counters):
@@ -188,9 +187,8 @@ except OSError as error:
 def test_a_disk_that_takes_no_more_gives_a_clear_line_and_keeps_the_older_checkpoint(tmp_path):
     """A limit on file size stands for a full disk: both make the same call fail with a number of the system."""
     save(tmp_path, 4)
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert "OSError" in result.stdout and "File too large" in result.stdout, result.stdout + result.stderr
+    said = warm.run("-c", FULL_DISK, tmp_path).stdout
+    assert "OSError" in said and "File too large" in said, said
     found, damaged = checkpoints.find_latest(tmp_path)
     assert found.step == 4 and not damaged
 

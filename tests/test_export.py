@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from data_prep.config_file import load_config, to_yaml
 from data_prep.wordpiece import WordPieceTokenizer
 from sutrain import checkpoint as checkpoints
+from sutrain import export
 from sutrain.checkpoint_writer import save_checkpoint
 from sutrain.config import PretrainConfig
 from sutrain.export import ExportError, choose_checkpoint, export_weights, main
 from sutrain.huggingface import SutrainConfig, SutrainForMaskedLM
 from sutrain.model_card import model_card
 from sutrain.models.masked_lm import MaskedLanguageModel
+from tests import warm
 from tests.models.tiny import CONFIGS, VARIANTS, write_tokenizer
 
 TEXTS = [
@@ -72,6 +75,29 @@ KINDS = ["roformer_v2", "gau_alpha", "pre", "flash", "deepnorm", "bert", "causal
 def _one_thread():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that load a folder
+        yield
+
+
+LOADER = (
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.modeling_utils",
+    "safetensors.torch",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _verify_in_warm_processes():
+    """What an export loads its folder in is forked from a process that has the library imported, and not yet anything
+    of a folder; test_folders_load_where_sutrain_is_not_installed has a process that begins with nothing."""
+
+    def run(command, cwd, env, **_):
+        assert command[:3] == [sys.executable, "-P", "-c"]
+        done = warm.run(*command[2:], imported=LOADER, cwd=cwd, variables=env)
+        return subprocess.CompletedProcess(command, done.returncode, "", done.stdout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "subprocess", SimpleNamespace(run=run))
         yield
 
 
@@ -334,8 +360,6 @@ def test_the_tokenizer_cleans_text_as_it_was_cleaned_for_training(exports):
 
 def test_a_model_that_computes_something_else_is_not_handed_over(tokenizer_dir, tmp_path, monkeypatch):
     """The comparison must notice a right-shaped weight in the wrong place."""
-    from sutrain import export
-
     write = export._write_folder
 
     def swapped(folder, weights, *rest):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from sutrain.launch import (
 )
 from sutrain.models.configuration import EncoderConfig
 from sutrain.supervise import hold_alone
+from tests import warm
 from tests.conftest import ROOT, ROW_TOKENS, VOCAB_SIZE
 from tests.conftest import environment as shell
 
@@ -34,27 +36,26 @@ def test_determinism_is_asked_of_torch_and_cublas():
         "x = torch.zeros(4); x.put_(torch.tensor([1, 1]), torch.ones(2)); "
         "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG'])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=shell(), cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 1 and "put_" in result.stderr, result.stderr
-    code = code.replace("x.put_(torch.tensor([1, 1]), torch.ones(2)); ", "")
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=shell(), cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.stdout == "True :4096:8\n", result.stderr
+    result = warm.run("-c", code)
+    assert result.returncode == 1 and "put_" in result.stdout.splitlines()[-1], result.stdout
+    result = warm.run("-c", code.replace("x.put_(torch.tensor([1, 1]), torch.ones(2)); ", ""))
+    assert result.stdout == "True :4096:8\n"
 
 
-@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
-def test_ranks_of_a_host_share_its_cores(name):
+def test_ranks_of_a_host_share_its_cores():
     """LOCAL_WORLD_SIZE is torchrun's word, LOCAL_SIZE that of DeepSpeed's launcher."""
-    code = "import torch; from sutrain.launch import local_device; local_device(); print(torch.get_num_threads())"
-    variables = {key: value for key, value in shell(**{name: "2"}).items() if key != "OMP_NUM_THREADS"}
-    cores = len(__import__("os").sched_getaffinity(0))
+    code = (
+        "import os, torch; from sutrain.launch import local_device\n"
+        "for name in ('LOCAL_WORLD_SIZE', 'LOCAL_SIZE'):\n"
+        "    torch.set_num_threads(7); os.environ[name] = '2'; local_device(); del os.environ[name]\n"
+        "    print(torch.get_num_threads())"
+    )
+    variables = {key: value for key, value in shell().items() if key != "OMP_NUM_THREADS"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True
     )
-    assert result.stdout.strip() == str(max(1, cores // 2)), result.stderr
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert result.stdout == f"{share}\n{share}\n", result.stderr
 
 
 def test_more_ranks_than_a_host_can_take_are_refused_on_every_rank(monkeypatch):
@@ -108,17 +109,14 @@ def test_the_first_ctrl_c_asks_to_stop_and_the_second_ends_at_once():
         "    print(asked.stop, asked.save, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); print('too late')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=shell(), capture_output=True, text=True
-    )
-    assert result.stdout.splitlines() == ["True False", "False True", "True False"] and not result.stderr
-    assert result.returncode == -signal.SIGINT
+    result = warm.run("-c", code)
+    assert result.stdout.splitlines() == ["True False", "False True", "True False"]
+    assert result.returncode == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("program", ["pretrain.py", "show_fragments.py"])
 def test_help_is_that_of_the_program_asked(program):
-    command = [sys.executable, ROOT / "sutrain" / program, "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, env=shell()).stdout
+    said = warm.run(f"sutrain/{program}", "--help").stdout
     assert f"deepspeed --num_gpus N sutrain/{program}" in said and "optimizer.learning_rate" in said
     assert ("which part of which tensor" in said) == (program == "show_fragments.py")
 
@@ -126,11 +124,9 @@ def test_help_is_that_of_the_program_asked(program):
 def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):
     held = hold_run_folder(tmp_path / "run")
     code = "import pathlib, sys; from sutrain.launch import hold_run_folder as hold; hold(pathlib.Path(sys.argv[1]))"
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    second = subprocess.run(command, cwd=ROOT, env=shell(), capture_output=True, text=True)
-    assert "another run is writing there" in second.stderr
+    assert "another run is writing there" in warm.run("-c", code, tmp_path / "run").stdout
     held.close()
-    assert subprocess.run(command, cwd=ROOT, env=shell()).returncode == 0
+    assert warm.run("-c", code, tmp_path / "run").returncode == 0
 
 
 def test_a_file_system_without_locks_is_named_with_the_way_out(tmp_path, monkeypatch):

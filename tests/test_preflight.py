@@ -4,8 +4,6 @@ import dataclasses
 import json
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ from sutrain import preflight
 from sutrain.data import load_manifest
 from sutrain.network import interface_to
 from sutrain.preflight import folder_findings, shard_findings
-from tests.conftest import ROOT, environment
+from tests import warm
 
 # A rank that does what pretrain.py does first. Faults are put in here, from outside.
 RANK = """
@@ -53,9 +51,7 @@ except preflight.PreflightError as error:
 
 def start(options):
     """One process for each entry of `options` that is not None; the world has as many ranks as entries."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = warm.free_port()
     ranks = []
     for rank, option in enumerate(options):
         if option is None:
@@ -64,15 +60,8 @@ def start(options):
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(options),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
-        command = [sys.executable, "-c", RANK, json.dumps({"limit": 30, **option})]
-        variables = environment(
-            **{key: str(value) for key, value in where.items()}, **option.get("variables", {})
-        )
-        ranks.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-        )
+        variables = {key: str(value) for key, value in where.items()} | option.get("variables", {})
+        ranks.append(warm.start("-c", RANK, json.dumps({"limit": 30, **option}), variables=variables))
     return ranks
 
 

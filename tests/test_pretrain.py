@@ -16,7 +16,9 @@ import yaml
 
 from sutrain import heartbeat, precision, pretrain
 from sutrain.compare import compare_steps, read_steps
+from tests import warm
 from tests.conftest import ROOT, RUN, environment
+from tests.warm import free_port
 
 TOLERANCE_GOLDEN = 1e-4
 TOLERANCE_OTHER_WORLD = 1e-5
@@ -35,14 +37,16 @@ def launch(
     program="sutrain/pretrain.py",
     **popen,
 ):
-    """A run of that many ranks (0: no launcher at all), by start_ranks.py or by the slower launcher of a user."""
-    start = [sys.executable]
+    """A run of that many ranks (0: no launcher at all), by warm.py or by the slower launcher of a user."""
+    words = [program, "--config", str(config), *overrides]
     if launcher:
         start = [f"{sys.prefix}/bin/deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    elif ranks:
-        start += ["tests/start_ranks.py", str(ranks), str(free_port())]
+    elif "DS_ACCELERATOR" in (variables or {}):  # a process that has looked for a device cannot be forked
+        start = [sys.executable, "tests/start_ranks.py", str(ranks), str(free_port())]
+    else:
+        return warm.start(*words, ranks=ranks, variables=variables, **popen)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [*before, *start, program, "--config", str(config), *overrides]
+    command = [*before, *start, *words]
     return subprocess.Popen(command, cwd=ROOT, env=environment(**variables or {}), **streams, **popen)
 
 
@@ -57,12 +61,6 @@ def write_run(folder, dataset, **changes):
     tree = {**RUN, "run_dir": str(folder / "run"), "data": {"dir": str(dataset)}, **changes}
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     return folder / "run.yaml"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def records(run_dir, kind="step"):

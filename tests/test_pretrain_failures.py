@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from sutrain.launch import EXIT_FAILURE, EXIT_STOPPED
+from tests import warm
 from tests.conftest import ROOT, environment
 from tests.test_pretrain import launch, records, write_run
 
@@ -93,17 +94,16 @@ def test_an_update_that_is_not_finite_is_dropped_counted_and_trained_over(datase
         tmp_path, dataset, precision=precision, steps=6, schedule={"shape": "constant"},
         evaluation={"every_steps": 6, "sequences": 8},
     )  # fmt: skip
-    command = [sys.executable, "-c", POISON, "--config", str(config)]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
-    assert "unchanged: [4] skipped: 1" in result.stdout, result.stdout + result.stderr
+    command = ["-c", POISON, "--config", config]
+    output = warm.run(*command).stdout
+    assert "unchanged: [4] skipped: 1" in output, output
     steps = records(tmp_path / "run")
     assert [steps[step]["skipped_steps_total"] for step in range(1, 7)] == [0, 0, 0, 1, 1, 1]
     assert steps[6]["samples_consumed_total"] == 72
     assert steps[4]["layers"]["update_norm"][0] == "NaN" and steps[5]["layers"]["update_norm"][0] > 0
     # A run that goes on does not take what was skipped before its checkpoint for a broken step of its own.
-    command += ["--steps=8", "--acting.stop_after_broken_steps=1"]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
-    assert "unchanged: [] skipped: 1" in result.stdout, result.stdout + result.stderr
+    output = warm.run(*command, "--steps=8", "--acting.stop_after_broken_steps=1").stdout
+    assert "unchanged: [] skipped: 1" in output, output
 
 
 def test_a_streak_of_broken_steps_goes_on_where_the_run_does(dataset, tmp_path):

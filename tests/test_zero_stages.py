@@ -2,19 +2,16 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
 
 from sutrain.checkpoint import Checkpoint
-from tests.conftest import ROOT, RUN, environment
+from tests import warm
+from tests.conftest import RUN
 from tests.optim.problem import FP16_ON_CPU
-from tests.optim.test_zero import wait_for_all
 from tests.stage_runs import FP16_RUNS, RUNS
-from tests.test_pretrain import free_port
 
 SAME_NUMBERS = 1e-5
 """Relative difference of fp32 losses over 12 steps where only the order of sums differs."""
@@ -35,16 +32,10 @@ def runs(dataset, tmp_path_factory):
         tree["model"] = {key: value for key, value in own.items() if value is not None}
         tree["run_dir"] = str(folder / name)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    ports, processes = [str(free_port()) for _ in folder.glob("*.yaml")], []
-    for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-        variables = environment(**own, MASTER_ADDR="127.0.0.1", PYTHONPATH=str(ROOT))
-        log = (folder / f"rank{rank}.log").open("w")
-        command = [sys.executable, str(ROOT / "tests/stage_runs.py"), str(folder), *ports]
-        streams = {"stdout": log, "stderr": subprocess.STDOUT}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, **streams))
-    codes = wait_for_all(processes, seconds=900)
-    assert codes == [0, 0], "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in range(2))
+    ports = [str(warm.free_port()) for _ in folder.glob("*.yaml")]
+    finished = warm.run("tests/stage_runs.py", folder, *ports, ranks=2, seconds=900)
+    assert finished.returncode == 0, finished.stdout[-6000:]
+    (folder / "log").write_text(finished.stdout)
     return folder
 
 
@@ -97,13 +88,13 @@ def test_gated_units_whose_output_map_is_entered_again_compute_the_same(runs):
         assert found(runs, "gated_stage3_recomputed") == pytest.approx(
             found(runs, "gated_stage1"), rel=SAME_NUMBERS
         )
-    log = (runs / "rank0.log").read_text()
+    log = (runs / "log").read_text()
     assert "gated_stage1: projects again" in log and "gated_stage3_recomputed: keeps" in log
 
 
 def test_layers_were_computed_again_and_compiled(runs):
     """stage3_fp32_recomputed brought their weights together once more in the backward pass, and so did _compiled."""
-    log = (runs / "rank0.log").read_text()
+    log = (runs / "log").read_text()
     assert len(re.findall(r"[12] of 2 layers computed again", log)) == 3
     programs = dict(re.findall(r"^(\w+): (\d+) programs, ", log, re.MULTILINE))
     assert int(programs.pop("stage3_fp32_compiled")) >= 2  # to train and to evaluate
@@ -173,9 +164,9 @@ def test_a_resumed_run_in_fp16_is_the_uninterrupted_one(runs):
 
 
 def test_the_map_of_a_run_can_be_printed(runs):
-    command = [sys.executable, "sutrain/show_fragments.py", "--config", str(runs / "stage3_fp32.yaml")]
-    command += [f"--run_dir={runs / 'shown'}"]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = warm.run(
+        "sutrain/show_fragments.py", "--config", runs / "stage3_fp32.yaml", f"--run_dir={runs / 'shown'}"
+    )
+    assert result.returncode == 0, result.stdout
     assert "encoder.embeddings.token.weight                  320x32               0..10240" in result.stdout
     assert "26688 of 26688 elements in 14 tensors, 0 padding (rank 0 of 1)" in result.stdout

@@ -1,6 +1,7 @@
 """Every configuration of configs/pretrain: it is valid, its model is built, and every line says what it is."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -32,10 +33,16 @@ def test_all_the_families_are_there():
     assert wanted <= {path.stem for path in SHIPPED}
 
 
+@cache
+def built_from(path):
+    """The model on the meta device: a thousand layers take seconds."""
+    with torch.device("meta"):
+        return MaskedLanguageModel(load_config(PretrainConfig, path).model)
+
+
 def test_its_model_is_built_with_the_parameters_that_its_head_states(shipped):
     config = load_config(PretrainConfig, shipped)
-    with torch.device("meta"):
-        model = MaskedLanguageModel(config.model)
+    model = built_from(shipped)
     built = sum(parameter.numel() for parameter in model.parameters())
     assert built == parameter_count(config.model)
     assert built == PARAMETERS.get(shipped.stem, built)
@@ -45,8 +52,7 @@ def test_its_model_is_built_with_the_parameters_that_its_head_states(shipped):
 
 
 def test_every_tensor_of_its_model_has_a_part_to_be_watched_in(shipped):
-    with torch.device("meta"):
-        model = MaskedLanguageModel(load_config(PretrainConfig, shipped).model)
+    model = built_from(shipped)
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     groups = TensorGroups(list(shapes), list(shapes.values()))
     assert groups.numel_T.sum() == sum(parameter.numel() for parameter in model.parameters())

@@ -24,7 +24,8 @@ import yaml
 from sutrain.monitor.exporter import series_count
 from sutrain.monitor.series import ALL, PROBE_LAYERED
 from sutrain.monitor.textfile import server_of
-from tests.conftest import RUN, environment
+from tests import warm
+from tests.conftest import RUN
 from tests.monitor.made_up import groups_of
 
 ROOT = Path(__file__).parents[2]
@@ -192,13 +193,9 @@ def targets(dataset, tmp_path_factory):
             "monitor": {"port": ports[-1], "probe_every_steps": 10},
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-        command = [
-            f"{sys.prefix}/bin/deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()),
-            "sutrain/pretrain.py", "--config", str(folder / f"{name}.yaml"),
-        ]  # fmt: skip
         logs.append((folder / f"{name}.log").open("w+"))
-        streams = {"stdout": logs[-1], "stderr": subprocess.STDOUT, "start_new_session": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), **streams))
+        program = ("sutrain/pretrain.py", "--config", folder / f"{name}.yaml")
+        started.append(warm.start(*program, ranks=ranks, stdout=logs[-1], start_new_session=True))
     command = [sys.executable, "-m", "tests.monitor.serve", str(MADE_UP_LAYERS)]
     started.append(
         subprocess.Popen(

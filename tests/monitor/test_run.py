@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 import urllib.request
 
 import psutil
 import pytest
 
+from sutrain import heartbeat
 from sutrain.replay import main as replay
 from tests.conftest import ROOT
 from tests.test_pretrain import final_files, free_port, launch, records, train, write_run
@@ -171,19 +171,15 @@ def test_the_rank_that_is_slow_is_named_at_once(dataset, tmp_path):
 def test_the_rank_that_hangs_is_named(dataset, tmp_path):
     """Rank 1 is stopped from outside; rank 0 waits for it in a collective, and /metrics says so."""
     port = free_port()
-    process = launch(endless(tmp_path, dataset, port), 2, launcher=True, start_new_session=True)
+    process = launch(endless(tmp_path, dataset, port), 2, start_new_session=True)
     try:
         wait_for(
             process,
             port,
             lambda found: found["sutrain_step"] > 5 and found['sutrain_rank_progress{rank="1"}'] > 5,
         )
-        # The processes below the launcher, not a listing by `ps`, which cuts lines to the width of a terminal.
-        (second,) = (
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if "--local_rank=1" in child.cmdline() and os.path.samefile(child.exe(), sys.executable)
-        )
+        (pid,) = (beat.pid for beat in heartbeat.read_beats(tmp_path / "run") if beat.rank == 1)
+        second = psutil.Process(pid)
         second.suspend()
         step = scrape(port)["sutrain_step"]
         time.sleep(2.5)

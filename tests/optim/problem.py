@@ -7,6 +7,7 @@ float64 reference sees the very gradients the engine sees.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -177,6 +178,7 @@ def rank_gradient(
     return whole(parameter, values)
 
 
+@cache
 def _integers(step: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     if name.split("#")[0] in UNUSED.get(step, ()):
         return np.zeros(SHAPES[name]), np.zeros(SHAPES[name])

@@ -1,7 +1,5 @@
 """The compiled passes against the eager ones, on fragments as ragged as ZeRO cuts them."""
 
-import os
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -15,6 +13,7 @@ from sutrain.optim.fragments import Surroundings
 from sutrain.optim.kernels import KernelError, Layout, build_kernels, compiled
 from sutrain.optim.kernels.compiled import CHUNK, CompiledKernels, tables
 from sutrain.optim.kernels.eager import EagerKernels
+from tests import warm
 
 SHAPES = {
     "scalar": (),
@@ -208,14 +207,10 @@ def test_a_source_that_does_not_compile_is_reported(monkeypatch, tmp_path):
 
 
 def test_several_processes_may_compile_at_once(tmp_path):
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
     program = "from sutrain.optim.kernels.compiled import library; library(); print('loaded')"
     began = time.perf_counter()
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["loaded\n"] * 3
+    said = warm.run("-c", program, ranks=3, variables={"TORCH_EXTENSIONS_DIR": str(tmp_path)}).stdout
+    assert sorted(said.split()) == ["loaded"] * 3
     assert len(list((tmp_path / "sutrain_optimizers").iterdir())) == 1
     assert time.perf_counter() - began < 60
 

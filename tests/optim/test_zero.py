@@ -2,17 +2,13 @@
 reference."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sutrain.optim import STATISTICS
+from tests import warm
 from tests.optim import problem, reference
 from tests.optim.problem import (
     ENGINES,
@@ -49,32 +45,9 @@ def results(tmp_path_factory):
     """Run all cases once: one launch per world size. Returns the folder that holds world1, world2, …"""
     output = tmp_path_factory.mktemp("zero")
     for world_size in WORLDS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-        processes = []
-        for rank in range(world_size):
-            log = (output / f"world{world_size}.rank{rank}.log").open("w")
-            command = [sys.executable, HERE / "zero_worker.py", str(rank), str(world_size), str(port), output]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        codes = wait_for_all(processes, seconds=900)
-        logs = "\n".join(
-            (output / f"world{world_size}.rank{r}.log").read_text()[-3000:] for r in range(world_size)
-        )
-        assert codes == [0] * world_size, logs
+        finished = warm.run(HERE / "zero_worker.py", output, ranks=world_size, seconds=900)
+        assert finished.returncode == 0, finished.stdout[-9000:]
     return output
-
-
-def wait_for_all(processes, seconds):
-    """Exit codes; when one fails the others, which would wait for it, are ended."""
-    end = time.monotonic() + seconds
-    while any(process.poll() is None for process in processes):
-        if time.monotonic() > end or any(process.poll() for process in processes):
-            for process in processes:
-                process.kill()
-        time.sleep(0.05)
-    return [process.returncode for process in processes]
 
 
 @pytest.fixture(scope="module")
