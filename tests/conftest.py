@@ -178,8 +178,11 @@ def evidence(request):
     return keep
 
 
-# Files that one worker is at for minutes: taken up first, so that no worker ends long after the other.
-LONGEST_FILES = ("test_pretrain.py", "test_demo.py", "test_zero.py", "test_zero_stages.py", "test_run.py")
+# Files that one worker is at for long: taken up first, so that no worker ends long after the other.
+LONGEST_FILES = (
+    "test_demo.py", "test_zero.py", "test_pretrain.py", "test_zero_stages.py", "test_run.py", "test_supervise.py",
+    "test_export.py", "test_pretrain_failures.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
