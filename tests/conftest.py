@@ -134,10 +134,10 @@ def workspace(tmp_path_factory) -> Path:
 
 
 FEW_STEPS = [
-    "--steps=20",
-    "--evaluation.every_steps=10",
+    "--steps=8",
+    "--evaluation.every_steps=4",
     "--evaluation.sequences=64",
-    "--schedule.warmup_steps=4",
+    "--schedule.warmup_steps=2",
 ]
 
 
@@ -150,7 +150,7 @@ def run_demo(workspace: Path, *arguments: str, **variables: str) -> subprocess.P
 
 @pytest.fixture(scope="session")
 def short_demo(workspace) -> tuple[Path, str]:
-    """(workspace, output) of a demo of 20 steps."""
+    """(workspace, output) of a demo of 8 steps."""
     process = run_demo(workspace, *FEW_STEPS, "--monitor.port=0")
     try:
         output = process.communicate(timeout=400)[0]

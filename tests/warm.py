@@ -99,6 +99,7 @@ _servers: list[subprocess.Popen[bytes]] = []
 
 def ask_for_ranks(ranks: int, port: str, program: list[str]) -> int:
     """Have the server fork them and wait until they end; the exit status."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until it is known to whom
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.connect(f"\0{os.environ[SERVER]}")
     for rank in range(max(ranks, 1)):
@@ -108,8 +109,7 @@ def ask_for_ranks(ranks: int, port: str, program: list[str]) -> int:
         wanted = json.dumps({"program": program, "environment": variables, "folder": os.getcwd()}).encode()
         socket.send_fds(server, [len(wanted).to_bytes(4, "big")], [0, 1, 2])
         server.sendall(wanted)
-    answers = server.makefile()
-    running = {int(next(answers)) for _ in range(max(ranks, 1))}
+    running: set[int] = set()
 
     def hand_on(number: int, _: object = None) -> None:
         for pid in list(running):
@@ -118,16 +118,26 @@ def ask_for_ranks(ranks: int, port: str, program: list[str]) -> int:
 
     for number in HANDED_ON:
         signal.signal(number, hand_on)
-    failed = 0
-    while running:
-        pid, status = map(int, next(answers).split())
-        running.discard(pid)
-        if status and not failed:
-            failed = status
+    signal.signal(signal.SIGALRM, lambda *_: hand_on(signal.SIGKILL))
+    begun = failed = 0
+    for line in server.makefile():  # a process that begins, and "process status" when it ends
+        pid, *status = map(int, line.split())
+        if not status:
+            begun += 1
+            running.add(pid)
+        else:
+            running.discard(pid)
+            failed = failed or status[0]
+        if begun < max(ranks, 1):
+            continue
+        if status and status[0] or not status and failed:
             hand_on(signal.SIGTERM)
-            signal.signal(signal.SIGALRM, lambda *_: hand_on(signal.SIGKILL))
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
-    return failed if failed >= 0 else 128 - failed
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
+        if not running:
+            return failed if failed >= 0 else 128 - failed
+    hand_on(signal.SIGKILL)
+    sys.exit("the process that forks the ranks is gone")
 
 
 # --------------------------------------------------------------------------------------------------- the server
@@ -158,7 +168,9 @@ class Server:
         self.selector.register(connection, selectors.EVENT_READ, functools.partial(self.answer, connection))
 
     def answer(self, connection: socket.socket) -> None:
-        size, streams, _, _ = socket.recv_fds(connection, 4, 3)
+        size, streams = b"", []
+        with contextlib.suppress(ConnectionError):  # it was killed before it read an answer
+            size, streams, _, _ = socket.recv_fds(connection, 4, 3)
         if not size:  # whoever asked is gone
             self.kill(connection)
             self.selector.unregister(connection)
