@@ -130,7 +130,7 @@ def ask_for_ranks(ranks: int, port: str, program: list[str]) -> int:
             failed = failed or status[0]
         if begun < max(ranks, 1):
             continue
-        if status and status[0] or not status and failed:
+        if (status and status[0]) or (not status and failed):
             hand_on(signal.SIGTERM)
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
