@@ -27,7 +27,7 @@ setup: $(VENV)/.built  ## create .venv, install pinned dependencies, build the c
 demo: setup  ## raw text to a pretrained model on this machine, in about ten minutes
 	@$(BIN)/python -m cluster.demo
 
-test: $(VENV)/.tests setup  ## the test suite, twelve to twenty-two minutes on two cores
+test: $(VENV)/.tests setup  ## the test suite, ten to twenty minutes on two cores
 	@# A thread for each of the two: threads that wait for one another in loops take the cores from who works.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 

@@ -39,7 +39,8 @@ def test_a_log_gets_first_and_last_step_evaluations_and_spikes_one_line_each():
     assert not any("\x1b" in line for line in lines)
 
 
-def test_a_terminal_gets_a_bar_with_the_most_conspicuous_layers():
+def test_a_terminal_gets_a_bar_with_the_most_conspicuous_layers(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one gets lines
     shown = show(Terminal(), layers=4, steps=60, evaluate_every_steps=30)
     assert "\x1b[" in shown and "60/60" in shown
     assert "updates most above their own usual" in shown and "layer" in shown
