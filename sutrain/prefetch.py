@@ -101,11 +101,8 @@ class Reader:
         except (EOFError, ConnectionError):
             self.gone, read, error = True, [], None
         except OSError as refused:  # what it handed over is lost; another process hands over anew
-            self.gone, read, error = (
-                True,
-                [],
-                f"its rank cannot take what it read: {os.strerror(refused.errno or 0)}",
-            )
+            error = f"its rank cannot take what it read: {os.strerror(refused.errno or 0)}"
+            self.gone, read = True, []
         if error is not None and not self._failed:
             self._failed = True
             told = f"data: process {self.process.pid}, which reads ahead, failed ({error}); the loop tries itself"

@@ -115,7 +115,7 @@ def test_prefetching_reads_the_planned_ranges_and_stops(samples):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
 def test_every_sample_once_an_epoch_at_any_world_size_and_number_of_workers(
-    samples, world_size, workers, monkeypatch
+    samples, world_size, workers, monkeypatch, capfd
 ):
     """Two epochs and the batch that wraps into the third, through the real loader of every rank."""
     monkeypatch.setattr(prefetching, "_UP_SECONDS", 60)
@@ -136,6 +136,7 @@ def test_every_sample_once_an_epoch_at_any_world_size_and_number_of_workers(
         assert sorted(seen[epoch * rows + i] for i in range(rows)) == expected
     once = [samples.batch(update * batch, batch).fingerprint for update in range(updates)]
     assert (fingerprints % 2**48 == once).all(), "the same documents and masks as read in one go"
+    assert not capfd.readouterr().err, "no process failed, and left it to the loop"
 
 
 def test_warm_ups_change_the_size_of_updates_and_the_length_of_rows_but_not_what_is_read(samples):
