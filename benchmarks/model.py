@@ -141,13 +141,8 @@ class Bench:
         for name, runner in runners.items():
             step, trunk = statistics.median(seconds[name]), statistics.median(runner.trunk_seconds)
             flops = runner.contender.flops(batch) / step
-            values = (
-                batch.tokens / trunk,
-                batch.tokens / step,
-                *runner.mebibytes(),
-                flops / 1e9,
-                flops / self.rate,
-            )
+            speeds = batch.tokens / trunk, batch.tokens / step
+            values = *speeds, *runner.mebibytes(), flops / 1e9, flops / self.rate
             row = dict(zip(COLUMNS, map(_rounded, values), strict=True))
             shown = name + COMPILED if name in self.options.compile else name
             self.table.append({"batch": title, "model": shown} | row)
@@ -175,7 +170,8 @@ def rows_of(length: int, tokens: int) -> int:
 
 def peers(bench: Bench) -> Iterator[dict[str, Any]]:
     """RoFormerV2 against everybody, at each length, padded and packed."""
-    options, config, builds = bench.options, SHAPES[bench.options.shape], available()
+    options, config = bench.options, SHAPES[bench.options.shape]
+    builds = {name: build for name, build in available().items() if name in (OURS, *options.beside)}
     for length in options.lengths:
         for layout in options.layouts:
             rows = rows_of(length, options.tokens)
@@ -188,7 +184,7 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
                     how, result_name = bench.compiled(OURS, name), f"roformer_v2_vs_{key(name)}_{cell}"
                     yield paired(result_name, seconds[name], seconds[OURS], f"full step{how}")
                     yield paired(f"{result_name}_trunk", *trunks, f"trunk{how}")
-            if cell == "base_packed_512":
+            if cell == "base_packed_512" and BERT in builds:
                 note = "base, packed 512; BERT has scores everywhere, ours where a token is predicted"
                 note = f"full step{bench.compiled(OURS, BERT)}, {note}"
                 yield paired("roformer_v2_vs_bert", seconds[BERT], seconds[OURS], note)
@@ -242,16 +238,15 @@ def long(bench: Bench) -> Iterator[dict[str, Any]]:
                 f"{config.num_layers} x {config.hidden_size}, document of {length}{suffix.replace('_', ', ')}"
             )
             runners, seconds = bench.race(title, builds, longer, batch)
-            name = f"gau_vs_roformer_v2_{length}{suffix}"
-            note = f"full step{bench.compiled(OURS, GAU)}: RoFormerV2's time ÷ GAU's"
-            speeds.append(paired(name, seconds[OURS], seconds[GAU], note))
+            name, how = f"gau_vs_roformer_v2_{length}{suffix}", bench.compiled(OURS, GAU)
+            speeds.append(
+                paired(name, seconds[OURS], seconds[GAU], f"full step{how}: RoFormerV2's time ÷ GAU's")
+            )
             memory.append(runners[GAU].tensor_bytes / runners[OURS].tensor_bytes)
             yield speeds[-1]
             yield result(f"{name}_memory", memory[-1], note="of a step")
         worst = min(speeds, key=lambda entry: entry["value"])
-        lengths = (
-            f"the worse of {', '.join(map(str, options.long_lengths))} tokens{bench.compiled(OURS, GAU)}"
-        )
+        lengths = f"the worse of {', '.join(map(str, options.long_lengths))} tokens{how}"
         name = f"gau_vs_roformer_v2_long{suffix}"
         yield result(name, worst["value"], bounds=worst["interval_95"], note=f"full step, {lengths}")
         yield result(f"{name}_memory", max(memory), note=f"of a step, {lengths}")
@@ -282,8 +277,7 @@ DEEP_ROWS, DEEP_ROW_TOKENS, TOGETHER, REPEATS = 2, 128, 4, 5
 
 def depth(bench: Bench) -> Iterator[dict[str, Any]]:
     """1000 layers and 24, all computed again four at a time: forward and backward of the trunk, as time per FLOP."""
-    options = bench.options
-    width = options.deep_width
+    options, width = bench.options, bench.options.deep_width
     rows, length = DEEP_ROWS, min(DEEP_ROW_TOKENS, options.tokens)
     documents = torch.ones(rows, length, dtype=torch.long, device=bench.device)
     tokens = torch.randint(5, 1000, (rows, length), device=bench.device)
@@ -310,8 +304,8 @@ def depth(bench: Bench) -> Iterator[dict[str, Any]]:
     shallow, deep = steps
     per_flop = {name: [taken / flops[name] for taken in times] for name, times in seconds.items()}
     for name in steps:
-        rate = flops[name] / statistics.median(seconds[name])
-        print(f"{name} layers of {width}: {rate / 1e9:,.0f} GFLOP/s, recomputation counted", flush=True)
+        rate = flops[name] / statistics.median(seconds[name]) / 1e9
+        print(f"{name} layers of {width}: {rate:,.0f} GFLOP/s, recomputation counted", flush=True)
     note = f"forward and backward of the trunk, width {width}, {rows} x {length} tokens, all layers computed again"
     yield paired(
         "deepnet_1000_vs_flops", per_flop[deep], per_flop[shallow], f"{deep} against {shallow} layers; {note}"
@@ -342,18 +336,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of a batch, at least two rows (2048; on a GPU 16384)")
     parser.add_argument("--rounds", type=int, default=5, help="steps that count, of every contender (5)")
     parser.add_argument(
+        "--beside", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS),
+        help="whom group peers has: of two, the steps of a round are closest in time (all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--compile", nargs="*", choices=tuple(CONTENDERS), help="compile these layers; without a name all"
     )
     parser.add_argument("--long-lengths", type=int, nargs="+", default=[1024, 2048], help="of group long")
-    parser.add_argument(
-        "--long-layers", type=int, default=12, help="RoFormerV2's; GAU-alpha has twice as many (12)"
-    )
-    parser.add_argument(
-        "--flash-tokens", type=int, default=1024, help="the shorter document of group flash (1024)"
-    )
-    parser.add_argument("--flash-layers", type=int, default=4, help="of group flash (4)")
-    parser.add_argument("--deep-layers", type=int, default=1000, help="of group depth (1000)")
-    parser.add_argument("--deep-width", type=int, default=256, help="of group depth (256)")
+    for name, default, what in (
+        ("long-layers", 12, "RoFormerV2's; GAU-alpha has twice as many"),
+        ("flash-tokens", 1024, "the shorter document of group flash"),
+        ("flash-layers", 4, "of group flash"),
+        ("deep-layers", 1000, "of group depth"),
+        ("deep-width", 256, "of group depth"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--quick", action="store_true", help="everything very small: does it run?")
