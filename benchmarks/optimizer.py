@@ -9,8 +9,8 @@ threads; ZeRO 1 two processes of one thread with a DeepSpeed engine and gloo, wh
 
 The floor, in bytes of memory traffic per fp32 parameter: AdamW reads g, θ, m, v and writes θ, m, v: 28. AdaFactor reads
 g for its row and column sums, g again for the size of the update, which cannot be known before the sums are, and g and
-θ to write θ: 20. Σθ² for the parameter scale is another 4 that it takes in the first pass, and with weight decay the
-exact norm of the update needs ΣUθ, 4 more: 28 as run here.
+θ to write θ: 20. Σθ² for the parameter scale and ΣUθ for the exact norm of the update are another 4, taken in the
+second pass: 24 as run here.
 """
 
 from __future__ import annotations
@@ -295,8 +295,8 @@ def results_of(updates: int, models: Iterable[str], stages: Iterable[int]) -> It
     if torch.cuda.is_available():
         part = in_a_process_of_its_own("--part", "cuda", "--model", "RoFormerV2 base", *common)
         seconds = last_line(part)["seconds"]
-        yield paired("gpu_adafactor_vs_adamw", seconds, TORCH_ADAMW, 1.0)
-        yield paired("gpu_adafactor_triton_vs_adamw", seconds, TORCH_ADAMW, None, own=TRITON)
+        yield paired("gpu_adafactor_vs_adamw", seconds, TORCH_ADAMW, 1.0, "kernels: triton", own=TRITON)
+        yield paired("gpu_adafactor_eager_vs_adamw", seconds, TORCH_ADAMW, None)
     else:
         yield result("gpu_adafactor_vs_adamw", None, 1.0, note="not measured: no GPU here")
     for model in models:

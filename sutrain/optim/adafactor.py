@@ -131,18 +131,21 @@ class AdaFactor(FragmentOptimizer):
         shapes = self.fragments.shapes
         pairs = [self._factored[name] for name in shapes]
         self._layout = Layout.of(self.fragments, pairs)
-        return {"row": (self._layout.rows,), "column": (self._layout.columns,)}
+        return {"factored": (self._layout.rows + self._layout.columns,)}
 
     def _second_sums(self) -> tuple[str, ...]:
         with_momentum = ("momentum", "momentum_update", "momentum_weight") if self.momentum else ()
         return ("update", "update_weight", *with_momentum)
 
     def _allocate(self) -> None:
-        device, first, factored = self.fragments.device, self._first, self._layout.factored
-        self._row_mean, self._column_mean = torch.zeros_like(first["row"]), torch.zeros_like(first["column"])
+        device, factored = self.fragments.device, self._layout.factored
+        self._means = torch.zeros_like(self._first["factored"])
+        sizes = [self._layout.rows, self._layout.columns]
+        self._row_mean, self._column_mean = self._means.split(sizes)
+        self._row_sums, self._column_sums = self._first["factored"].split(sizes)
         # A row sum has as many terms as there are columns, and the other way round.
-        self._row_terms = _repeat([(f.shape[f.column], prod(f.row_shape)) for f in factored], device)
-        self._column_terms = _repeat([(f.shape[f.row], prod(f.column_shape)) for f in factored], device)
+        row_terms = [(f.shape[f.column], prod(f.row_shape)) for f in factored]
+        self._terms = _repeat(row_terms + [(f.shape[f.row], prod(f.column_shape)) for f in factored], device)
         self._new_slices("second_moment", lambda tensor: self._layout.factors[tensor] is None)
         moments = [self._sliced["second_moment"].get(i) for i in range(len(self._layout.fragments))]
         if self.momentum:
@@ -153,26 +156,19 @@ class AdaFactor(FragmentOptimizer):
     # ---- the two rounds ------------------------------------------------------------------------------------
 
     def _add_first_sums(self, first: Bucket) -> None:
-        sums = self._passes.square_sums(first["row"], first["column"])
-        self._add(first["gradient"], sums[:, 0])
-        self._add(first["weight"], sums[:, 1])
+        sums = self._passes.square_sums(self._row_sums, self._column_sums)
+        first["gradient"].index_add_(0, self._owners, sums)
 
-    def _prepare(self, first: Bucket, second: Bucket) -> None:
+    def _prepare(self, first: Bucket) -> Tensor:
         new_share = float(self.updates) ** -self.decay_exponent  # 1 - β̂2
         clip, epsilon = self.global_clip_factor, self.epsilon_gradient
-        for mean, sums, terms in (
-            (self._row_mean, first["row"], self._row_terms),
-            (self._column_mean, first["column"], self._column_terms),
-        ):
-            mean.lerp_((sums / terms).mul_(clip * clip).add_(epsilon), new_share)
+        self._means.lerp_((first["factored"] / self._terms).mul_(clip * clip).add_(epsilon), new_share)
         self._limit = 1.0 / self.epsilon_root if self.epsilon_root else math.inf
         self._factors = self._passes.factors(self._row_mean, self._column_mean, self.epsilon_root)
         weighted = self._decays and self._needs_update_norms
-        sums = self._passes.adafactor_sums(self._factors, clip, new_share, epsilon, self._limit, weighted)
-        for position, key in enumerate(self._second_sums()):
-            self._add(second[key], sums[:, position])
+        return self._passes.adafactor_sums(self._factors, clip, new_share, epsilon, self._limit, weighted)
 
-    def _apply(self, first: Bucket, second: Bucket) -> None:
+    def _apply(self, second: Bucket) -> None:
         update_rms = (second["update"] / self._numel).sqrt()
         clip = torch.ones_like(update_rms)
         if self.clip_threshold is not None:
@@ -184,11 +180,11 @@ class AdaFactor(FragmentOptimizer):
             learning_rate = learning_rate.clamp(max=1.0 / math.sqrt(self.updates))
         scale = torch.ones_like(learning_rate)
         if self.parameter_scale:
-            weight_rms = (first["weight"] / self._numel).sqrt().clamp(min=self.epsilon_scale)
+            weight_rms = (second["weight"] / self._numel).sqrt().clamp(min=self.epsilon_scale)
             scale = torch.where(self._adapt, weight_rms, scale)
         step, take = learning_rate * scale, (1.0 - self.momentum) * clip
         if self._needs_update_norms:
-            guard = self._guarded(self._update_square_sum(first, second, step, take, decay))
+            guard = self._guarded(self._update_square_sum(second, step, take, decay))
             step, decay = step * guard, decay * guard
         self._column("update_rms").copy_(update_rms)
         self._column("clip_factor").copy_(clip)
@@ -197,18 +193,16 @@ class AdaFactor(FragmentOptimizer):
             self._factors, self.global_clip_factor, self._limit, self.momentum, numbers
         )
 
-    def _update_square_sum(
-        self, first: Bucket, second: Bucket, step: Tensor, take: Tensor, decay: Tensor
-    ) -> Tensor:
+    def _update_square_sum(self, second: Bucket, step: Tensor, take: Tensor, decay: Tensor) -> Tensor:
         """Σ(Δθ)², [T], of Δθ = -step · (β1 m + take · U) - decay · θ, multiplied out: all its sums are known
-        from the two rounds, so that none has to be taken over the difference itself."""
+        from round two, so that none has to be taken over the difference itself."""
         moved = take**2 * second["update"]
         aligned = take * second["update_weight"]
         if self.momentum:
             moved = moved + 2 * self.momentum * take * second["momentum_update"]
             moved = moved + self.momentum**2 * second["momentum"]
             aligned = aligned + self.momentum * second["momentum_weight"]
-        squared = step**2 * moved + 2 * step * decay * aligned + decay**2 * first["weight"]
+        squared = step**2 * moved + 2 * step * decay * aligned + decay**2 * second["weight"]
         return squared.clamp_(min=0.0)
 
     def _replicated(self) -> dict[str, Tensor]:

@@ -46,21 +46,19 @@ class AdamW(FragmentOptimizer):
         self._passes = moment_passes(self)
         self._no_decay = torch.zeros_like(self._weight_decay)  # in the direction: decay is apart from it
 
-    def _prepare(self, first: Bucket, second: Bucket) -> None:
+    def _prepare(self, first: Bucket) -> Tensor:
         debias = [1.0 - beta**self.updates if self.bias_correction else 1.0 for beta in self.betas]
         self._scales = (1.0 / debias[0], debias[1] ** -0.5)
         weighted = self._decays and self._needs_update_norms
-        sums = self._passes.moment_sums(
+        return self._passes.moment_sums(
             self.global_clip_factor, self.betas, self._scales, self.epsilon, self._no_decay, weighted
         )
-        self._add(second["direction"], sums[:, 0])
-        self._add(second["direction_weight"], sums[:, 1])
 
-    def _apply(self, first: Bucket, second: Bucket) -> None:
+    def _apply(self, second: Bucket) -> None:
         step = self.learning_rate * self._learning_rate_scale
         decay = step * self._weight_decay
         if self._needs_update_norms:
             moved = step**2 * second["direction"] + 2 * step * decay * second["direction_weight"]
-            guard = self._guarded((moved + decay**2 * first["weight"]).clamp_(min=0.0))
+            guard = self._guarded((moved + decay**2 * second["weight"]).clamp_(min=0.0))
             step, decay = step * guard, decay * guard
         self._passes.moment_apply(self._scales, self.epsilon, self._no_decay, torch.stack([step, decay]))

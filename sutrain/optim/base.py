@@ -1,9 +1,10 @@
 """What all fragment optimizers share: attaching to fragments, clipping, statistics, counters and state by name.
 
-An update has two rounds. Round one sums Σθ² and Σg² of every tensor (and AdaFactor's row and column sums) over all
+An update has two rounds. Round one sums Σg² of every tensor (and AdaFactor's row and column sums) over all
 fragments: from it come the global gradient norm, the clip factor and the decision whether to apply the update
-at all, the same on every rank. Round two sums what the size of the update depends on. Each round is one
-all-reduce of a few numbers per tensor. No tensor is gathered, and no statistic is taken from a slice alone.
+at all, the same on every rank. Round two sums what the size of the update depends on, Σθ² among it: its pass reads
+the weights anyway. Each round is one all-reduce of a few numbers per tensor. No tensor is gathered, and no statistic is
+taken from a slice alone.
 
 ZeRO-3 calls step() once for every sub-group of tensors. A sub-group is then a part: an optimizer of its own over its
 own tensors, with its own buckets and state, made from this one in attach(). What an optimizer defines (below) runs on
@@ -26,6 +27,7 @@ from .columns import STATISTICS
 from .fragments import Fragment, FragmentError, FragmentMap, is_optimized, whole_shape
 from .guard import GUARD_WINDOW, UpdateGuard, valid_guard
 from .kernels import KERNELS, CompiledKernels, EagerKernels
+from .kernels.eager import squares, stacked
 from .logical import Parts, rows_of_parts, shapes_of_parts
 from .per_tensor import choices_per_tensor, refuse_unless
 from .state import STARTS_AT_ZERO, OptimizerState, ReadSlice, StateError, changes, kind_of, refuse_other_state
@@ -109,7 +111,7 @@ class FragmentOptimizer(torch.optim.Optimizer):
         return {}
 
     def _second_sums(self) -> tuple[str, ...]:
-        """Per-tensor sums of round two: bucket keys."""
+        """Per-tensor sums of round two, behind "weight": bucket keys."""
         raise NotImplementedError
 
     def _allocate(self) -> None:
@@ -117,17 +119,16 @@ class FragmentOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _add_first_sums(self, first: Bucket) -> None:
-        """Add this rank's part of Σθ² and Σg², and of the further sums of round one."""
+        """Add this rank's part of Σg², and of the further sums of round one."""
         nothing = torch.empty(0, device=first.flat.device)
-        sums = self._passes.square_sums(nothing, nothing)
-        self._add(first["gradient"], sums[:, 0])
-        self._add(first["weight"], sums[:, 1])
+        first["gradient"].index_add_(0, self._owners, self._passes.square_sums(nothing, nothing))
 
-    def _prepare(self, first: Bucket, second: Bucket) -> None:
-        """Advance state, add this rank's part of round two; gradients may be used up."""
+    def _prepare(self, first: Bucket) -> Tensor:
+        """Advance state; gradients may be used up. Σθ² and the second sums of every fragment, in their order, [F, S];
+        further columns do not count."""
         raise NotImplementedError
 
-    def _apply(self, first: Bucket, second: Bucket) -> None:
+    def _apply(self, second: Bucket) -> None:
         """Change the weights by what _guarded() leaves, fill the optimizer's own columns of `statistics`."""
         raise NotImplementedError
 
@@ -189,9 +190,8 @@ class FragmentOptimizer(torch.optim.Optimizer):
         self._adapt = torch.tensor([c["adapt"] for c in columns], dtype=torch.bool, device=device)
         self._numel = torch.tensor([float(s.numel()) for s in fragments.shapes.values()], device=device)
         self._owners = torch.tensor([f.tensor for f in fragments.fragments], dtype=torch.int64, device=device)
-        first = {"weight": (self._count,), "gradient": (self._count,), **self._first_sums()}
-        self._first = Bucket(first, device)
-        self._second = Bucket(dict.fromkeys(self._second_sums(), (self._count,)), device)
+        self._first = Bucket({"gradient": (self._count,), **self._first_sums()}, device)
+        self._second = Bucket(dict.fromkeys(("weight", *self._second_sums()), (self._count,)), device)
         if self._guard_settings is not None:
             self._guard = UpdateGuard(*self._guard_settings, fragments.names, device)
         self._allocate()
@@ -243,12 +243,12 @@ class FragmentOptimizer(torch.optim.Optimizer):
             self._decide(first)
         part.updates, part.global_clip_factor = self.updates, self.global_clip_factor
         part.last_update_applied = self.last_update_applied
-        part._start_statistics(first)
+        second.flat.zero_()
+        part._add_second_sums(part._prepare(first) if self.last_update_applied else part._weight_sums())
+        fragments.all_reduce(second.flat)
+        part._start_statistics(first, second)
         if self.last_update_applied:
-            second.flat.zero_()
-            part._prepare(first, second)
-            fragments.all_reduce(second.flat)
-            part._apply(first, second)
+            part._apply(second)
         part._passes.end()
         if part is self._parts[-1]:
             fragments.around.forget_gradients()
@@ -295,9 +295,9 @@ class FragmentOptimizer(torch.optim.Optimizer):
         self._global_grad_norm = float(self._global_grad_norm)
         return self._global_grad_norm
 
-    def _start_statistics(self, first: Bucket) -> None:
+    def _start_statistics(self, first: Bucket, second: Bucket) -> None:
         self.statistics.fill_(math.nan)
-        self._column("weight_square_sum").copy_(first["weight"])
+        self._column("weight_square_sum").copy_(second["weight"])
         self._column("grad_square_sum").copy_(first["gradient"])
         self._column("clipped_grad_square_sum").copy_(first["gradient"]).mul_(self.global_clip_factor**2)
         self._column("update_square_sum").fill_(math.nan if self.last_update_applied else 0.0)
@@ -306,9 +306,14 @@ class FragmentOptimizer(torch.optim.Optimizer):
     def _column(self, name: str) -> Tensor:
         return self.statistics[:, STATISTICS.index(name)]
 
-    def _add(self, sums: Tensor, values: Tensor) -> None:
-        """Add one number per owned fragment, [F], to the sum of its tensor."""
-        sums.index_add_(0, self._owners, values)
+    def _add_second_sums(self, sums: Tensor) -> None:
+        """Add the numbers of every owned fragment, [F, S], to those of its tensor."""
+        by_key_ST = self._second.flat.view(-1, self._count)[: sums.shape[1]]
+        by_key_ST.index_add_(1, self._owners, sums[:, : len(by_key_ST)].T)
+
+    def _weight_sums(self) -> Tensor:
+        """Σθ² of every fragment, [F, 1], for the statistics of an update that is not made."""
+        return stacked([squares([f.values() for f in self.fragments.fragments])], self.statistics)
 
     def _guarded(self, update_square_sum: Tensor) -> Tensor:
         """Σ(Δθ)² of the update as it would be -> what the guard multiplies it with, both [T]; into the statistics."""

@@ -71,13 +71,13 @@ class Egd(FragmentOptimizer):
         layout = Layout.of(self.fragments, [None] * self._count)
         self._passes = EagerKernels(layout, self._slices("log_gain"), self._slices("previous_gradient"))
 
-    def _prepare(self, first: Bucket, second: Bucket) -> None:
+    def _prepare(self, first: Bucket) -> Tensor:
         scale = torch.ones_like(first["gradient"])
         if self.normalise:
             root = (first["gradient"] / self._numel).sqrt()
             scale = torch.where(root > 0, 1.0 / root, 0.0)
         weighted = self._decays and self._needs_update_norms
-        sums = self._passes.egd_sums(
+        return self._passes.egd_sums(
             self.global_clip_factor,
             scale,
             self.gain_rate,
@@ -85,14 +85,12 @@ class Egd(FragmentOptimizer):
             self.log_gain_limits,
             weighted,
         )
-        self._add(second["direction"], sums[:, 0])
-        self._add(second["direction_weight"], sums[:, 1])
 
-    def _apply(self, first: Bucket, second: Bucket) -> None:
+    def _apply(self, second: Bucket) -> None:
         step = self.learning_rate * self._learning_rate_scale
         decay = step * self._weight_decay
         if self._needs_update_norms:
             moved = step**2 * second["direction"] + 2 * step * decay * second["direction_weight"]
-            guard = self._guarded((moved + decay**2 * first["weight"]).clamp_(min=0.0))
+            guard = self._guarded((moved + decay**2 * second["weight"]).clamp_(min=0.0))
             step, decay = step * guard, decay * guard
         self._passes.add_directions(torch.stack([step, decay]))

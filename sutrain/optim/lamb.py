@@ -44,17 +44,16 @@ class Lamb(FragmentOptimizer):
     def _allocate(self) -> None:
         self._passes = moment_passes(self)
 
-    def _prepare(self, first: Bucket, second: Bucket) -> None:
-        sums = self._passes.moment_sums(
+    def _prepare(self, first: Bucket) -> Tensor:
+        return self._passes.moment_sums(
             self.global_clip_factor, self.betas, (1.0, 1.0), self.epsilon, self._weight_decay, False
         )
-        self._add(second["direction"], sums[:, 0])
 
-    def _apply(self, first: Bucket, second: Bucket) -> None:
-        adapts = self._adapt & (first["weight"] > 0) & (second["direction"] > 0)
+    def _apply(self, second: Bucket) -> None:
+        adapts = self._adapt & (second["weight"] > 0) & (second["direction"] > 0)
         # Roots first: where gradients have ceased momentum fades, and by a square of 1e-40 a quotient is infinite.
         length = second["direction"].sqrt()
-        trust = torch.where(adapts, first["weight"].sqrt() / length, 1.0)
+        trust = torch.where(adapts, second["weight"].sqrt() / length, 1.0)
         step = self.learning_rate * self._learning_rate_scale * trust
         if self._needs_update_norms:
             step = step * self._guarded((step * length) ** 2)

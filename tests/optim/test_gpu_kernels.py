@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 PROGRAM = """
 import tests.optim.test_kernels as tests
 tests.SHAPES.clear()
-tests.SHAPES.update({"scalar": (), "vector": (9000,), "odd": (7, 13), "rows": (70, 300), "batched": (2, 20, 40),
+tests.SHAPES.update({"scalar": (), "vector": (17000,), "odd": (7, 13), "rows": (70, 300), "batched": (2, 20, 40),
                      "zero": (6, 5)})
 for case, (_, settings) in tests.CASES.items():
     settings.pop("factored_dimensions", None)
@@ -24,22 +24,24 @@ for case, (_, settings) in tests.CASES.items():
 """
 
 COMPILE = """
+import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sutrain.optim.kernels import gpu
+from sutrain.optim.kernels import gpu, gpu_programs as programs
 numbers = {"clip", "new_share", "epsilon", "limit", "keep", "floor", "new1", "beta2", "new2", "mean_scale",
            "root_scale"}
-places = {"chunks", "fragments", "groups", "slabs", "ranges", "gradients", "weights", "moments", "momenta", "means",
-          "squares"}
-chosen = {"LINES": gpu.LINES, "BLOCK": gpu.BLOCK, "COLUMNS": 5}
-for kernel in (gpu._square_sums, gpu._add_columns, gpu._add_up, gpu._row_factors, gpu._adafactor_sums,
-               gpu._adafactor_apply, gpu._moment_sums, gpu._moment_apply):
+places = {"chunks", "groups", "slabs", "ranges", "gradients", "weights", "moments", "momenta", "means", "squares"}
+chosen = {"LINES": gpu.LINES, "BLOCK": gpu.BLOCK, "COLUMNS": 6}
+for kernel in (programs.square_sums, programs.add_columns, programs.add_up, programs.row_factors,
+               programs.adafactor_sums, programs.adafactor_apply, programs.moment_sums, programs.moment_apply):
     names = kernel.arg_names
-    for momentum in (False, True) if "MOMENTUM" in names else (False,):
-        constants = {(at,): {**chosen, "MOMENTUM": momentum}[name] for at, name in enumerate(names) if name.isupper()}
+    for momentum, factored in itertools.product(*((False, True) if name in names else (False,)
+                                                  for name in ("MOMENTUM", "FACTORED"))):
+        options = {**chosen, "MOMENTUM": momentum, "FACTORED": factored}
+        constants = {(at,): options[name] for at, name in enumerate(names) if name.isupper()}
         types = {name: "constexpr" if name.isupper() else "fp32" if name in numbers else
-                 "*i64" if name in places else "*fp32" for name in names}
+                 "i32" if name == "first_chunk" else "*i64" if name in places else "*fp32" for name in names}
         source = ASTSource(kernel, signature=types, constexprs=constants)
         assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"], kernel
 """
@@ -51,7 +53,8 @@ tests.trained("lamb", "triton", steps=1)
 
 
 def run(program, folder, **changes):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), **changes}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder), **changes}
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
 
 

@@ -65,7 +65,7 @@ class CompiledKernels:
         table, chunks, groups, partials = tables(layout)
         self._table, self._chunks, self._groups = table, chunks, groups
         self._partials = torch.empty(partials)
-        self._chunk_sums = torch.empty(len(chunks), 5, dtype=torch.float64)
+        self._chunk_sums = torch.empty(len(chunks), 6, dtype=torch.float64)
         self._state_alive = (first, second)  # their memory must outlive the addresses
         self._state = [None if state is None else self._addresses(state) for state in (first, second)]
 
@@ -78,12 +78,12 @@ class CompiledKernels:
         self._gradients_alive = []
 
     def square_sums(self, row_sums: Tensor, column_sums: Tensor) -> Tensor:
-        result = self._result(2)
+        result = self._result(1)
         self._library.square_sums(
-            *self._work(), _at(self._groups), _int(len(self._groups)), _at(self._gradients), _at(self._weights),
+            *self._work(), _at(self._groups), _int(len(self._groups)), _at(self._gradients),
             _at(row_sums), _at(column_sums), _at(self._partials), _at(self._chunk_sums), _at(result),
         )  # fmt: skip
-        return result.float()
+        return result.float().view(-1)
 
     def factors(self, row_mean: Tensor, column_mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         row_factor, column_factor = torch.zeros_like(row_mean), torch.zeros_like(column_mean)
@@ -102,11 +102,10 @@ class CompiledKernels:
         limit: float,
         weighted: bool,
     ) -> Tensor:
-        result = self._result(5)
+        result = self._result(6)
         self._library.adafactor_sums(
             *self._work(), _at(self._gradients), _at(self._weights), *map(_at, self._state), *map(_at, factors),
-            _f32(clip), _f32(new_share), _f32(epsilon), _f32(limit), _int(weighted), _at(self._chunk_sums),
-            _at(result),
+            _f32(clip), _f32(new_share), _f32(epsilon), _f32(limit), _at(self._chunk_sums), _at(result),
         )  # fmt: skip
         return result.float()
 
@@ -127,7 +126,7 @@ class CompiledKernels:
         decays: Tensor,
         weighted: bool,
     ) -> Tensor:
-        result = self._result(2)
+        result = self._result(3)
         self._library.moment_sums(
             *self._work(), _at(self._gradients), _at(self._weights), *map(_at, self._state), _f32(clip),
             _f32(1.0 - betas[0]), _f32(betas[1]), _f32(1.0 - betas[1]), *map(_f32, scales), _f32(epsilon),

@@ -11,68 +11,63 @@
 
 extern "C" {
 
-// Σg² and Σθ² of every fragment ([F, 2]), and row and column sums of g² added into row_sums and column_sums.
+// Σg² of every fragment ([F]), and row and column sums of g² added into row_sums and column_sums.
 void square_sums(int64_t threads, const Fragment* fragments, const Chunk* chunks, int64_t chunk_count,
-                 const Group* groups, int64_t group_count, const float* const* gradients, const float* const* weights, float* row_sums,
+                 const Group* groups, int64_t group_count, const float* const* gradients, float* row_sums,
                  float* column_sums, float* partials, double* chunk_sums, double* result) {
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
   for (int64_t c = 0; c < chunk_count; ++c) {
     const Chunk& chunk = chunks[c];
     const Fragment& f = fragments[chunk.fragment];
-    const float *gradient = gradients[chunk.fragment], *weight = weights[chunk.fragment];
-    double total = 0, weight_total = 0;
+    const float* gradient = gradients[chunk.fragment];
+    double total = 0;
     if (f.kind == WHOLE) {
-      sums_of_squares(gradient + chunk.begin, weight + chunk.begin, chunk.end - chunk.begin, total, weight_total);
+      total = sum_of_squares(gradient + chunk.begin, chunk.end - chunk.begin);
     } else {
       float* partial = chunk.partial < 0 ? nullptr : partials + chunk.partial;
       if (partial)
         for (int64_t k = 0; k < f.col_inner * f.line; ++k) partial[k] = 0;
       auto column_of = [&](const Line& l) { return partial ? partial + l.inside : column_sums + l.column; };
       auto one = [&](const Line& l) {
-        const float *g = gradient + l.from, *w = weight + l.from;
+        const float* g = gradient + l.from;
         float *column = column_of(l), *row = row_sums + l.row;
-        float sum = 0, ww = 0;
+        float sum = 0;
         if (f.kind == ROW_CONSTANT) {
-#pragma omp simd reduction(+ : sum, ww)
+#pragma omp simd reduction(+ : sum)
           for (int64_t k = 0; k < l.count; ++k) {
             const float square = g[k] * g[k];
             sum += square;
-            ww += w[k] * w[k];
             column[k] += square;
           }
           *row += sum;
         } else {
-#pragma omp simd reduction(+ : sum, ww)
+#pragma omp simd reduction(+ : sum)
           for (int64_t k = 0; k < l.count; ++k) {
             const float square = g[k] * g[k];
             sum += square;
-            ww += w[k] * w[k];
             column[k] += square;
             row[k] += square;
           }
         }
-        total += sum, weight_total += ww;
+        total += sum;
       };
       auto four = [&](const Line& l) {
         const int64_t n = f.line;
         const float *g0 = gradient + l.from, *g1 = g0 + n, *g2 = g1 + n, *g3 = g2 + n;
-        const float *w0 = weight + l.from, *w1 = w0 + n, *w2 = w1 + n, *w3 = w2 + n;
         float *column = column_of(l), *row = row_sums + l.row;
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0, ww = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, ww)
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
         for (int64_t k = 0; k < n; ++k) {
           const float q0 = g0[k] * g0[k], q1 = g1[k] * g1[k], q2 = g2[k] * g2[k], q3 = g3[k] * g3[k];
           s0 += q0, s1 += q1, s2 += q2, s3 += q3;
           column[k] += (q0 + q1) + (q2 + q3);
-          ww += (w0[k] * w0[k] + w1[k] * w1[k]) + (w2[k] * w2[k] + w3[k] * w3[k]);
         }
         row[0] += s0, row[1] += s1, row[2] += s2, row[3] += s3;
-        total += static_cast<double>(s0) + s1 + s2 + s3, weight_total += ww;
+        total += static_cast<double>(s0) + s1 + s2 + s3;
       };
       for_each_line(f, chunk.begin, chunk.end, one, four);
     }
-    chunk_sums[2 * c] = total;
-    chunk_sums[2 * c + 1] = weight_total;
+    chunk_sums[c] = total;
   }
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
   for (int64_t i = 0; i < group_count; ++i) {
@@ -84,7 +79,7 @@ void square_sums(int64_t threads, const Fragment* fragments, const Chunk* chunks
       for (int64_t k = 0; k < group.columns; ++k) column[k] += partial[k];
     }
   }
-  add_up(chunks, chunk_count, 2, chunk_sums, result);
+  add_up(chunks, chunk_count, 1, chunk_sums, result);
 }
 
 // 1/√V = row_factor · column_factor from row and column means: row_factor = (R / max(mean R, floor))^-1/2,
@@ -112,53 +107,51 @@ void factors(int64_t threads, const Fragment* fragments, int64_t fragment_count,
   }
 }
 
-#define SIMD "omp simd reduction(+ : uu, uw, mm, mu, mw)"
-#define SIMD_FOUR "omp simd reduction(+ : uu, uw)"
-// With U = clip · g / √V and the old momentum m: ΣU², ΣUθ, Σm², ΣmU, Σmθ of every fragment ([F, 5]). Advances the whole
-// second moments (moments[f] where the kind is WHOLE). Without `weighted` no Σ..θ; momenta may be null.
+#define SIMD "omp simd reduction(+ : ww, uu, uw, mm, mu, mw)"
+// With U = clip · g / √V and the old momentum m: Σθ², ΣU², ΣUθ, Σm², ΣmU, Σmθ of every fragment ([F, 6]). Advances the
+// whole second moments (moments[f] where the kind is WHOLE). momenta may be null.
 void adafactor_sums(int64_t threads, const Fragment* fragments, const Chunk* chunks, int64_t chunk_count,
                     const float* const* gradients, const float* const* weights, float* const* moments,
                     const float* const* momenta, const float* row_factor, const float* column_factor, float clip,
-                    float new_share, float epsilon, float limit, int64_t weighted, double* chunk_sums, double* result) {
+                    float new_share, float epsilon, float limit, double* chunk_sums, double* result) {
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic)
   for (int64_t c = 0; c < chunk_count; ++c) {
     const Chunk& chunk = chunks[c];
     const Fragment& f = fragments[chunk.fragment];
     const float *gradient = gradients[chunk.fragment], *weight = weights[chunk.fragment];
     const float* momentum = momenta ? momenta[chunk.fragment] : nullptr;
-    double sums[5] = {0, 0, 0, 0, 0};
-    auto keep = [&](float uu, float uw, float mm, float mu, float mw) {
-      sums[0] += uu, sums[1] += uw, sums[2] += mm, sums[3] += mu, sums[4] += mw;
+    double sums[6] = {0, 0, 0, 0, 0, 0};
+    auto keep = [&](float ww, float uu, float uw, float mm, float mu, float mw) {
+      sums[0] += ww, sums[1] += uu, sums[2] += uw, sums[3] += mm, sums[4] += mu, sums[5] += mw;
     };
     if (f.kind == WHOLE) {
       for_each_block(chunk.begin, chunk.end, [&](int64_t at, int64_t count) {
         const float *g = gradient + at, *w = weight + at, *m = momentum ? momentum + at : nullptr;
         float* v = moments[chunk.fragment] + at;
-        float uu = 0, uw = 0, mm = 0, mu = 0, mw = 0;
-#pragma omp simd reduction(+ : uu, uw, mm, mu, mw)
+        float ww = 0, uu = 0, uw = 0, mm = 0, mu = 0, mw = 0;
+#pragma omp simd reduction(+ : ww, uu, uw, mm, mu, mw)
         for (int64_t k = 0; k < count; ++k) {
           const float clipped = g[k] * clip;
           v[k] += new_share * (clipped * clipped + epsilon - v[k]);
           const float u = clipped * limited(1.0f / std::sqrt(v[k]), limit);
+          ww += w[k] * w[k];
           uu += u * u;
           uw += u * w[k];
           if (m) mm += m[k] * m[k], mu += m[k] * u, mw += m[k] * w[k];
         }
-        keep(uu, uw, mm, mu, mw);
+        keep(ww, uu, uw, mm, mu, mw);
       });
     } else {
       auto one = [&](const Line& l) {
         const float *g = gradient + l.from, *w = weight + l.from, *m = momentum ? momentum + l.from : nullptr;
-        float uu = 0, uw = 0, mm = 0, mu = 0, mw = 0;
-        if (!m && !weighted)
-          OVER_LINE(f, l, row_factor, column_factor, limit, const float u = g[k] * clip * scale; uu += u * u;)
-        else if (!m)
-          OVER_LINE(f, l, row_factor, column_factor, limit, const float u = g[k] * clip * scale; uu += u * u;
-                    uw += u * w[k];)
+        float ww = 0, uu = 0, uw = 0, mm = 0, mu = 0, mw = 0;
+        if (!m)
+          OVER_LINE(f, l, row_factor, column_factor, limit, const float u = g[k] * clip * scale; ww += w[k] * w[k];
+                    uu += u * u; uw += u * w[k];)
         else
-          OVER_LINE(f, l, row_factor, column_factor, limit, const float u = g[k] * clip * scale; uu += u * u;
-                    uw += u * w[k]; mm += m[k] * m[k]; mu += m[k] * u; mw += m[k] * w[k];)
-        keep(uu, uw, mm, mu, mw);
+          OVER_LINE(f, l, row_factor, column_factor, limit, const float u = g[k] * clip * scale; ww += w[k] * w[k];
+                    uu += u * u; uw += u * w[k]; mm += m[k] * m[k]; mu += m[k] * u; mw += m[k] * w[k];)
+        keep(ww, uu, uw, mm, mu, mw);
       };
       auto four = [&](const Line& l) {
         if (momentum) {
@@ -171,29 +164,24 @@ void adafactor_sums(int64_t threads, const Fragment* fragments, const Chunk* chu
         const float *w0 = weight + l.from, *w1 = w0 + n, *w2 = w1 + n, *w3 = w2 + n;
         const float *column = column_factor + l.column, *row = row_factor + l.row;
         const float r0 = row[0], r1 = row[1], r2 = row[2], r3 = row[3];
-        float uu = 0, uw = 0;
-#define FOUR_LINES(ALIGNED)                                                                                       \
-  _Pragma(SIMD_FOUR) for (int64_t k = 0; k < n; ++k) {                                                            \
-    const float v = column[k];                                                                                    \
-    const float u0 = g0[k] * clip * limited(r0 * v, limit), u1 = g1[k] * clip * limited(r1 * v, limit);           \
-    const float u2 = g2[k] * clip * limited(r2 * v, limit), u3 = g3[k] * clip * limited(r3 * v, limit);           \
-    uu += (u0 * u0 + u1 * u1) + (u2 * u2 + u3 * u3);                                                              \
-    ALIGNED                                                                                                       \
-  }
-        if (weighted)
-          FOUR_LINES(uw += (u0 * w0[k] + u1 * w1[k]) + (u2 * w2[k] + u3 * w3[k]);)
-        else
-          FOUR_LINES()
-        keep(uu, uw, 0, 0, 0);
+        float ww = 0, uu = 0, uw = 0;
+#pragma omp simd reduction(+ : ww, uu, uw)
+        for (int64_t k = 0; k < n; ++k) {
+          const float v = column[k];
+          const float u0 = g0[k] * clip * limited(r0 * v, limit), u1 = g1[k] * clip * limited(r1 * v, limit);
+          const float u2 = g2[k] * clip * limited(r2 * v, limit), u3 = g3[k] * clip * limited(r3 * v, limit);
+          ww += (w0[k] * w0[k] + w1[k] * w1[k]) + (w2[k] * w2[k] + w3[k] * w3[k]);
+          uu += (u0 * u0 + u1 * u1) + (u2 * u2 + u3 * u3);
+          uw += (u0 * w0[k] + u1 * w1[k]) + (u2 * w2[k] + u3 * w3[k]);
+        }
+        keep(ww, uu, uw, 0, 0, 0);
       };
       for_each_line(f, chunk.begin, chunk.end, one, four);
     }
-    for (int i = 0; i < 5; ++i) chunk_sums[5 * c + i] = sums[i];
+    for (int i = 0; i < 6; ++i) chunk_sums[6 * c + i] = sums[i];
   }
-  add_up(chunks, chunk_count, 5, chunk_sums, result);
+  add_up(chunks, chunk_count, 6, chunk_sums, result);
 }
-#undef FOUR_LINES
-#undef SIMD_FOUR
 #undef SIMD
 
 #define SIMD "omp simd"
@@ -247,7 +235,7 @@ void adafactor_apply(int64_t threads, const Fragment* fragments, const Chunk* ch
 #undef SIMD
 
 // LAMB and AdamW: m ← m + new1 (g - m), v ← β2 v + new2 g² of clipped gradients, and for the direction
-// r = m · mean_scale / (√v · root_scale + ε) + decay · θ: Σr², Σrθ of every fragment ([F, 2]); decay by tensor.
+// r = m · mean_scale / (√v · root_scale + ε) + decay · θ: Σθ², Σr², Σrθ of every fragment ([F, 3]); decay by tensor.
 void moment_sums(int64_t threads, const Fragment* fragments, const Chunk* chunks, int64_t chunk_count,
                  const float* const* gradients, const float* const* weights, float* const* means,
                  float* const* squares, float clip, float new1, float beta2, float new2, float mean_scale,
@@ -258,23 +246,24 @@ void moment_sums(int64_t threads, const Fragment* fragments, const Chunk* chunks
     const float *g = gradients[chunk.fragment], *w = weights[chunk.fragment];
     float *m = means[chunk.fragment], *v = squares[chunk.fragment];
     const float decay = decays[fragments[chunk.fragment].tensor];
-    double total = 0, aligned = 0;
+    double weight = 0, direction = 0, aligned = 0;
     for_each_block(chunk.begin, chunk.end, [&](int64_t at, int64_t count) {
-      float rr = 0, rw = 0;
-#pragma omp simd reduction(+ : rr, rw)
+      float ww = 0, rr = 0, rw = 0;
+#pragma omp simd reduction(+ : ww, rr, rw)
       for (int64_t k = at; k < at + count; ++k) {
         const float clipped = g[k] * clip;
         m[k] += new1 * (clipped - m[k]);
         v[k] = v[k] * beta2 + new2 * clipped * clipped;
         const float r = m[k] * mean_scale / (std::sqrt(v[k]) * root_scale + epsilon) + decay * w[k];
+        ww += w[k] * w[k];
         rr += r * r;
         rw += r * w[k];
       }
-      total += rr, aligned += rw;
+      weight += ww, direction += rr, aligned += rw;
     });
-    chunk_sums[2 * c] = total, chunk_sums[2 * c + 1] = aligned;
+    chunk_sums[3 * c] = weight, chunk_sums[3 * c + 1] = direction, chunk_sums[3 * c + 2] = aligned;
   }
-  add_up(chunks, chunk_count, 2, chunk_sums, result);
+  add_up(chunks, chunk_count, 3, chunk_sums, result);
 }
 
 // θ ← θ - lost · θ - size · r, r as above from the moments as they are now.

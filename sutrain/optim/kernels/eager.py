@@ -44,7 +44,7 @@ class EagerKernels:
         self._gradients = []
 
     def square_sums(self, row_sums: Tensor, column_sums: Tensor) -> Tensor:
-        """Σg² and Σθ² of every fragment, [F, 2]; row and column sums of g² are added into the flat arrays."""
+        """Σg² of every fragment, [F]; row and column sums of g² are added into the flat arrays."""
         owned = list(zip(self._factors, self._boxes, self._gradients, strict=True))
         whole = iter(squares([gradient for factors, _, gradient in owned if factors is None]))
         totals = []
@@ -59,7 +59,7 @@ class EagerKernels:
                 part = box.of_flat(squared)
                 box.of_whole(rows).add_(part.sum(factors.column, keepdim=True))
                 box.of_whole(columns).add_(part.sum(factors.row, keepdim=True))
-        return stacked([totals, squares(self._weights)], row_sums)
+        return stacked([totals], row_sums)[:, 0]
 
     def factors(self, row_mean: Tensor, column_mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         """Flat arrays whose product is 1/√V: (R / max(mean R, floor))^-1/2 and C^-1/2, for owned tensors."""
@@ -81,9 +81,9 @@ class EagerKernels:
         limit: float,
         weighted: bool,
     ) -> Tensor:
-        """With U = clip · g / √V and the old momentum m: ΣU², ΣUθ, Σm², ΣmU, Σmθ of every fragment, [F, 5].
+        """With U = clip · g / √V and the old momentum m: Σθ², ΣU², ΣUθ, Σm², ΣmU, Σmθ of every fragment, [F, 6].
 
-        Advances the second moments of what is not factored. limit: of 1/√V. Without `weighted` sums with θ may be 0.
+        Advances the second moments of what is not factored. limit: of 1/√V. Without `weighted` ΣUθ and Σmθ may be 0.
         """
         gradients, weights, (moments, momenta) = self._gradients, self._weights, self._state
         owned = zip(self._factors, self._boxes, gradients, moments, strict=True)
@@ -104,6 +104,7 @@ class EagerKernels:
         nothing: Tensors = []
         return stacked(
             [
+                squares(weights),
                 squares(gradients),
                 products(gradients, weights) if weighted else nothing,
                 squares(momenta) if momenta is not None else nothing,
@@ -143,8 +144,8 @@ class EagerKernels:
         decays: Tensor,
         weighted: bool,
     ) -> Tensor:
-        """LAMB and AdamW: advance m and v; with r = m · scales[0] / (√v · scales[1] + ε) + decay · θ: Σr² and Σrθ of
-        every fragment, [F, 2]; decays by tensor, [T]."""
+        """LAMB and AdamW: advance m and v; with r = m · scales[0] / (√v · scales[1] + ε) + decay · θ: Σθ², Σr² and Σrθ
+        of every fragment, [F, 3]; decays by tensor, [T]. Without `weighted` Σrθ may be 0."""
         lost = self._on_host(decays)
         gradients, weights = self._gradients, self._weights
         owned = zip(self._tensors, gradients, weights, *self._state, strict=True)
@@ -158,7 +159,8 @@ class EagerKernels:
                 gradient.mul_(scales[0])
             if lost[tensor]:
                 gradient.add_(weight, alpha=lost[tensor])
-        return stacked([squares(gradients), products(gradients, weights) if weighted else []], decays)
+        aligned = products(gradients, weights) if weighted else []
+        return stacked([squares(weights), squares(gradients), aligned], decays)
 
     def _on_host(self, decays: Tensor) -> list[float]:
         """The values of a tensor that never changes, read from the device once."""
@@ -181,7 +183,7 @@ class EagerKernels:
         log_gain_limits: tuple[float, float],
         weighted: bool,
     ) -> Tensor:
-        """Advance log ν and the previous gradient; with r = clip · ν g: Σr² and Σrθ of every fragment, [F, 2].
+        """Advance log ν and the previous gradient; with r = clip · ν g: Σθ², Σr² and Σrθ of every fragment, [F, 3].
 
         normalisers: what gradients are multiplied with in the exponent, by tensor, [T].
         """
@@ -195,7 +197,8 @@ class EagerKernels:
             gradient.mul_(log_gain.exp())
             if clip != 1.0:
                 gradient.mul_(clip)
-        return stacked([squares(gradients), products(gradients, weights) if weighted else []], normalisers)
+        aligned = products(gradients, weights) if weighted else []
+        return stacked([squares(weights), squares(gradients), aligned], normalisers)
 
     def add_directions(self, numbers: Tensor) -> None:
         """θ ← θ - lost · θ - size · r, r standing in the gradients; numbers: size and lost by tensor, [2, T]."""
