@@ -199,6 +199,14 @@ def test_ratios_against_peers_say_how_much_faster_ours_is(bench):
         assert row["of matmul"] == pytest.approx(row["GFLOP/s"] / 1000, rel=1e-2)
 
 
+def test_two_may_race_alone(bench):
+    bench.seconds, bench.options.beside = {OURS: 1.0, BERT: 1.5}, [BERT]
+    found = {entry["name"]: entry["value"] for entry in benchmark.peers(bench)}
+    assert {name for name in found if "trunk" not in name} == {
+        f"roformer_v2_vs_bert_quick_{layout}_64" for layout in ("padded", "packed")
+    }
+
+
 def test_the_goal_of_gau_takes_the_worse_length(bench):
     bench.seconds = {OURS: 3.0, GAU: 2.0}
     found = {entry["name"]: entry for entry in benchmark.long(bench)}
