@@ -127,6 +127,52 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(straight, tmp_path):
     assert final_files(run_dir) == final_files(copied)
 
 
+PERTURB = """
+from sutrain import data, pretrain
+read = data.Samples.read
+
+def changed(self, first, count):
+    tokens, words, documents = read(self, first, count)
+    if first <= {sample} < first + count:
+        row = {sample} - first
+        {what}
+    return tokens, words, documents
+
+data.Samples.read = changed
+pretrain.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "tokens[row, 5] = 17",
+        "words[row] = False",
+        "tokens[row] = tokens[row - 1]",
+        "pass",
+    ],
+)
+def test_one_token_one_mask_or_one_sample_changed_by_hand_is_seen(straight, tmp_path, what):
+    """In what is read on resume; and with nothing changed nothing is."""
+    config, run_dir, _ = straight
+    copied = tmp_path / "perturbed"
+    shutil.copytree(run_dir, copied)
+    shutil.rmtree(copied / "checkpoints/step-00000012")
+    (copied / "checkpoints/best.json").unlink()
+    script = tmp_path / "perturbed.py"
+    script.write_text(PERTURB.format(sample=8 * 12 + 5, what=what))
+    process = launch(
+        config, 2, f"--run_dir={copied}", "--data.workers=0", program=str(script)
+    )  # the loop reads
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "resumed at step 6" in output, output
+    found = compare_steps(read_steps(run_dir), read_steps(copied), 0)
+    if what == "pass":
+        assert found == []
+    else:
+        assert found[0].startswith("step 9: documents or masks differ"), found
+
+
 @pytest.mark.slow
 def test_a_request_to_stop_does_not_wait_for_an_evaluation_which_is_made_after_the_resume(straight, tmp_path):
     """One rank is asked within the evaluation after step 6, and again within the last one: neither is finished before
