@@ -160,7 +160,7 @@ def test_one_token_one_mask_or_one_sample_changed_by_hand_is_seen(straight, tmp_
     shutil.rmtree(copied / "checkpoints/step-00000012")
     (copied / "checkpoints/best.json").unlink()
     script = tmp_path / "perturbed.py"
-    script.write_text(PERTURB.format(sample=8 * 12 + 5, what=what))
+    script.write_text(PERTURB.format(sample=8 * 12 + 7, what=what))
     process = launch(
         config, 2, f"--run_dir={copied}", "--data.workers=0", program=str(script)
     )  # the loop reads
