@@ -184,10 +184,11 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
                     how, result_name = bench.compiled(OURS, name), f"roformer_v2_vs_{key(name)}_{cell}"
                     yield paired(result_name, seconds[name], seconds[OURS], f"full step{how}")
                     yield paired(f"{result_name}_trunk", *trunks, f"trunk{how}")
-            if cell == "base_packed_512" and BERT in builds:
-                note = "base, packed 512; BERT has scores everywhere, ours where a token is predicted"
-                note = f"full step{bench.compiled(OURS, BERT)}, {note}"
-                yield paired("roformer_v2_vs_bert", seconds[BERT], seconds[OURS], note)
+            if cell == "base_packed_512":
+                if BERT in builds:
+                    note = "base, packed 512; BERT has scores everywhere, ours where a token is predicted"
+                    note = f"full step{bench.compiled(OURS, BERT)}, {note}"
+                    yield paired("roformer_v2_vs_bert", seconds[BERT], seconds[OURS], note)
                 rate = runners[OURS].contender.flops(batch) / statistics.median(seconds[OURS])
                 yield from gpu_shares(bench, rate)
             del runners, seconds

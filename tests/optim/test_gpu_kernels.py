@@ -34,7 +34,7 @@ from sutrain.optim.kernels import gpu, gpu_programs as programs
 numbers = {"clip", "new_share", "epsilon", "limit", "keep", "floor", "new1", "beta2", "new2", "mean_scale",
            "root_scale"}
 places = {"chunks", "groups", "slabs", "ranges", "gradients", "weights", "moments", "momenta", "means", "squares"}
-chosen = {"LINES": gpu.LINES, "BLOCK": gpu.BLOCK, "COLUMNS": 6}
+chosen = {"LINES": gpu.LINES, "BLOCK": gpu.BLOCK, "COLUMNS": 6, "CHUNKS": gpu.CHUNKS, "ROWS": gpu.ROWS}
 for kernel in (programs.square_sums, programs.add_columns, programs.add_up, programs.row_factors,
                programs.adafactor_sums, programs.adafactor_apply, programs.moment_sums, programs.moment_apply):
     names = kernel.arg_names

@@ -18,6 +18,8 @@ from .layout import Factors, Layout, State
 
 LINES, BLOCK, VECTOR = 32, 64, 512
 """Of a tile: lines of one tensor, columns; and the line length of what is not factored."""
+CHUNKS, ROWS = 128, 1024
+"""Partial sums of chunks, and row statistics, that are added up at once."""
 Numbers = tuple[int, ...]
 LONGEST_LINE = 2**31 // LINES - BLOCK
 NO_LIMIT = 3e38
@@ -59,7 +61,7 @@ class TritonKernels:
     def factors(self, row_mean: Tensor, column_mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         row_factor = torch.zeros_like(row_mean)
         if len(self._slabs):
-            programs.row_factors[(len(self._slabs),)](self._slabs, row_mean, row_factor, floor, BLOCK=1024)
+            programs.row_factors[(len(self._slabs),)](self._slabs, row_mean, row_factor, floor, ROWS=ROWS)
         return row_factor, column_mean.rsqrt()
 
     def adafactor_sums(
@@ -108,14 +110,14 @@ class TritonKernels:
     def _launch(self, kernel: Any, *arguments: Any, **constants: bool) -> None:
         for first, count, factored in self._launches:
             if count:
-                kernel[(count,)](
-                    self._chunks, first, *arguments, **constants, FACTORED=factored, LINES=LINES, BLOCK=BLOCK
-                )
+                if "FACTORED" in kernel.arg_names:  # where it makes a difference
+                    constants["FACTORED"] = factored
+                kernel[(count,)](self._chunks, first, *arguments, **constants, LINES=LINES, BLOCK=BLOCK)
 
     def _added_up(self, columns: int) -> Tensor:
         result = torch.empty(len(self._layout.fragments), columns, device=self._device)
         if len(result):
-            programs.add_up[(len(result),)](self._ranges, self._sums, result, COLUMNS=columns, LINES=128)
+            programs.add_up[(len(result),)](self._ranges, self._sums, result, COLUMNS=columns, CHUNKS=CHUNKS)
         return result
 
     def _table(self, lines: Sequence[Numbers], width: int) -> Tensor:

@@ -87,30 +87,30 @@ def add_columns(groups, partials, column_sums, LINES: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def add_up(ranges, sums, result, COLUMNS: tl.constexpr, LINES: tl.constexpr):
+def add_up(ranges, sums, result, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr):
     """Sums of the chunks of every fragment, in fp64."""
     fragment = tl.program_id(0)
     first, end = tl.load(ranges + fragment * 2), tl.load(ranges + fragment * 2 + 1)
     column = tl.arange(0, 8)
-    total = tl.zeros([LINES, 8], tl.float64)
-    for c in range(first, end, LINES):
-        n = c + tl.arange(0, LINES)
+    total = tl.zeros([CHUNKS, 8], tl.float64)
+    for c in range(first, end, CHUNKS):
+        n = c + tl.arange(0, CHUNKS)
         inside = (n < end)[:, None] & (column < COLUMNS)[None, :]
         total += tl.load(sums + n[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0).to(tl.float64)
     tl.store(result + fragment * COLUMNS + column, tl.sum(total, 0).to(tl.float32), mask=column < COLUMNS)
 
 
 @triton.jit
-def row_factors(slabs, row_mean, row_factor, floor, BLOCK: tl.constexpr):
+def row_factors(slabs, row_mean, row_factor, floor, ROWS: tl.constexpr):
     slab = tl.program_id(0)
     start, extent = tl.load(slabs + slab * 2), tl.load(slabs + slab * 2 + 1)
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, extent, BLOCK):
-        n = first + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, extent, ROWS):
+        n = first + tl.arange(0, ROWS)
         total += tl.load(row_mean + start + n, mask=n < extent, other=0.0)
     mean = tl.maximum(tl.sum(total) / extent.to(tl.float32), floor)
-    for first in range(0, extent, BLOCK):
-        n = first + tl.arange(0, BLOCK)
+    for first in range(0, extent, ROWS):
+        n = first + tl.arange(0, ROWS)
         row = tl.load(row_mean + start + n, mask=n < extent, other=1.0)
         tl.store(row_factor + start + n, 1.0 / tl.sqrt(row / mean), mask=n < extent)
 
@@ -199,8 +199,7 @@ def adafactor_apply(
 @triton.jit
 def moment_sums(
     chunks, first_chunk, gradients, weights, means, squares, sums, decays,
-    clip, new1, beta2, new2, mean_scale, root_scale, epsilon,
-    FACTORED: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+    clip, new1, beta2, new2, mean_scale, root_scale, epsilon, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = first_chunk + tl.program_id(0)
     fragment, tensor, begin, low, high, line, _row, _column, _partial = _chunk(chunks, c)
@@ -231,7 +230,7 @@ def moment_sums(
 @triton.jit
 def moment_apply(
     chunks, first_chunk, weights, means, squares, decays, sizes, losses, mean_scale, root_scale, epsilon,
-    FACTORED: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+    LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = first_chunk + tl.program_id(0)
     fragment, tensor, begin, low, high, line, _row, _column, _partial = _chunk(chunks, c)
