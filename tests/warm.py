@@ -15,6 +15,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 GRACE_SECONDS = 10.0
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -227,6 +228,8 @@ class Server:
 
 def be(program: list[str]) -> None:
     """As `python PROGRAM …` does it; what it raises ends this process as python would."""
+    for stream in (sys.stdout, sys.stderr):  # the ranks share a pipe, and unbuffered a line is several writes
+        cast(io.TextIOWrapper, stream).reconfigure(line_buffering=True, write_through=False)
     if program[0] == "-c":
         sys.argv, sys.path[0] = ["-c", *program[2:]], ""
         main = sys.modules["__main__"] = types.ModuleType("__main__")
