@@ -70,7 +70,7 @@ def train(folder: Path, name: str, origin: str | None, port: str) -> None:
     if name.startswith(
         "gated"
     ):  # its rows are short, yet value and gate are projected again, but under ZeRO-3
-        gates.AGAIN_FROM_TOKENS = 1
+        gates.AGAIN_FROM_TOKENS = gates.VALUES_AGAIN_FROM_TOKENS = 1
     run = Run(load_config(PretrainConfig, folder / f"{name}.yaml", []))
     run.train()
     if name.startswith("gated"):

@@ -42,7 +42,7 @@ def passes(model, documents):
 )
 def test_compiled_layers_compute_the_same(name, again_from, monkeypatch):
     """In rows and document by document, each with other lengths the second time; gated units with everything kept and
-    with gate and value projected again."""
+    with gates projected again, and the lowest third's values."""
     monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", again_from)
     model = MaskedLanguageModel(replace(CONFIGS[name], hidden_dropout=0.0, attention_dropout=0.0)).train()
     compiled = MaskedLanguageModel(model.config).train()

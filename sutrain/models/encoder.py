@@ -96,6 +96,9 @@ class Encoder(nn.Module):
         self.ramp = 1.0  # residual ramp: how much of a branch counts; grows from 0 to 1 while training
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        for layer in self.layers[: config.num_layers // 3]:
+            if isinstance(layer.mixer, GatedAttentionUnit):
+                layer.mixer.low = True
         self.final_norm = build_norm(config) if config.residual == "pre" else nn.Identity()
         self.apply(partial(initialise, config=config))
 

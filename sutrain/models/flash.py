@@ -59,9 +59,8 @@ class MixedChunkAttention(nn.Module):
         chunks = visible.chunks
         if chunks is None:
             raise ValueError("visible: found no chunks; build it with the model's own configuration")
-        (gate,), rest = project(self.input, x_BLD, self.parts[:1], sum(self.parts[1:]))
-        value_BLE, shared_BLS = rest.split(self.parts[1:], dim=-1)
-        value_BLE, shared_BLS = F.silu(value_BLE), F.silu(shared_BLS)
+        gate, value, shared = project(self.input, x_BLD, self.parts, promised=1)
+        value_BLE, shared_BLS = F.silu(value.kept()), F.silu(shared.kept())
         query, key, linear_query, linear_key = (
             chunks.arrange(self._rescaled(name, shared_BLS, visible)) for name in _NAMES
         )

@@ -15,8 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from .init import Linear
 
 AGAIN_FROM_TOKENS = 1024
-"""Row length from which a gated unit projects its widest tensors again in the backward pass. What a unit keeps is then
-less than half, for 15 % more products at this length and fewer in longer rows, of which attention is a larger share."""
+"""Row length from which a gated unit projects its gate again in the backward pass, and a low unit its value too. What a
+low unit keeps is then less than half, for 15 % more products at this length and fewer in longer rows, of which
+attention is a larger share."""
+
+VALUES_AGAIN_FROM_TOKENS = 2048
+"""Row length from which all units project their values again. On shorter rows those above the lowest third have the
+room for them: when the backward pass begins, none of the gradients are there yet that take it at the end."""
 
 
 class Promise(NamedTuple):
@@ -36,26 +41,27 @@ class Promise(NamedTuple):
         return _Kept.apply(self.place_BLF, F.linear(self.x_BLD.to(dtype), self.weight_FD.to(dtype), bias_F))
 
 
-def project(
-    projection: nn.Module, x_BLD: Tensor, sizes: tuple[int, ...], rest: int
-) -> tuple[list[Promise], Tensor]:
-    """The first maps fused in `projection`, of these sizes, and the `rest` of its outputs side by side [B, L, R].
+def project(projection: nn.Module, x_BLD: Tensor, sizes: tuple[int, ...], promised: int) -> list[Promise]:
+    """What the maps make of x that are fused in `projection`, of these sizes. The first ones, so many as `promised`
+    says, are really promised in training on long rows, else computed as the others are.
 
-    In training on long rows the first ones are really promised, else computed with the others. Not under ZeRO-3, which
-    would have to gather the weights once more, nor where somebody has put something in the place of the map or around
-    it: adapters, quantised weights, hooks.
+    Not under ZeRO-3, which would have to gather the weights once more, nor where somebody has put something in the
+    place of the map or around it: adapters, quantised weights, hooks.
     """
     keeps = projection.training and torch.is_grad_enabled() and x_BLD.shape[1] >= AGAIN_FROM_TOKENS
     if not keeps or not is_plain(projection):
-        *first, rest_BLR = projection(x_BLD).split((*sizes, rest), dim=-1)
-        return [Promise(x) for x in first], rest_BLR
+        return [Promise(x_BLF) for x_BLF in projection(x_BLD).split(sizes, dim=-1)]
     weight, bias = projection.weight, projection.bias
-    *places, rest_BLR = _Projection.apply(x_BLD, weight, bias, sizes)
-    weights = weight.detach()[: sum(sizes)].split(sizes)
-    biases = [None] * len(sizes) if bias is None else bias.detach()[: sum(sizes)].split(sizes)
-    return [
-        Promise(one, x_BLD.detach(), *made_of) for one, *made_of in zip(places, weights, biases, strict=True)
-    ], rest_BLR
+    outputs = _Projection.apply(x_BLD, weight, bias, sizes, promised)
+    maps = _maps(weight.detach(), None if bias is None else bias.detach(), sizes)
+    places = [Promise(outputs[number], x_BLD.detach(), *maps[number]) for number in range(promised)]
+    return places + [Promise(x_BLF) for x_BLF in outputs[promised:]]
+
+
+def _maps(weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of each map that is fused in these."""
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    return list(zip(weight.split(sizes), biases, strict=True))
 
 
 def is_plain(projection: nn.Module) -> TypeGuard[Linear]:
@@ -91,16 +97,16 @@ def _gated_output(
 
 
 class _Projection(torch.autograd.Function):
-    """The outputs of x W^T + b, of which the first ones, of these sizes, are places without memory. Gradients come
-    back as if all were there."""
+    """The outputs of x W^T + b, of these sizes, of which the first ones are places without memory. Gradients come back
+    as if all were there."""
 
     @staticmethod
-    def forward(ctx: Any, x_BLD, weight, bias, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_BLD, weight, bias, sizes: tuple[int, ...], promised: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_BLD, weight)
-        start = sum(sizes)
-        ctx.sizes, ctx.bias_dtype = (*sizes, len(weight) - start), None if bias is None else bias.dtype
-        rest_BLR = F.linear(x_BLD, weight[start:], None if bias is None else bias[start:])
-        return *(rest_BLR.new_zeros(()).expand(*x_BLD.shape[:-1], size) for size in sizes), rest_BLR
+        ctx.sizes, ctx.bias_dtype = sizes, None if bias is None else bias.dtype
+        outputs = [F.linear(x_BLD, *of) for of in _maps(weight, bias, sizes)[promised:]]
+        places = (outputs[0].new_zeros(()).expand(*x_BLD.shape[:-1], size) for size in sizes[:promised])
+        return *places, *outputs
 
     @staticmethod
     @once_differentiable
@@ -122,7 +128,7 @@ class _Projection(torch.autograd.Function):
             d_weight = d_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             d_bias = torch.cat([x.sum(0) for x in outer]).to(ctx.bias_dtype)
-        return d_x, d_weight, d_bias, None
+        return d_x, d_weight, d_bias, None, None
 
 
 class _Kept(torch.autograd.Function):

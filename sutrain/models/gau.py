@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import gates
 from .attention import attend_silu
 from .configuration import EncoderConfig
-from .gates import Promise, gated_output, project
+from .gates import Promise, gated_output
 from .init import Linear
 from .products import Source, probabilities
 from .rotary import rotate
@@ -25,6 +26,9 @@ class GatedAttentionUnit(nn.Module):
     It replaces attention and feed-forward block together; two of them weigh as much as one such pair. W_i
     stays one matrix, as in the published model: its trust ratio under LAMB is that of the whole.
     """
+
+    low = False
+    """Is it of a stack's lowest third, which save memory on shorter rows already (gates.py)?"""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -49,23 +53,26 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
         """Mix the tokens of each document and transform each; [B, L, D] in and out."""
-        # All before silu.
-        (gate, value), shared_BLS = project(self.input, x_BLD, self.parts[:2], self.parts[2])
+        value_again = self.low or x_BLD.shape[1] >= gates.VALUES_AGAIN_FROM_TOKENS
+        gate, value, shared = gates.project(self.input, x_BLD, self.parts, promised=1 + value_again)
+        shared_BLS = shared.kept()  # as the others before silu
         query_B1LS, key_B1LS = self._query_key(shared_BLS, visible)
         value_BLE = value.kept()
-        # The value is not kept beside what it is promised of.
-        made_of = (shared_BLS, value_BLE) if value.x_BLD is None else (shared_BLS, *value)
+        # The value is not kept beside what it is promised of. Detached, or compiled layers would be asked for the
+        # gradients of these as well, and given zeros as wide as the value.
+        kept = (value_BLE,) if value.x_BLD is None else value
+        made_of = tuple(None if x is None else x.detach() for x in (shared_BLS, *kept))
         source = Source(made_of, partial(self._query_key_value, visible))
         dropout = self.dropout if self.training else 0.0
         mixed_B1LE = attend_silu(
-            query_B1LS, key_B1LS, value_BLE.unsqueeze(1), visible, dropout, self.squared, source
+            query_B1LS, key_B1LS, _one_head(value_BLE), visible, dropout, self.squared, source
         )
         return gated_output(self.output, F.silu, mixed_B1LE.squeeze(1), gate)
 
     def _query_key_value(
         self, visible: Visibility, shared_BLS: Tensor, *value: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return *self._query_key(shared_BLS, visible), Promise(*value).kept().unsqueeze(1)
+        return *self._query_key(shared_BLS, visible), _one_head(Promise(*value).kept())
 
     def query_key(self, x_BLD: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
         """Query and key as the scores see them, [B, 1, L, S]: rotated, any scale of the scores in the query."""
@@ -88,3 +95,9 @@ class GatedAttentionUnit(nn.Module):
         if visible.score_scale is not None:
             query = (query * visible.score_scale).to(key.dtype)
         return query.transpose(1, 2), key.transpose(1, 2)
+
+
+def _one_head(x_BLE: Tensor) -> Tensor:
+    """[B, 1, L, E] in the memory of [B, L, 1, E], as attention's gradients are: in another one, were it only the stride
+    of the one head, compiled layers would copy them."""
+    return x_BLE.unsqueeze(2).transpose(1, 2)

@@ -1,14 +1,17 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sutrain.models import attention, gates
+from sutrain.models import attention, gates, gau
 from sutrain.models.configuration import EncoderConfig
 from sutrain.models.encoder import Encoder
 from sutrain.models.gates import Promise, gated_output, project
 from sutrain.models.init import Linear
+from sutrain.models.visibility import build_visibility
 
 
 @pytest.mark.parametrize("activation", [F.silu, F.gelu])
@@ -66,13 +69,14 @@ def test_an_adapter_drops_the_same_when_it_is_computed_again():
 
 @pytest.fixture
 def promised(monkeypatch):
-    """Gates are projected again, whatever the length of rows."""
+    """Gates and values are projected again, whatever the length of rows."""
     monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 1)
+    monkeypatch.setattr(gates, "VALUES_AGAIN_FROM_TOKENS", 1)
 
 
 def gated(projection, output, x):
-    (gate, value), shared = project(projection, x, (6, 6), 2)
-    return gated_output(output, F.silu, value.kept() * shared.square().sum(-1, keepdim=True), gate)
+    gate, value, shared = project(projection, x, (6, 6, 2), promised=2)
+    return gated_output(output, F.silu, value.kept() * shared.kept().square().sum(-1, keepdim=True), gate)
 
 
 def unit(bias, dtype=torch.float64):
@@ -129,28 +133,28 @@ def test_a_promised_gate_takes_no_memory(monkeypatch):
 def test_where_a_gate_is_not_promised(monkeypatch):
     projection, _, x = unit(bias=False)
     monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 8)
-    assert project(projection, x, (6,), 8)[0][0].x_BLD is None  # short rows
+    assert project(projection, x, (6, 8), 1)[0].x_BLD is None  # short rows
     monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 7)
-    assert project(projection, x, (6,), 8)[0][0].x_BLD is not None
+    assert project(projection, x, (6, 8), 1)[0].x_BLD is not None
     with torch.no_grad():
-        assert project(projection, x, (6,), 8)[0][0].x_BLD is None  # nothing is kept
+        assert project(projection, x, (6, 8), 1)[0].x_BLD is None  # nothing is kept
     assert (
-        project(projection.eval(), x, (6,), 8)[0][0].x_BLD is None
+        project(projection.eval(), x, (6, 8), 1)[0].x_BLD is None
     )  # nobody trains, but somebody may torch.export
     projection.train()
     for register in (projection.register_forward_hook, projection.register_full_backward_hook):
         hook = register(lambda *_: None)
         assert (
-            project(projection, x, (6,), 8)[0][0].x_BLD is None
+            project(projection, x, (6, 8), 1)[0].x_BLD is None
         )  # somebody wants to see all that it computes
         hook.remove()
-    assert project(projection, x, (6,), 8)[0][0].x_BLD is not None
+    assert project(projection, x, (6, 8), 1)[0].x_BLD is not None
     adapted = torch.nn.Sequential(
         projection
     )  # without a weight of its own, as adapters and quantised maps have none
-    assert project(adapted, x, (6,), 8)[0][0].x_BLD is None
+    assert project(adapted, x, (6, 8), 1)[0].x_BLD is None
     projection.weight.ds_id = 0  # ZeRO-3 holds the weights elsewhere
-    assert project(projection, x, (6,), 8)[0][0].x_BLD is None
+    assert project(projection, x, (6, 8), 1)[0].x_BLD is None
 
 
 def test_under_autocast_gradients_have_the_dtypes_of_the_weights(promised):
@@ -187,18 +191,26 @@ def test_frozen_weights_and_inputs_without_gradient(promised):
     assert projection.weight.grad is not None
 
 
+def small(mixer="gau", **changes):
+    """Three gated units, of which one is the lowest third."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "gau_expansion_size": 32, "gau_key_size": 8}
+    sizes |= {"num_layers": 3, "max_row_tokens": 32, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    return EncoderConfig(mixer=mixer, initialisation="gau_alpha", **sizes | changes)
+
+
+@pytest.mark.parametrize("values_from", [1, 2048])
 @pytest.mark.parametrize(
-    ("mixer", "normaliser"), [("gau", "softmax_plus"), ("gau", "relu_squared"), ("flash", "relu_squared")]
+    ("mixer", "changes"),
+    [
+        ("gau", {"score_normaliser": "softmax_plus"}),
+        ("gau", {"score_normaliser": "relu_squared"}),
+        ("flash", {"score_normaliser": "relu_squared", "flash_chunk_size": 4}),
+    ],
 )
-def test_models_with_promised_gates_and_pairs_made_again(monkeypatch, mixer, normaliser):
+def test_models_with_promised_gates_and_pairs_made_again(monkeypatch, mixer, changes, values_from):
     """Whole encoders on packed rows: the same hidden vectors and gradients."""
-    config = EncoderConfig(
-        mixer=mixer, vocab_size=50, hidden_size=16, num_layers=3, gau_expansion_size=32, gau_key_size=8,
-        score_normaliser=normaliser, initialisation="gau_alpha", max_row_tokens=32, hidden_dropout=0.0,
-        attention_dropout=0.0, **({"flash_chunk_size": 4} if mixer == "flash" else {}),
-    )  # fmt: skip
     torch.manual_seed(0)
-    encoder = Encoder(config).double()
+    encoder = Encoder(small(mixer, **changes)).double()
     tokens = torch.randint(5, 50, (2, 32))
     documents = torch.tensor([[1] * 11 + [2] * 21, [1] * 20 + [2] * 9 + [0] * 3])
     direction = torch.randn(2, 32, 16, dtype=torch.float64) * (documents > 0).unsqueeze(-1)
@@ -206,6 +218,7 @@ def test_models_with_promised_gates_and_pairs_made_again(monkeypatch, mixer, nor
     for again in (False, True):
         if again:
             monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 1)
+            monkeypatch.setattr(gates, "VALUES_AGAIN_FROM_TOKENS", values_from)
             monkeypatch.setattr(attention, "SCORES_AGAIN_FROM_TOKENS", 1)
         hidden = encoder(tokens, documents)
         gradients = torch.autograd.grad((hidden * direction).sum(), list(encoder.parameters()))
@@ -214,15 +227,48 @@ def test_models_with_promised_gates_and_pairs_made_again(monkeypatch, mixer, nor
     torch.testing.assert_close(found[True], found[False])
 
 
+def test_on_shorter_rows_the_lowest_third_alone_promises_its_values(monkeypatch):
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 32)
+    monkeypatch.setattr(attention, "SCORES_AGAIN_FROM_TOKENS", 32)
+    layers, x = Encoder(small()).layers, torch.randn(1, 32, 16, requires_grad=True)
+    visible = build_visibility(torch.ones(1, 32, dtype=torch.long), small(), torch.float32)
+
+    def kept():
+        return [kept_bytes(partial(layer.mixer, x, visible), layer) for layer in layers]
+
+    low, *above = kept()
+    value_bytes = 32 * 32 * 4
+    assert above == [low + value_bytes - 4] * 2  # and none of the number that stands for a value
+    monkeypatch.setattr(gates, "VALUES_AGAIN_FROM_TOKENS", 32)
+    assert kept() == [low] * 3
+
+
+@pytest.mark.parametrize("values_from", [1, 2048])
+def test_compiled_layers_get_no_gradients_to_copy_and_none_of_zeros(promised, monkeypatch, values_from):
+    """Between compiled parts of a layer attention stands by itself. Its gradients have to lie in memory as its inputs
+    do, to the stride of the one head, and only of these three are there gradients."""
+    monkeypatch.setattr(gates, "VALUES_AGAIN_FROM_TOKENS", values_from)
+    monkeypatch.setattr(attention, "SCORES_AGAIN_FROM_TOKENS", 1)
+    inputs, gradients = [], []
+
+    def seen(query, key, value, visible, dropout, squared, source):
+        for x in (query, key, value):
+            inputs.append(x.stride())
+            x.register_hook(lambda gradient: gradients.append(gradient.stride()))
+        assert [x for x in source.tensors if x is not None and x.requires_grad] == []
+        return attention.attend_silu(query, key, value, visible, dropout, squared, source)
+
+    monkeypatch.setattr(gau, "attend_silu", seen)
+    for rows in (1, 2):
+        Encoder(small(num_layers=1))(torch.randint(5, 50, (rows, 32))).square().sum().backward()
+    assert gradients and sorted(gradients) == sorted(inputs)
+
+
 def test_under_autocast_a_unit_on_long_rows_trains(promised, monkeypatch):
     """The backward pass makes the value again outside of autocast, in the dtype that it had."""
     monkeypatch.setattr(attention, "SCORES_AGAIN_FROM_TOKENS", 1)
-    config = EncoderConfig(
-        mixer="gau", vocab_size=50, hidden_size=16, num_layers=2, gau_expansion_size=32, gau_key_size=8,
-        initialisation="gau_alpha", max_row_tokens=32, hidden_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
     torch.manual_seed(0)
-    encoder, tokens, direction = Encoder(config), torch.randint(5, 50, (2, 32)), torch.randn(2, 32, 16)
+    encoder, tokens, direction = Encoder(small()), torch.randint(5, 50, (2, 32)), torch.randn(2, 32, 16)
     exact = torch.autograd.grad((encoder(tokens) * direction).sum(), list(encoder.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
         hidden = encoder(tokens)
