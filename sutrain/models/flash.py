@@ -64,8 +64,7 @@ class MixedChunkAttention(nn.Module):
         query, key, linear_query, linear_key = (
             chunks.arrange(self._rescaled(name, shared_BLS, visible)) for name in _NAMES
         )
-        # A value of zero keeps empty places out of both parts.
-        value_BGCE = chunks.arrange(value_BLE) * chunks.filled_BN.view(*query.shape[:3], 1)
+        value_BGCE = chunks.arrange(value_BLE)  # zero in empty places, which keeps them out of both parts
 
         scores_BGCC = F.relu(torch.matmul(query * self.scale, key.transpose(-1, -2)).float())
         if chunks.causal:
