@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .configuration import EncoderConfig
 from .documents import Documents
 from .init import Linear
+from .processor import bf16_units
 from .products import Mixes, Source, attend_by_products, plainly, probabilities
 from .rotary import rotate
 from .visibility import Visibility
@@ -78,7 +79,12 @@ class MultiHeadAttention(nn.Module):
 
 
 FUSED_FROM_TOKENS = 256
-"""Row length from which the fused kernel is the faster one on a CPU also in bf16."""
+"""Row length from which the fused kernel is preferred on a CPU in compiled code also in bf16, and from which heads do
+without the scores of the forward pass in the backward pass: at 512 tokens they are as much memory as a layer keeps."""
+
+PRODUCTS_BELOW_TOKENS = 1024 if bf16_units() == "vectors" else FUSED_FROM_TOKENS
+"""Row length below which products are faster in bf16 than the fused kernel, which has no use for instructions of
+AVX512-BF16."""
 
 SCORES_AGAIN_FROM_TOKENS = 512
 """Row length from which the scores of wide values (a gated unit's) are computed again in the backward pass: at 2048
@@ -249,11 +255,12 @@ def _fused_serves(
     query: Tensor, value: Tensor, length: int, dropout: float, squared: bool, mixes: Mixes
 ) -> bool:
     """Is torch's fused kernel there and the fastest? It wants E = K and knows one normaliser and nothing of talking
-    heads; on a CPU it has no dropout, and takes up to three times as long as plain products for short rows in bf16
+    heads; on a CPU it has no dropout, and takes up to three times as long as products for short rows in bf16
     (benchmarks/attention_cpu.py)."""
     if squared or mixes != NO_MIX or value.shape[-1] != query.shape[-1]:
         return False
-    short_bf16 = query.dtype != torch.float32 and length < FUSED_FROM_TOKENS
+    short = length < (FUSED_FROM_TOKENS if torch.compiler.is_compiling() else PRODUCTS_BELOW_TOKENS)
+    short_bf16 = query.dtype != torch.float32 and short
     return query.device.type != "cpu" or not (dropout > 0.0 or short_bf16)
 
 
@@ -271,7 +278,8 @@ def _products(
     silu: bool = False,
     source: Source | None = None,
 ) -> Tensor:
-    keep = not _scores_again(query, value, max(lengths))
+    longest = max(lengths)
+    keep = not _scores_again(query, value, longest) and (squared or longest < FUSED_FROM_TOKENS)
     source = None if keep else source
     return attend_by_products(query, key, value, lengths, masks, squared, keep, silu, source)
 

@@ -16,25 +16,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .configuration import GATED_ACTIVATIONS, EncoderConfig
+from .processor import Bf16Units, bf16_units
 
 
 class Costs(NamedTuple):
     """What counts beside the products of linear maps, in products that a CPU core makes in the same time."""
 
-    pair: float  # a product of a pair of tokens, in attention by heads
-    call: float  # of the attention kernel, forward and backward: one a document and layer
+    pair: float  # a product of a pair of tokens, in attention by heads; those of a gated unit are wide enough for 1
+    call: float  # of attention by heads, forward and backward: one a document and layer
+    unit: float  # of attention in a gated unit, which computes every document by itself
 
 
 # Measured as said in LOG.md. Without `call` rows of short documents would be taken apart at a loss; and where linear
-# maps run on matrix units, attention is left behind.
-PLAIN_COSTS = Costs(pair=1.0, call=10e6)
-MATRIX_UNIT_COSTS = Costs(pair=4.5, call=100e6)
+# maps have instructions of 16 bits, attention is left behind.
+COSTS: dict[Bf16Units, Costs] = {
+    "none": Costs(pair=1.0, call=10e6, unit=10e6),
+    "vectors": Costs(pair=4.5, call=10e6, unit=30e6),
+    "tiles": Costs(pair=4.5, call=100e6, unit=100e6),
+}
 
 
 def costs(dtype: torch.dtype) -> Costs:
     """Those of this machine's CPU."""
-    matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return MATRIX_UNIT_COSTS if matrix_units and dtype == torch.bfloat16 else PLAIN_COSTS
+    return COSTS[bf16_units() if dtype == torch.bfloat16 else "none"]
 
 
 @dataclass(eq=False)
@@ -102,9 +106,9 @@ def worthwhile(documents: Documents, rows: int, config: EncoderConfig, costs: Co
     """Does it save at least a tenth of a layer's time to take the rows apart?"""
     if len(documents.lengths) == rows == 1:
         return True  # nothing is computed twice, and there is no mask to add
-    hidden, pair_cost = config.hidden_size, costs.pair
+    hidden, pair_cost, call = config.hidden_size, costs.pair, costs.call
     if config.gated:
-        pair, pair_cost = config.gau_key_size + config.gau_expansion_size, 1.0  # as wide as a linear map
+        pair, pair_cost, call = config.gau_key_size + config.gau_expansion_size, 1.0, costs.unit
         token = hidden * (3 * config.gau_expansion_size + config.gau_key_size)
     else:
         pair = config.num_heads * (config.head_size + config.value_size)
@@ -112,5 +116,5 @@ def worthwhile(documents: Documents, rows: int, config: EncoderConfig, costs: Co
         token = 2 * hidden * pair + matrices * hidden * config.feed_forward_size
     length = documents.row_tokens
     in_rows = rows * length * (token + length * pair * pair_cost)
-    apart = sum(size * (token + size * pair * pair_cost) + costs.call for size in documents.lengths)
+    apart = sum(size * (token + size * pair * pair_cost) + call for size in documents.lengths)
     return apart < 0.9 * in_rows

@@ -10,7 +10,7 @@ from sutrain.models import encoder as encoder_module
 from sutrain.models.attention import attend, varlen_exists
 from sutrain.models.documents import find_documents
 from sutrain.models.encoder import Encoder
-from sutrain.models.visibility import Visibility, build_visibility
+from sutrain.models.visibility import Visibility, build_visibility, build_visibility_of_documents
 from tests.models.tiny import CONFIGS
 from tests.models.varlen import varlen_in_torch
 
@@ -146,3 +146,33 @@ def test_scores_of_wide_values_are_computed_again_to_the_bit(dropout, squared, m
     again, none = run(length)
     assert many > 0 and none == 0
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(40,), (25, 15)])
+def test_on_some_processors_products_stand_for_the_fused_kernel_and_keep_no_scores(lengths, monkeypatch):
+    """Heads of bf16 from 256 tokens on, where that is the faster way: the same to the bit as with scores kept, and as
+    near to the exact numbers as the fused kernel's."""
+    numbers = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), torch.tensor(lengths))
+    config, dtype = CONFIGS["roformer_v2"], torch.bfloat16
+    apart = build_visibility_of_documents(find_documents(numbers[None]), config, dtype)
+
+    def run(fused_from: int, products_below: int = 64, dtype=torch.bfloat16):
+        monkeypatch.setattr(attention, "FUSED_FROM_TOKENS", fused_from)
+        monkeypatch.setattr(attention, "PRODUCTS_BELOW_TOKENS", products_below)
+        torch.manual_seed(0)
+        drawn = [torch.randn(1, 2, 40, 8).to(torch.bfloat16) for _ in range(3)]
+        inputs = [x.to(dtype).requires_grad_() for x in drawn]
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+            output = attend(*inputs, apart)
+        output.float().square().sum().backward()
+        return [output, *(x.grad for x in inputs)], sum(x.numel() for x in held)
+
+    kept, many = run(fused_from=64)
+    again, few = run(fused_from=lengths[0])
+    assert many > few
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    exact, _ = run(1, dtype=torch.float32)
+    for found in (again, run(1, products_below=1)[0]):
+        for one, other in zip(found, exact, strict=True):
+            assert (one.float() - other).norm() < 0.01 * other.norm()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sutrain.models import documents
+from sutrain.models import documents, processor
 from sutrain.models import encoder as encoder_module
 from sutrain.models.encoder import Encoder
 from sutrain.models.masked_lm import MaskedLanguageModel
@@ -145,19 +145,38 @@ def test_rows_are_taken_apart_where_that_saves_work_and_only_there():
         Encoder(CONFIGS["flash"])(torch.ones(1, 4).long(), interrupted)
 
 
-def test_matrix_units_make_attention_weigh_more_and_short_documents_too():
-    """RoFormerV2 base on a CPU with them: documents of 128 of rows of 512 are worth it, of rows of 128 they are not."""
+@pytest.mark.parametrize(
+    ("units", "worth"),
+    [("none", (False, False, False)), ("vectors", (True, True, False)), ("tiles", (True, False, False))],
+)
+def test_instructions_of_16_bits_make_attention_weigh_more(units, worth):
+    """RoFormerV2 base on a CPU: documents of a quarter of rows of 512, 256 and 128 tokens."""
     config = replace(
         CONFIGS["roformer_v2"], hidden_size=768, num_heads=12, head_size=64, feed_forward_size=3072
     )
-    longer = documents.find_documents(torch.arange(512).expand(2, 512) // 128 + 1)
-    shorter = documents.find_documents(torch.arange(128).expand(8, 128) // 32 + 1)
-    plain, units = documents.PLAIN_COSTS, documents.MATRIX_UNIT_COSTS
-    assert documents.worthwhile(longer, 2, config, units) and not documents.worthwhile(
-        longer, 2, config, plain
-    )
-    assert not documents.worthwhile(shorter, 8, config, units)
-    assert documents.costs(torch.float32) == plain
+    for length, expected in zip((512, 256, 128), worth, strict=True):
+        packed = documents.find_documents(torch.arange(length).expand(2, length) // (length // 4) + 1)
+        assert documents.worthwhile(packed, 2, config, documents.COSTS[units]) == expected
+
+
+def test_a_gated_unit_has_a_cost_of_its_own_for_every_document():
+    config = replace(CONFIGS["gau_alpha"], hidden_size=768, gau_expansion_size=1536, gau_key_size=128)
+    costs = documents.COSTS["vectors"]
+    packed = documents.find_documents(torch.arange(512).expand(4, 512) // 128 + 1)
+    assert not documents.worthwhile(packed, 4, config, costs)
+    assert documents.worthwhile(packed, 4, config, costs._replace(unit=costs.call))
+
+
+@pytest.mark.parametrize(
+    ("has", "units"),
+    [((), "none"), (("avx512_bf16",), "vectors"), (("avx512_bf16", "amx_tile"), "tiles")],
+)
+def test_costs_are_those_of_this_processor_and_dtype(has, units, monkeypatch):
+    monkeypatch.setattr(documents, "bf16_units", processor.bf16_units.__wrapped__)  # without its memory
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in has, raising=False)
+    assert documents.costs(torch.bfloat16) == documents.COSTS[units]
+    assert documents.costs(torch.float32) == documents.COSTS["none"]
 
 
 def test_no_gradient_flows_between_documents(config):
