@@ -106,6 +106,11 @@ def worthwhile(documents: Documents, rows: int, config: EncoderConfig, costs: Co
     """Does it save at least a tenth of a layer's time to take the rows apart?"""
     if len(documents.lengths) == rows == 1:
         return True  # nothing is computed twice, and there is no mask to add
+    return share_of_rows(documents, rows, config, costs) < 0.9
+
+
+def share_of_rows(documents: Documents, rows: int, config: EncoderConfig, costs: Costs) -> float:
+    """The time of a layer for documents one by one, as a share of its time for the rows that they are in."""
     hidden, pair_cost, call = config.hidden_size, costs.pair, costs.call
     if config.gated:
         pair, pair_cost, call = config.gau_key_size + config.gau_expansion_size, 1.0, costs.unit
@@ -117,4 +122,4 @@ def worthwhile(documents: Documents, rows: int, config: EncoderConfig, costs: Co
     length = documents.row_tokens
     in_rows = rows * length * (token + length * pair * pair_cost)
     apart = sum(size * (token + size * pair * pair_cost) + call for size in documents.lengths)
-    return apart < 0.9 * in_rows
+    return apart / in_rows
