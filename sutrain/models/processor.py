@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 
 Bf16Units = Literal["none", "vectors", "tiles"]
-"""vectors: AVX512-BF16 (AMD since Zen 4), linear maps at four times the rate of fp32. tiles: AMX (Intel since Sapphire
-Rapids), at eight times or more, and torch's attention knows them."""
+"""vectors: AVX512-BF16 (AMD since Zen 4), tiles: AMX (Intel since Sapphire Rapids)."""
 
 
 @cache
