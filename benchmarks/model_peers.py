@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sutrain.masking import IGNORED
 from sutrain.models.configuration import EncoderConfig, flops_per_token
 from sutrain.models.masked_lm import MaskedLanguageModel
+from sutrain.models.processor import bf16_units
 from sutrain.objectives.masked_lm import masked_lm_loss
 
 PREDICTED = 0.15
@@ -184,9 +185,16 @@ def _sizes(config: EncoderConfig) -> dict[str, Any]:
 _UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def bert(config: EncoderConfig, masked_head: bool = False, attention: str = "sdpa") -> Contender:
+def fastest_attention() -> str:
+    """Of transformers' models: torch's fused one, but on a CPU whose instructions for bf16 that makes no use of, where
+    plain products compiled are ahead at 512 tokens."""
+    return "eager" if not torch.cuda.is_available() and bf16_units() == "vectors" else "sdpa"
+
+
+def bert(config: EncoderConfig, masked_head: bool = False, attention: str | None = None) -> Contender:
     from transformers import BertConfig, BertForMaskedLM
 
+    attention = attention or fastest_attention()
     settings = BertConfig(
         **_sizes(config),
         intermediate_size=config.feed_forward_size,
@@ -239,9 +247,9 @@ def modernbert(config: EncoderConfig) -> Contender:
     """Its gated feed-forward block gets two thirds of the inner size, which is the same number of weights."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    inner = config.feed_forward_size * 2 // 3
+    inner, attention = config.feed_forward_size * 2 // 3, fastest_attention()
     settings = ModernBertConfig(
-        **_sizes(config), intermediate_size=inner, local_attention=LOCAL_TOKENS, attn_implementation="sdpa",
+        **_sizes(config), intermediate_size=inner, local_attention=LOCAL_TOKENS, attn_implementation=attention,
         sparse_prediction=True, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
     )  # fmt: skip
     model = ModernBertForMaskedLM(settings)
@@ -253,6 +261,8 @@ def modernbert(config: EncoderConfig) -> Contender:
             near = (place[:, None] - place[None]).abs() <= LOCAL_TOKENS // 2
             same = batch.same_document()
             mask = {"full_attention": same, "sliding_attention": same & near}
+            if attention == "eager":
+                mask = {kind: additive(seen, model.dtype) for kind, seen in mask.items()}
         return model.model(batch.tokens_BL, attention_mask=mask).last_hidden_state
 
     needed = replace(bert_config(config), positions="rotary", activation="geglu", feed_forward_size=inner)
@@ -262,12 +272,12 @@ def modernbert(config: EncoderConfig) -> Contender:
 
 
 def x_transformers(config: EncoderConfig) -> Contender:
-    """Pre-norm with gains, rotary positions, no biases, its flash attention (torch's fused kernel)."""
+    """Pre-norm with gains, rotary positions, no biases, its flash attention (torch's fused kernel) where that is the fastest."""
     from x_transformers import Encoder, TransformerWrapper
 
     layers = Encoder(
         dim=config.hidden_size, depth=config.num_layers, heads=config.num_heads, attn_dim_head=config.head_size,
-        rotary_pos_emb=True, use_rmsnorm=True, ff_no_bias=True, attn_flash=True, verbose=False,
+        rotary_pos_emb=True, use_rmsnorm=True, ff_no_bias=True, attn_flash=fastest_attention() == "sdpa", verbose=False,
         ff_mult=config.feed_forward_size / config.hidden_size,
     )  # fmt: skip
     model = TransformerWrapper(
