@@ -16,8 +16,8 @@ rises, which has what glibc cannot use again as well and differs from run to run
 
 Groups: `peers` everybody at one shape; `long` GAU-alpha against RoFormerV2 above 512 tokens; `flash` the growth of
 FLASH's time over 8 times the tokens; `depth` 1000 layers against 24; `compile` every contender's layers under
-torch.compile against themselves, for --compile. Peers run with torch's fused attention, or without where that is faster (RoFormer v1 has none). A run
-replaces what the file has of the same names and keeps the rest.
+torch.compile against themselves, for --compile. Peers run with torch's fused attention, or with plain attention where
+that is the faster one (model_peers.py). A run replaces what the file has of the same names and keeps the rest.
 """
 
 from __future__ import annotations

@@ -272,7 +272,7 @@ def modernbert(config: EncoderConfig) -> Contender:
 
 
 def x_transformers(config: EncoderConfig) -> Contender:
-    """Pre-norm with gains, rotary positions, no biases, its flash attention (torch's fused kernel) where that is the fastest."""
+    """Pre-norm with gains, rotary positions, no biases; flash attention (torch's fused kernel) where it is fastest."""
     from x_transformers import Encoder, TransformerWrapper
 
     layers = Encoder(
