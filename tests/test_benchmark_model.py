@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sutrain.models.encoder
 from benchmarks import model as benchmark
+from benchmarks import model_peers
 from benchmarks.model import SHAPES, Bench, available, parse
 from benchmarks.model_peers import (
     BERT,
@@ -129,6 +130,23 @@ def test_documents_do_not_see_each_other_in_any_contender(name, layout):
         changed = contender.trunk(batch)[first]
     assert torch.allclose(before, after, atol=1e-5)
     assert not torch.allclose(before, changed, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [bert, modernbert])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_plain_and_fused_attention_of_a_peer_compute_the_same(build, layout, monkeypatch):
+    """Which of them depends on the processor; documents are kept apart in both."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    batch, found = batch_of(layout), {}
+    for units in ("none", "vectors", "tiles"):
+        monkeypatch.setattr(model_peers, "bf16_units", lambda units=units: units)
+        torch.manual_seed(0)
+        contender = build(SHAPE)
+        with torch.no_grad():
+            hidden = contender.trunk(batch)
+        found[units] = contender.model.config._attn_implementation, hidden[batch.document_BL > 0]
+    assert [kind for kind, _ in found.values()] == ["sdpa", "eager", "sdpa"]
+    torch.testing.assert_close(found["vectors"][1], found["none"][1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", [OURS, BERT])
