@@ -13,7 +13,7 @@ from torch import Tensor
 from .chunks import Chunks, build_chunks
 from .configuration import EncoderConfig
 from .documents import Documents
-from .rotary import rotary_table
+from .rotary import Turns, rotary_table
 
 ENTROPY_BASE_TOKENS = 512  # softmax_plus equals softmax at this length, whatever length a model is trained at
 ENTROPY_FLOOR_TOKENS = 16  # shorter documents are treated as this long (bert4keras since 2023)
@@ -23,7 +23,7 @@ class Visibility(NamedTuple):
     """Positions, permissions and score scale of a batch; exactly one of mask, documents and chunks is given."""
 
     dtype: torch.dtype  # of weights and branches
-    rotary: Tensor | None  # [L, K/2, 2] fp32, see rotary.py; None without rotary positions
+    rotary: Turns | None  # of the row's L positions, see rotary.py; None without rotary positions
     score_scale: Tensor | None  # [B, L, 1, 1] fp32, factor on a query's scores; None for plain softmax
     mask: Tensor | None = None  # [B, 1, L, L] in `dtype`, added to scores: 0 where query sees key, else -inf
     documents: Documents | None = None  # where each document lies in the one row of a batch without padding
@@ -34,7 +34,7 @@ class Visibility(NamedTuple):
         """Addresses of its tensors, which all layers share."""
         documents = self.documents
         laid_out = () if documents is None else (documents.index_T, documents.boundaries, *documents.masks)
-        tensors = [*self, *(self.chunks or ()), *laid_out]
+        tensors = [*self, *(self.rotary or ()), *(self.chunks or ()), *laid_out]
         return {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
 
 
@@ -70,7 +70,7 @@ def build_visibility_of_documents(
     device, length = documents.index_T.device, documents.row_tokens
     table = rotary_table(length, config.key_size, config.rotary_base, device) if config.rotary else None
     if table is not None:  # every token keeps the angle of its place in its row
-        table = table[documents.index_T % length]
+        table = table.at(documents.index_T % length)
     masks: list[Tensor] = []
     if config.context == "bidirectional":
         sizes = documents.sizes()
@@ -87,6 +87,11 @@ def build_visibility_of_documents(
         counts_T = torch.cat(counts)
     scale = score_scale(counts_T[None], config)
     return Visibility(dtype, table, scale, documents=documents.with_masks(masks))
+
+
+def choose(x_BLF: Tensor, chosen_M: Tensor | None) -> Tensor:
+    """[1, M, F] of the tokens of these numbers in [B·L]; all if None."""
+    return x_BLF if chosen_M is None else x_BLF.flatten(0, 1).index_select(0, chosen_M).unsqueeze(0)
 
 
 def unilm_order(segments_BL: Tensor | None) -> Tensor | None:

@@ -1,11 +1,19 @@
 import numpy as np
+import pytest
 import torch
 from transformers.models.roformer.modeling_roformer import (
     RoFormerSelfAttention,
     RoFormerSinusoidalPositionalEmbedding,
 )
 
-from sutrain.models.rotary import _cached_table, rotary_table, rotate, turn_complex, turn_real
+from sutrain.models.rotary import (
+    _cached_table,
+    rotary_table,
+    rotate,
+    turn_complex,
+    turn_packed,
+    turn_real,
+)
 from tests.models import reference
 
 CPU = torch.device("cpu")
@@ -49,8 +57,38 @@ def test_equals_the_rotary_positions_of_roformer_in_transformers():
 
 def test_real_and_complex_arithmetic_agree():
     """Compilers take the one, everybody else the other."""
-    pairs, table = torch.randn(2, 9, 3, 4, 2), rotary_table(9, 8, 10000.0, CPU).unsqueeze(-3)
-    torch.testing.assert_close(turn_real(pairs, table), turn_complex(pairs, table), atol=1e-6, rtol=0)
+    pairs = torch.randn(2, 9, 3, 4, 2)
+    cos, sin, both = (x.unsqueeze(-2) for x in rotary_table(9, 8, 10000.0, CPU))
+    torch.testing.assert_close(turn_real(pairs, cos, sin), turn_complex(pairs, both), atol=1e-6, rtol=0)
+
+
+def test_pairs_packed_in_one_number_are_turned_to_the_same_bits():
+    """As compiled code for a CPU reads them; halves, huge, tiny and no numbers included."""
+    x = torch.randn(2, 9, 3, 16).bfloat16()
+    x[0, 4, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0, 3e38, 3e38, 1e-40, -1e-40] * 2)
+    for size in (2.0**-7, 2.0**-8):  # products of which many end in the middle between two bf16
+        x[1, :, :, :8] = (torch.randint(-200, 200, (9, 3, 8)) * size).bfloat16()
+    cos, sin, _ = (part.unsqueeze(-2).clone() for part in rotary_table(9, 16, 10000.0, CPU))
+    cos[4:], sin[4:] = 0.5, 0.75
+    found = turn_packed(x, cos, sin)
+    expected = turn_real(x.float().unflatten(-1, (-1, 2)), cos, sin).flatten(-2).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.isnan().any() and found.isinf().any()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_compiled_code_turns_as_other_code_does(half):
+    turns, found = rotary_table(9, 16, 10000.0, CPU), []
+    x = torch.randn(2, 3, 9, 16).bfloat16().transpose(1, 2)
+    direction = torch.randn(2, 9, 16, 3).bfloat16().transpose(2, 3)  # whose pairs do not lie together
+    for turn in (rotate, torch.compile(rotate)):
+        given = x.clone().requires_grad_()
+        turned = turn(given, turns, half)
+        turned.backward(direction)
+        found.append((turned.detach(), given.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert found[0][0].dtype == torch.bfloat16 and found[0][1].any()
 
 
 def test_the_table_survives_inference_mode_and_keeps_its_precision():
@@ -60,7 +98,9 @@ def test_the_table_survives_inference_mode_and_keeps_its_precision():
     x = torch.randn(1, 20, 1, 8, requires_grad=True)
     rotate(x, rotary_table(20, 8, 10000.0, CPU)).sum().backward()
     assert x.grad is not None
-    assert rotary_table(20, 8, 10000.0, CPU).dtype == torch.float32
+    assert [part.dtype for part in rotary_table(20, 8, 10000.0, CPU)] == [torch.float32] * 2 + [
+        torch.complex64
+    ]
     assert rotate(x.bfloat16(), rotary_table(20, 8, 10000.0, CPU)).dtype == torch.bfloat16
 
 
@@ -68,8 +108,9 @@ def test_tables_of_all_lengths_are_slices_of_each_other():
     long = rotary_table(300, 8, 10000.0, CPU)
     for length in (1, 127, 128, 129, 256, 257):
         table = rotary_table(length, 8, 10000.0, CPU)
-        assert table.shape == (length, 4, 2)
-        assert torch.equal(table, long[:length])
+        for part, whole in zip(table, long, strict=True):
+            assert part.shape == (length, 4)
+            assert torch.equal(part, whole[:length])
 
 
 def test_a_table_of_a_recorded_program_is_nobody_elses():
