@@ -78,7 +78,7 @@ class _Products(torch.autograd.Function):
         make,
         *tensors,
     ) -> Tensor:
-        query_PK, key_PK = tiles.take(query * _scale(query)), tiles.take(key)
+        query_PK, key_PK = tiles.take(query), tiles.take(key)
         value_PE = tiles.take(F.silu(value) if silu else value)
         mixed_PE = value_PE.new_empty(value_PE.shape)
         kept = []
@@ -104,7 +104,7 @@ class _Products(torch.autograd.Function):
         else:
             query, key, given = make(*tensors)
             query, key = query.to(given.dtype), key.to(given.dtype)
-            query_PK, key_PK = tiles.take(query * _scale(query)), tiles.take(key)
+            query_PK, key_PK = tiles.take(query), tiles.take(key)
             given = given if silu else tiles.take(given)
         value_PE = tiles.take(F.silu(given)) if silu else given
         found = [x.new_empty(x.shape) for x in (query_PK, key_PK, value_PE)]
@@ -117,12 +117,13 @@ class _Products(torch.autograd.Function):
                 d_scores = d_weights.mul_(roots).mul_(2.0)
             else:
                 d_scores = _softmax_backward(d_weights, weights)
-            for out, a, b in zip(outs, (d_scores, d_scores.mT, weights.mT), (k, q, d_out), strict=True):
-                _product_into(out, a, b)
+            d_q, d_k, d_v = outs
+            _product_into(d_q, d_scores, k, _scale(k))
+            _product_into(d_k, d_scores.mT, q, _scale(q))
+            _product_into(d_v, weights.mT, d_out)
             # They are as wide as the rows are long, and what follows needs the room.
             del roots, weights, d_weights, d_scores
         del value_PE, inputs
-        found[0].mul_(_scale(query_PK))
         d_query, d_key, d_value = (tiles.put_back(x, len(gradients[0])) for x in found)
         if silu:
             torch.ops.aten.silu_backward(d_value, given, grad_input=d_value)
@@ -149,10 +150,10 @@ def _scale(query: Tensor) -> float:
 def _weights(
     query: Tensor, key: Tensor, group: Group, masks: Sequence[Tensor | None], squared: bool, heads: int
 ) -> Tensor:
-    """A [N, W, W] of a query that was scaled, or the root of A where A is a square."""
-    scores = _product(query, key.transpose(1, 2))
-    if group.hidden_N1W is not None:
-        scores += group.hidden_N1W.to(scores.dtype)
+    """A [N, W, W], or the root of A where A is a square."""
+    scores = _product(query, key.transpose(1, 2), _scale(query))
+    if group.hidden_N1S is not None:
+        scores[..., -group.hidden_N1S.shape[-1] :] += group.hidden_N1S.to(scores.dtype)
     if len(masks) == 1:  # of the rows as they are
         scores.unflatten(0, (-1, heads)).add_(masks[0])  # type: ignore[arg-type]
     elif masks:
@@ -162,16 +163,20 @@ def _weights(
     return F.relu_(scores) if squared else torch.softmax(scores, dim=-1)  # in fp32 inside
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Of one matrix as such: it may be a slice or transposed, of which a CPU's batched product makes a copy."""
-    return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    out = a.new_empty(*a.shape[:2], b.shape[2])
+    _product_into(out, a, b, scale)
+    return out
 
 
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+def _product_into(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """scale a b. One matrix is taken as such: it may be a slice or transposed, which a CPU's batched product copies."""
     if len(a) == 1:
-        torch.mm(a[0], b[0], out=out[0])
-    else:
+        torch.addmm(out[0], a[0], b[0], beta=0.0, alpha=scale, out=out[0])
+    elif scale == 1.0:
         torch.bmm(a, b, out=out)
+    else:
+        torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
 
 
 def plainly(

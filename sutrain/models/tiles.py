@@ -5,7 +5,7 @@ time that it meets it. Here every head of a document gets rows of its own, one b
 of WIDTH_STEP; the documents that then have one width are a batch. One pass over the rows makes this, another undoes it.
 
 B batch, H heads, L sequence length, K features of a head, P rows of all batches, N matrices of a batch (its documents
-times H), W their width.
+times H), W their width, S the last places of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
     documents: tuple[int, ...]  # their numbers
     width: int
-    hidden_N1W: Tensor | None  # -inf where a matrix has nobody, else 0; fp32; None where all are full
+    hidden_N1S: Tensor | None  # of the last places: -inf where nobody is, else 0; fp32; None if all are full
 
 
 class Tiling(NamedTuple):
@@ -51,9 +51,9 @@ class Tiling(NamedTuple):
 
     def batches(self, x_PK: Tensor) -> list[Tensor]:
         """[N, W, K] of every group, as views."""
-        counts = [len(group.documents) * self.heads for group in self.groups]
-        parts = x_PK.split([count * group.width for count, group in zip(counts, self.groups, strict=True)])
-        return [part.unflatten(0, (count, -1)) for part, count in zip(parts, counts, strict=True)]
+        shapes = [(len(group.documents) * self.heads, group.width) for group in self.groups]
+        parts = x_PK.split([count * width for count, width in shapes])
+        return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
     def put_back(self, x_PK: Tensor, rows: int) -> Tensor:
         """[B, H, L, K] of so many rows B, in the memory of [B, L, H, K]."""
@@ -90,13 +90,14 @@ def _build(
         start_G11, size_G11 = (x[list(found)][:, None, None] for x in (starts, sizes))
         place_W = torch.arange(width)
         filled_GHW = (place_W < size_G11).expand(-1, heads, -1)
-        hidden_N1W = None
+        hidden_N1S = None
         if not filled_GHW.all():
-            zeros = torch.zeros(filled_GHW.shape)
-            hidden_N1W = zeros.masked_fill_(~filled_GHW, -torch.inf).flatten(0, 1).unsqueeze(1).to(device)
+            last_GHS = filled_GHW[..., -WIDTH_STEP:]
+            zeros = torch.zeros(last_GHS.shape)
+            hidden_N1S = zeros.masked_fill_(~last_GHS, -torch.inf).flatten(0, 1).unsqueeze(1).to(device)
         indices.append(((start_G11 + place_W.minimum(size_G11 - 1)) * heads + head_H).flatten())
         filled.append(filled_GHW.flatten())
-        groups.append(Group(found, width, hidden_N1W))
+        groups.append(Group(found, width, hidden_N1S))
     index_P, filled_P = torch.cat(indices), torch.cat(filled)
     inverse = torch.empty(sum(lengths) * heads, dtype=torch.long)
     inverse[index_P[filled_P]] = filled_P.nonzero().squeeze(1)

@@ -34,13 +34,15 @@ def test_places_of_nobody_are_hidden_and_have_no_gradient():
     gradient = tiles.take_gradient(torch.ones(1, 3, 45, 2))
     for group, batch, n in zip(tiles.groups, tiles.batches(gradient), (5, 40), strict=True):
         assert batch[:, :n].eq(1).all() and batch[:, n:].eq(0).all()
-        assert group.hidden_N1W[..., :n].eq(0).all() and group.hidden_N1W[..., n:].eq(-torch.inf).all()
+        empty = torch.arange(group.width)[-WIDTH_STEP:] >= n
+        assert torch.equal(group.hidden_N1S == -torch.inf, empty.expand(3, 1, -1))
+        assert group.hidden_N1S[..., ~empty].eq(0).all()
     assert torch.isfinite(tiles.take(torch.ones(1, 3, 45, 2))).all()
 
 
 def test_one_width_leaves_no_places_and_one_head_is_not_moved():
     full = tiling((32, 32), 1, 2, CPU)
-    assert full.empty is None and full.groups[0].hidden_N1W is None and len(full.groups) == 1
+    assert full.empty is None and full.groups[0].hidden_N1S is None and len(full.groups) == 1
     x = torch.randn(1, 1, 45, 2)
     assert tiling((5, 40), 1, 1, CPU).take(x).data_ptr() == x.data_ptr()
     assert [group.width for group in tiling((5, 40), 1, 1, CPU).groups] == [5, 40]
