@@ -186,7 +186,7 @@ def peers(bench: Bench) -> Iterator[dict[str, Any]]:
                     yield paired(f"{result_name}_trunk", *trunks, f"trunk{how}")
             if cell == "base_packed_512":
                 if BERT in builds:
-                    note = "base, packed 512; BERT has scores everywhere, ours where a token is predicted"
+                    note = "base, packed 512; BERT has scores and its last block everywhere, ours where predicted"
                     note = f"full step{bench.compiled(OURS, BERT)}, {note}"
                     yield paired("roformer_v2_vs_bert", seconds[BERT], seconds[OURS], note)
                 rate = runners[OURS].contender.flops(batch) / statistics.median(seconds[OURS])

@@ -3,8 +3,8 @@
 B rows, L tokens a row, D hidden size, V vocabulary. Weights are bf16, nothing is dropped (torch's fused attention on
 a CPU has no dropout), and documents of a packed row do not see each other in any of them. What a model needs in FLOPs
 is what `flops_per_token` counts, for the tokens that are real, the pairs of tokens that see each other and the
-positions that are predicted: padding, pairs under a mask and scores that nobody asked for are work, but no work that
-was needed.
+positions that are predicted, which are all that is needed of the last feed-forward block too: padding, pairs under a
+mask and scores that nobody asked for are work, but no work that was needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sutrain.masking import IGNORED
 from sutrain.models.configuration import EncoderConfig, flops_per_token
 from sutrain.models.masked_lm import MaskedLanguageModel
 from sutrain.models.processor import bf16_units
-from sutrain.objectives.masked_lm import masked_lm_loss
+from sutrain.objectives.masked_lm import filled_up, masked_lm_loss, predicted_positions
 
 PREDICTED = 0.15
 RESERVED = 5
@@ -92,7 +92,8 @@ def make_batch(layout: str, rows: int, length: int, vocab: int, device: torch.de
 
 @dataclass
 class Contender:
-    """A model and how to run it; `trunk` gives hidden vectors [B, L, D], `head` the mean loss."""
+    """A model and how to run it; `trunk` gives hidden vectors, all or (ours) those that are predicted, `head` the mean
+    loss."""
 
     model: nn.Module
     config: EncoderConfig  # of what it needs in FLOPs
@@ -119,10 +120,10 @@ Build = Callable[[EncoderConfig], Contender]
 def ours(config: EncoderConfig) -> Contender:
     model = MaskedLanguageModel(config)
 
-    def head(hidden_BLD: Tensor, batch: Batch) -> Tensor:
+    def head(hidden_PD: Tensor, batch: Batch) -> Tensor:
         hidden_BL = batch.labels_BL != IGNORED
         loss = masked_lm_loss(
-            lambda *_: hidden_BLD,
+            lambda *_, **__: hidden_PD,
             model.logits,
             batch.tokens_BL,
             batch.labels_BL,
@@ -131,9 +132,11 @@ def ours(config: EncoderConfig) -> Contender:
         )
         return loss.loss_sum / hidden_BL.sum()
 
-    return Contender(
-        model, config, lambda b: model(b.tokens_BL, b.document_BL), head, [*model.encoder.layers]
-    )
+    def trunk(batch: Batch) -> Tensor:
+        positions = filled_up(predicted_positions(batch.labels_BL))
+        return model(batch.tokens_BL, batch.document_BL, positions_M=positions)
+
+    return Contender(model, config, trunk, head, [*model.encoder.layers])
 
 
 def gau(config: EncoderConfig) -> Contender:

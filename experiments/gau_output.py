@@ -50,7 +50,7 @@ def output_size(
             initialise(module, config)
         visible = build_visibility(torch.ones(1, length, dtype=torch.long), config, torch.float32)
         with torch.no_grad():
-            sizes.append(rms(unit(torch.randn(1, length, hidden), visible)))
+            sizes.append(rms(unit.finish(unit(torch.randn(1, length, hidden), visible))))
     return sum(sizes) / seeds
 
 

@@ -25,7 +25,10 @@ from benchmarks.model_peers import (
 )
 from benchmarks.model_steps import Runner, peak_tensor_bytes
 from sutrain.models import tiles
+from sutrain.models.configuration import GATED_ACTIVATIONS
 from sutrain.models.encoder import Encoder
+from sutrain.objectives import masked_lm
+from sutrain.objectives.masked_lm import filled_up, predicted_positions
 
 CPU = torch.device("cpu")
 SHAPE = SHAPES["quick"]
@@ -53,26 +56,43 @@ def plain_modernbert(shape):
     return contender
 
 
-@pytest.mark.parametrize(
-    "build",
-    [ours, CONTENDERS[GAU], lambda shape: plain_bert(shape, masked_head=True), plain_modernbert],
-    ids=["RoFormerV2", "GAU", "BERT", "ModernBERT"],
-)
-def test_needed_flops_are_those_that_torch_counts(build):
+def idle_flops(contender, batch) -> int:
+    """Of the last layer behind its attention where nothing is predicted, which only ours leaves out."""
+    config = contender.config
+    matrices = 3 if config.activation in GATED_ACTIVATIONS else 2
+    inner = config.num_heads * config.value_size + matrices * config.feed_forward_size
+    return 6 * config.hidden_size * inner * (batch.tokens - batch.predicted)
+
+
+@pytest.mark.parametrize("build", [ours, CONTENDERS[GAU]], ids=["RoFormerV2", "GAU"])
+def test_needed_flops_are_those_that_torch_counts(build, monkeypatch):
+    monkeypatch.setattr(masked_lm, "POSITION_STEP", 1)
     batch, contender = batch_of("full"), build(SHAPE)
     assert counted(contender, batch) == pytest.approx(contender.flops(batch))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda shape: plain_bert(shape, masked_head=True), plain_modernbert],
+    ids=["BERT", "ModernBERT"],
+)
+def test_peers_of_one_document_a_row_compute_the_last_layer_in_full_besides(build):
+    batch, contender = batch_of("full"), build(SHAPE)
+    expected = contender.flops(batch) + idle_flops(contender, batch)
+    assert counted(contender, batch) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_ours_computes_needed_flops_alone(layout, monkeypatch):
     monkeypatch.setattr(sutrain.models.encoder, "worthwhile", lambda *_: True)  # always take rows apart
     batch, contender = batch_of(layout), ours(SHAPE)
-    filled_up = counted(contender, batch)  # attention's matrices to whole tiles, and nothing else
+    more = counted(contender, batch)  # attention's matrices to whole tiles, predicted tokens to a whole step
     monkeypatch.setattr(tiles, "WIDTH_STEP", 1)
+    monkeypatch.setattr(masked_lm, "POSITION_STEP", 1)
     tiles.tiling.cache_clear()
     assert counted(contender, batch) == pytest.approx(contender.flops(batch))
     tiles.tiling.cache_clear()
-    assert contender.flops(batch) < filled_up < 1.2 * contender.flops(batch)
+    assert contender.flops(batch) < more < 1.3 * contender.flops(batch)
     assert contender.flops(batch) < ours(SHAPE).flops(batch_of("full"))
 
 
@@ -80,7 +100,8 @@ def test_scores_everywhere_are_not_needed():
     batch, contender = batch_of("full"), plain_bert(SHAPE)
     idle = batch.tokens - batch.predicted
     head = 6 * (SHAPE.hidden_size * SHAPE.vocab_size + SHAPE.hidden_size**2)
-    assert counted(contender, batch) == pytest.approx(contender.flops(batch) + idle * head)
+    expected = contender.flops(batch) + idle_flops(contender, batch) + idle * head
+    assert counted(contender, batch) == pytest.approx(expected)
 
 
 def test_a_local_window_is_needed_no_further_than_it_reaches():
@@ -122,12 +143,20 @@ def test_documents_do_not_see_each_other_in_any_contender(name, layout):
     batch, contender = batch_of(layout), CONTENDERS[name](SHAPE)
     contender.model.eval()
     first = batch.document_BL == 1
+
+    asked = filled_up(predicted_positions(batch.labels_BL))  # of ours
+
+    def of_the_first():
+        hidden = contender.trunk(batch)
+        return hidden[first if hidden.dim() == 3 else first.flatten()[asked]]
+
     with torch.no_grad():
-        before = contender.trunk(batch)[first]
+        before = of_the_first()
         batch.tokens_BL[~first] = 7
-        after = contender.trunk(batch)[first]
+        after = of_the_first()
         batch.tokens_BL[0, 0] = 9
-        changed = contender.trunk(batch)[first]
+        changed = of_the_first()
+    assert len(before) > 0
     assert torch.allclose(before, after, atol=1e-5)
     assert not torch.allclose(before, changed, atol=1e-5)
 

@@ -22,12 +22,13 @@ def _start_anew():
     counters.clear()
 
 
-def passes(model, documents):
-    """Hidden vectors and all gradients."""
+def passes(model, documents, few=False):
+    """Hidden vectors of all tokens, or of every fourth, and all gradients."""
     model.zero_grad()
-    hidden = model(TOKENS, documents)
-    (hidden * torch.linspace(-1, 1, hidden.shape[-1])).square()[documents > 0].sum().backward()
-    return [hidden[documents > 0], *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    positions = torch.nonzero(documents.flatten()).squeeze(1)[:: 4 if few else 1]
+    hidden = model(TOKENS, documents, positions_M=positions)
+    (hidden * torch.linspace(-1, 1, hidden.shape[-1])).square().sum().backward()
+    return [hidden, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 @pytest.mark.parametrize(
@@ -53,27 +54,32 @@ def test_compiled_layers_compute_the_same(name, again_from, monkeypatch):
         for short in (17, 9):
             documents = torch.ones_like(TOKENS)
             documents[0, 10:], documents[1, short:] = 2, 0
-            for one, other in zip(passes(model, documents), passes(compiled, documents), strict=True):
-                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+            for few in (False, True):
+                both = passes(model, documents, few), passes(compiled, documents, few)
+                for one, other in zip(*both, strict=True):
+                    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert list(compiled.state_dict()) == list(model.state_dict())
 
 
-def test_the_second_layer_takes_the_program_of_the_first():
+@pytest.mark.parametrize("few", [False, True])
+def test_the_second_layer_takes_the_program_of_the_first(few):
+    """The last one has a program of its own where it computes few tokens."""
     programs = []
-    for layers in (1, 6):
+    for layers in (2, 6):
         torch._dynamo.reset()
         counters.clear()
         config = replace(CONFIGS["roformer_v2"], num_layers=layers, hidden_dropout=0.0, attention_dropout=0.0)
         model = MaskedLanguageModel(config).train()
         compile_layers(model.encoder, True, 0)
-        passes(model, torch.ones_like(TOKENS))
+        passes(model, torch.ones_like(TOKENS), few)
         programs.append(counters["stats"]["unique_graphs"])
-    assert programs == [1, 1]
+    assert programs == [1 + few] * 2
 
 
 @pytest.mark.parametrize("varlen", [False, True])
 def test_batches_of_other_documents_need_no_program_of_their_own(varlen, monkeypatch):
-    """By varlen attention, as on a GPU, and without: neither number nor lengths of documents are in the program."""
+    """By varlen attention, as on a GPU, and without. In no program are number or lengths of documents, nor how many
+    tokens are predicted."""
     monkeypatch.setattr(encoder_module, "worthwhile", lambda *_: True)
     monkeypatch.setattr(
         attention, "varlen_serves", lambda query, documents, *_: varlen and not documents.masks
@@ -88,7 +94,7 @@ def test_batches_of_other_documents_need_no_program_of_their_own(varlen, monkeyp
         documents = (torch.arange(24) // size + 1).expand(3, 24).clone()
         documents[0, 24 - size // 2 :] = 0
         with torch.no_grad():
-            model(TOKENS, documents)
+            model(TOKENS, documents, positions_M=torch.nonzero(documents.flatten()).squeeze(1)[::size])
         programs.append(counters["stats"]["unique_graphs"])
     assert programs[0] > 0 and programs[2:] == programs[2:3] * 4  # the first two tell it what changes
 

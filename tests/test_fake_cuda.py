@@ -49,7 +49,7 @@ def test_a_step_is_on_the_device_and_waits_for_nothing_but_its_batch(seen, case)
     assert "error" not in found, found["error"]
     assert found["wrong"] == []  # gradients of another device or dtype
     assert set(found["copies"]) <= {"rotary.py:_table"}  # which is made once
-    waits = {"masked_lm.py:masked_lm_loss": 1}
+    waits = {"masked_lm.py:predicted_positions": 1}
     flash, gated = "flash" in case.config, "gau" in case.config
     if flash or not (gated or (case.dropout and case.training)):
         waits["documents.py:find_documents"] = 4

@@ -18,7 +18,7 @@ from .init import Linear
 from .processor import bf16_units
 from .products import Mixes, Source, attend_by_products, plainly, probabilities
 from .rotary import rotate
-from .visibility import Visibility
+from .visibility import Visibility, choose
 
 
 class MultiHeadAttention(nn.Module):
@@ -48,14 +48,21 @@ class MultiHeadAttention(nn.Module):
             if mix is not None:
                 nn.init.eye_(mix)
 
-    def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
-        """Mix the tokens of each document; [B, L, D] in and out."""
+    def forward(self, x_BLD: Tensor, visible: Visibility, chosen_M: Tensor | None = None) -> Tensor:
+        """Mix the tokens of each document; [B, L, D] to [B, H, L, E], which is to go to `finish`.
+
+        What is behind attention stands there, since a compiler that leaves a layer for attention makes one program of
+        all that is left to do in a function; in one place with what the layer does next, that is one program fewer.
+        """
         query_BHLK, key_BHLK = self.query_key(x_BLD, visible)
         value_BHLE = self._heads(self.value(x_BLD)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         mixes = (self.score_mix, self.probability_mix)
-        mixed_BHLE = attend(query_BHLK, key_BHLK, value_BHLE, visible, dropout, self.squared, mixes)
-        return self.output(mixed_BHLE.transpose(1, 2).flatten(2))
+        return attend(query_BHLK, key_BHLK, value_BHLE, visible, dropout, self.squared, mixes)
+
+    def finish(self, mixed_BHLE: Tensor, chosen_M: Tensor | None = None) -> Tensor:
+        """[B, L, D], or at some tokens as `choose` has it."""
+        return self.output(choose(mixed_BHLE.transpose(1, 2).flatten(2), chosen_M))
 
     def query_key(self, x_BLD: Tensor, visible: Visibility) -> tuple[Tensor, Tensor]:
         """Query and key as the scores see them, [B, H, L, K]: rotated, any scale of the scores in the query."""

@@ -211,18 +211,21 @@ def flops_per_token(config: EncoderConfig, row_tokens: int, masked_share: float)
         GAU layer         2 * (D (2X + S)  +  X D  +  L S  +  L X)
         FLASH layer       2 * (D (2X + S)  +  X D  +  C S  +  C X  +  2 S X  +  2/3 G S X / C)
         head              2 * D V [+ D^2 for BERT's] * masked_share, because only the masked positions are predicted
+        last layer        D H E + 2 D F [3 D F], or 2 D X, are at masked positions alone too if these are half or less
     with row length L, hidden D, heads H, head size K and value size E, feed-forward F, gated expansion X and key size
     S, chunk C of which the row has G, vocabulary V. Scores are counted over the whole row, also when it holds several
     documents, and in full for causal models.
 
     Args:
         row_tokens: length of a row, tokens.
-        masked_share: share of the tokens that are predicted, in [0, 1] (about 0.15; 1 for causal models).
+        masked_share: share of the tokens that are predicted, in [0, 1] (about 0.15; 1 for causal models). 0: none, but
+            the hidden vectors of all are wanted.
     """
     hidden = config.hidden_size
     if config.gated:
         expansion, key = config.gau_expansion_size, config.gau_key_size
-        products: float = hidden * (2 * expansion + key) + expansion * hidden
+        behind_attention = 2 * hidden * expansion  # the gate too, which nothing else needs
+        products: float = hidden * (expansion + key) + behind_attention
         if config.mixer == "gau":
             products += row_tokens * (key + expansion)
         else:
@@ -235,11 +238,13 @@ def flops_per_token(config: EncoderConfig, row_tokens: int, masked_share: float)
     else:
         keys, values = config.num_heads * config.head_size, config.num_heads * config.value_size
         matrices = 3 if config.activation in GATED_ACTIVATIONS else 2
-        products = 2 * hidden * (keys + values) + matrices * hidden * config.feed_forward_size
+        behind_attention = hidden * values + matrices * hidden * config.feed_forward_size
+        products = hidden * (2 * keys + values) + behind_attention
         products += row_tokens * (keys + values)
         products += (
             {"none": 0, "scores": 1, "both": 2}[config.talking_heads] * row_tokens * config.num_heads**2
         )
     head = hidden * config.vocab_size + (hidden**2 if config.head == "bert" else 0)
-    forward = 2 * (config.num_layers * products + masked_share * head)
+    spared = (1 - masked_share) * behind_attention if 0 < masked_share <= 0.5 else 0.0
+    forward = 2 * (config.num_layers * products - spared + masked_share * head)
     return 3.0 * forward

@@ -77,6 +77,10 @@ class Documents:
         """Rows [B, L] to the one row [1, T]."""
         return x_BL.flatten()[self.index_T].unsqueeze(0)
 
+    def find(self, places_M: Tensor) -> Tensor:
+        """Where tokens stand in the one row, [M], that are at these places of the batch of rows, flat."""
+        return torch.searchsorted(self.index_T, places_M.contiguous())
+
     def put_back(self, x_1TD: Tensor, rows: int) -> Tensor:
         """The one row to rows [B, L, D], with zeros at padding."""
         spread = x_1TD.new_zeros(rows * self.row_tokens, x_1TD.shape[-1])

@@ -1,10 +1,11 @@
 """The encoder: embeddings, then layers of mixer and feed-forward branches, each joined by a residual rule.
 
-B batch, L sequence length, D hidden size. RoFormerV2, GAU-alpha, FLASH, DeepNet and BERT are values of
-`EncoderConfig`; there are no subclasses.
+B batch, L sequence length, D hidden size, M positions that are asked for. RoFormerV2, GAU-alpha, FLASH, DeepNet and
+BERT are values of `EncoderConfig`; there are no subclasses.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .init import Embedding, initialise
 from .norms import build_branch_norm, build_norm
 from .positions import LearnedPositions, positions_in_documents
 from .residual import Residual
-from .visibility import Visibility, build_visibility, build_visibility_of_documents
+from .visibility import Visibility, build_visibility, build_visibility_of_documents, choose
 
 _MIXERS = {"attention": MultiHeadAttention, "gau": GatedAttentionUnit, "flash": MixedChunkAttention}
 
@@ -73,13 +74,18 @@ class Layer(nn.Module):
             if scale is not None:
                 nn.init.zeros_(scale)
 
-    def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
-        dtype, ramp = visible.dtype, visible.ramp
-        mix = partial(self.mixer, visible=visible)
-        x_BLD = self.residual(x_BLD, self.mixer_norm, mix, dtype, ramp, self.mixer_scale)
-        if self.feed_forward is not None:
-            norm, scale = self.feed_forward_norm, self.feed_forward_scale
-            x_BLD = self.residual(x_BLD, norm, self.feed_forward, dtype, ramp, scale)
+    def forward(self, x_BLD: Tensor, visible: Visibility, chosen_M: Tensor | None = None) -> Tensor:
+        """The stream after this layer, [B, L, D]; or [1, M, D], all that follows attention at these tokens alone,
+        numbered as in [B·L]."""
+        residual, dtype, ramp = self.residual, visible.dtype, visible.ramp
+        mixer: Any = self.mixer
+        entered_BLD = residual.enter(x_BLD, self.mixer_norm, dtype)
+        mixed = mixer(entered_BLD, visible=visible, chosen_M=chosen_M)
+        change_BLD, x_BLD = mixer.finish(mixed, chosen_M), choose(x_BLD, chosen_M)
+        x_BLD = residual(x_BLD, change_BLD, self.mixer_norm, ramp, self.mixer_scale)
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            change_BLD = self.feed_forward(residual.enter(x_BLD, self.feed_forward_norm, dtype))
+            x_BLD = residual(x_BLD, change_BLD, self.feed_forward_norm, ramp, self.feed_forward_scale)
         return x_BLD
 
 
@@ -108,8 +114,11 @@ class Encoder(nn.Module):
         document_BL: Tensor | None = None,
         token_types_BL: Tensor | None = None,
         layer_outputs: list[Tensor] | None = None,
+        positions_M: Tensor | None = None,
     ) -> Tensor:
-        """Hidden vectors [B, L, D] in the dtype of the weights; those at padding are of no meaning.
+        """Hidden vectors [B, L, D] in the dtype of the weights, or those [M, D] of some positions.
+
+        At padding they are of no meaning.
 
         Args:
             tokens_BL: token ids.
@@ -117,6 +126,8 @@ class Encoder(nn.Module):
                 one document a row: every token that is not `pad_token_id`.
             token_types_BL: None means type 0 everywhere. In context unilm, type 1 marks what follows the prefix.
             layer_outputs: if given, the embeddings' output and every layer's is appended to it.
+            positions_M: positions of tokens, no padding, numbered as in [B·L]. Where they are half of all or fewer,
+                the last layer computes nothing else behind its attention, for no one would read it.
         """
         if document_BL is None:
             document_BL = (tokens_BL != self.config.pad_token_id).long()
@@ -138,6 +149,13 @@ class Encoder(nn.Module):
         x_BLD = self.embeddings(tokens_BL, types_BL, positions_BL, row_tokens=document_BL.shape[1])
         if self.config.fp32_residual:
             x_BLD = x_BLD.float()
+        chosen_M = None
+        if (
+            positions_M is not None
+            and layer_outputs is None
+            and 0 < 2 * len(positions_M) <= tokens_BL.numel()
+        ):
+            chosen_M = positions_M if documents is None else documents.find(positions_M)
         again = len(self.layers) if self.gradient_checkpointing else self.recompute_layers
         together = self.recompute_together if layer_outputs is None else 1
         start = 0
@@ -146,20 +164,26 @@ class Encoder(nn.Module):
                 layer_outputs.append(_in_rows(x_BLD, documents, len(document_BL)).to(dtype))
             if start < again and torch.is_grad_enabled():
                 end = min(start + together, again)
-                x_BLD = checkpoint(self._run, x_BLD, visible, start, end, use_reentrant=False)
+                x_BLD = checkpoint(self._run, x_BLD, visible, start, end, chosen_M, use_reentrant=False)
             else:
                 end = start + 1
-                x_BLD = self.layers[start](x_BLD, visible)
+                x_BLD = self._run(x_BLD, visible, start, end, chosen_M)
             start = end
-        x_BLD = _in_rows(self.final_norm(x_BLD).to(dtype), documents, len(document_BL))
+        x_BLD = self.final_norm(x_BLD).to(dtype)
+        if chosen_M is not None:
+            return x_BLD.squeeze(0)
+        x_BLD = _in_rows(x_BLD, documents, len(document_BL))
         if layer_outputs is not None:
             layer_outputs.append(x_BLD)
-        return x_BLD
+        return x_BLD if positions_M is None else x_BLD.flatten(0, 1)[positions_M]
 
-    def _run(self, x_BLD: Tensor, visible: Visibility, start: int, end: int) -> Tensor:
-        """The layers from `start` up to `end`."""
+    def _run(
+        self, x_BLD: Tensor, visible: Visibility, start: int, end: int, chosen_M: Tensor | None
+    ) -> Tensor:
+        """The layers from `start` up to `end`; the last of all at the chosen tokens, if there are any."""
         for number in range(start, end):
-            x_BLD = self.layers[number](x_BLD, visible)
+            last = number == len(self.layers) - 1
+            x_BLD = self.layers[number](x_BLD, visible, chosen_M if last else None)
         return x_BLD
 
     def _documents(self, document_BL: Tensor) -> Documents | None:

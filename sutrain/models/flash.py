@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration import EncoderConfig
-from .gates import gated_output, project
+from .gates import Promise, gated_output, project
 from .init import Linear
 from .rotary import rotate
-from .visibility import Visibility
+from .visibility import Visibility, choose
 
 _NAMES = ("quadratic_query", "quadratic_key", "linear_query", "linear_key")
 
@@ -54,12 +54,15 @@ class MixedChunkAttention(nn.Module):
         """None: neither part is a distribution over tokens."""
         return None
 
-    def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
-        """Mix the tokens of each document and transform each; [B, L, D] in and out."""
+    def forward(
+        self, x_BLD: Tensor, visible: Visibility, chosen_M: Tensor | None = None
+    ) -> tuple[Tensor, Promise]:
+        """Mix the tokens of each document; [B, L, D] to [B, L, E] and the gate, which are to go to `finish` (as in
+        `MultiHeadAttention`)."""
         chunks = visible.chunks
         if chunks is None:
             raise ValueError("visible: found no chunks; build it with the model's own configuration")
-        gate, value, shared = project(self.input, x_BLD, self.parts, promised=1)
+        gate, value, shared = project(self.input, x_BLD, self.parts, 1, chosen_M)
         value_BLE, shared_BLS = F.silu(value.kept()), F.silu(shared.kept())
         query, key, linear_query, linear_key = (
             chunks.arrange(self._rescaled(name, shared_BLS, visible)) for name in _NAMES
@@ -78,8 +81,12 @@ class MixedChunkAttention(nn.Module):
         # Divided on the side of the query, in fp32: sums over thousands of tokens stay of their own size.
         share_BGCS = (linear_query.float() / chunks.tokens_BG[..., None, None]).to(linear_query.dtype)
         linear_BGCE = torch.matmul(share_BGCS, read_BGSE)
-        mixed_BLE = chunks.put_back(quadratic_BGCE + linear_BGCE)
-        return gated_output(self.output, F.silu, mixed_BLE, gate)
+        return chunks.put_back(quadratic_BGCE + linear_BGCE), gate
+
+    def finish(self, mixed: tuple[Tensor, Promise], chosen_M: Tensor | None = None) -> Tensor:
+        """Transform each token; [B, L, D], or at some tokens as `choose` has it."""
+        mixed_BLE, gate = mixed
+        return gated_output(self.output, F.silu, choose(mixed_BLE, chosen_M), gate)
 
     def _rescaled(self, name: str, shared_BLS: Tensor, visible: Visibility) -> Tensor:
         x_BLS = shared_BLS * getattr(self, f"{name}_scale")

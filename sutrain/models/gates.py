@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .init import Linear
+from .visibility import choose
 
 AGAIN_FROM_TOKENS = 1024
 """Row length from which a gated unit projects its gate again in the backward pass, and a low unit its value too. What a
@@ -41,17 +42,37 @@ class Promise(NamedTuple):
         return _Kept.apply(self.place_BLF, F.linear(self.x_BLD.to(dtype), self.weight_FD.to(dtype), bias_F))
 
 
-def project(projection: nn.Module, x_BLD: Tensor, sizes: tuple[int, ...], promised: int) -> list[Promise]:
-    """What the maps make of x that are fused in `projection`, of these sizes. The first ones, so many as `promised`
-    says, are really promised in training on long rows, else computed as the others are.
+def project(
+    projection: nn.Module,
+    x_BLD: Tensor,
+    sizes: tuple[int, ...],
+    promised: int,
+    chosen_M: Tensor | None = None,
+) -> list[Promise]:
+    """What the maps make of x that are fused in `projection`, of these sizes; the first one, a gate, at the tokens of
+    `choose`. The first ones, so many as `promised` says, are really promised in training on long rows, else computed as
+    the others are.
 
     Not under ZeRO-3, which would have to gather the weights once more, nor where somebody has put something in the
-    place of the map or around it: adapters, quantised weights, hooks.
+    place of the map or around it: adapters, quantised weights, hooks. There the gate is chosen from that of all tokens.
     """
     keeps = projection.training and torch.is_grad_enabled() and x_BLD.shape[1] >= AGAIN_FROM_TOKENS
-    if not keeps or not is_plain(projection):
-        return [Promise(x_BLF) for x_BLF in projection(x_BLD).split(sizes, dim=-1)]
+    if not (keeps or chosen_M is not None) or not is_plain(projection):
+        gate_BLF, *others = projection(x_BLD).split(sizes, dim=-1)
+        return [Promise(choose(gate_BLF, chosen_M)), *(Promise(x_BLF) for x_BLF in others)]
     weight, bias = projection.weight, projection.bias
+    if chosen_M is None:
+        return _promises(x_BLD, weight, bias, sizes, promised)
+    gate_map, others_map = _maps(weight, bias, (sizes[0], sum(sizes[1:])))
+    gate = Promise(F.linear(choose(x_BLD, chosen_M), *gate_map))  # of a few tokens, so it is kept
+    return [gate, *_promises(x_BLD, *others_map, sizes[1:], promised - 1 if keeps else 0)]
+
+
+def _promises(
+    x_BLD: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], promised: int
+) -> list[Promise]:
+    if promised == 0:
+        return [Promise(x_BLF) for x_BLF in F.linear(x_BLD, weight, bias).split(sizes, dim=-1)]
     outputs = _Projection.apply(x_BLD, weight, bias, sizes, promised)
     maps = _maps(weight.detach(), None if bias is None else bias.detach(), sizes)
     places = [Promise(outputs[number], x_BLD.detach(), *maps[number]) for number in range(promised)]

@@ -17,7 +17,7 @@ from .gates import Promise, gated_output
 from .init import Linear
 from .products import Source, probabilities
 from .rotary import rotate
-from .visibility import Visibility
+from .visibility import Visibility, choose
 
 
 class GatedAttentionUnit(nn.Module):
@@ -51,10 +51,13 @@ class GatedAttentionUnit(nn.Module):
             if offset is not None:
                 nn.init.zeros_(offset)
 
-    def forward(self, x_BLD: Tensor, visible: Visibility) -> Tensor:
-        """Mix the tokens of each document and transform each; [B, L, D] in and out."""
+    def forward(
+        self, x_BLD: Tensor, visible: Visibility, chosen_M: Tensor | None = None
+    ) -> tuple[Tensor, Promise]:
+        """Mix the tokens of each document; [B, L, D] to [B, 1, L, E] and the gate, which are to go to `finish` (as in
+        `MultiHeadAttention`)."""
         value_again = self.low or x_BLD.shape[1] >= gates.VALUES_AGAIN_FROM_TOKENS
-        gate, value, shared = gates.project(self.input, x_BLD, self.parts, promised=1 + value_again)
+        gate, value, shared = gates.project(self.input, x_BLD, self.parts, 1 + value_again, chosen_M)
         shared_BLS = shared.kept()  # as the others before silu
         query_B1LS, key_B1LS = self._query_key(shared_BLS, visible)
         value_BLE = value.kept()
@@ -67,7 +70,12 @@ class GatedAttentionUnit(nn.Module):
         mixed_B1LE = attend_silu(
             query_B1LS, key_B1LS, _one_head(value_BLE), visible, dropout, self.squared, source
         )
-        return gated_output(self.output, F.silu, mixed_B1LE.squeeze(1), gate)
+        return mixed_B1LE, gate
+
+    def finish(self, mixed: tuple[Tensor, Promise], chosen_M: Tensor | None = None) -> Tensor:
+        """Transform each token; [B, L, D], or at some tokens as `choose` has it."""
+        mixed_B1LE, gate = mixed
+        return gated_output(self.output, F.silu, choose(mixed_B1LE.squeeze(1), chosen_M), gate)
 
     def _query_key_value(
         self, visible: Visibility, shared_BLS: Tensor, *value: Any

@@ -50,10 +50,14 @@ class MaskedLanguageModel(nn.Module):
             nn.init.zeros_(self.head_bias)
 
     def forward(
-        self, tokens_BL: Tensor, document_BL: Tensor | None = None, token_types_BL: Tensor | None = None
+        self,
+        tokens_BL: Tensor,
+        document_BL: Tensor | None = None,
+        token_types_BL: Tensor | None = None,
+        positions_M: Tensor | None = None,
     ) -> Tensor:
-        """Hidden vectors [B, L, D]; choose positions from them and ask `logits` for those alone."""
-        return self.encoder(tokens_BL, document_BL, token_types_BL)
+        """Hidden vectors, [B, L, D] or those [M, D] of some positions; see `Encoder.forward`. `logits` scores them."""
+        return self.encoder(tokens_BL, document_BL, token_types_BL, positions_M=positions_M)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Scores of every token, [N, V]; for predicted positions only, since L x V logits dwarf all else."""

@@ -3,8 +3,6 @@
 B batch, L sequence length, D hidden size.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -32,24 +30,31 @@ class Residual(nn.Module):
         self.alpha = depth_rule(config).alpha if config.residual == "deepnorm" else 1.0
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    def enter(self, x_BLD: Tensor, norm: nn.Module, dtype: torch.dtype) -> Tensor:
+        """What the branch is fed; [B, L, D] in `dtype`."""
+        return (norm(x_BLD) if self.pre else x_BLD).to(dtype)
+
     def forward(
         self,
         x_BLD: Tensor,
+        change_BLD: Tensor,
         norm: nn.Module,
-        branch: Callable[[Tensor], Tensor],
-        dtype: torch.dtype,
         ramp: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
         """The stream after the branch; same shape and dtype as `x_BLD`.
 
+        The branch itself is called by the layer: where a compiler leaves the branch for attention, it leaves every
+        function that is around it too, and each would be one program more.
+
         Args:
+            change_BLD: what the branch made of `enter`.
             ramp: the r of residual ramp, see `Encoder.ramp`.
             scale: the a of rezero, [1].
         """
+        change_BLD = self.dropout(change_BLD)
         if self.pre:
-            return x_BLD + self.dropout(branch(norm(x_BLD).to(dtype)))
-        change_BLD = self.dropout(branch(x_BLD.to(dtype)))
+            return x_BLD + change_BLD
         if scale is not None:
             return x_BLD + scale.to(x_BLD.dtype) * change_BLD
         if self.ramp and ramp is not None:

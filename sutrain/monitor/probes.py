@@ -16,9 +16,9 @@ random stream is touched. B rows, L tokens, D hidden size, H heads, N real token
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class Probe:
     def _watch(self, layer: Any, seen: dict[str, list[Tensor]]) -> list[Any]:
         """Hooks on one layer that append its numbers, 0-dimensional tensors, to `seen`."""
         real_BL = self.document_BL > 0
-        residual: dict[str, Tensor] = {}
+        branches = itertools.cycle(("mixer",) if layer.feed_forward is None else ("mixer", "feed_forward"))
 
         def entropy(mixer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             visible = keywords["visible"]
@@ -129,8 +129,8 @@ class Probe:
             entropy_BHL = -torch.special.xlogy(spread_BHLL, spread_BHLL).sum(-1)
             seen["attention_entropy"].append(entropy_BHL.mean(1)[real_BL].mean())
 
-        def stream(module: Any, arguments: tuple[Any, ...]) -> None:
-            x_BLD, _, _, _, ramp, scale = (*arguments, None, None)[:6]
+        def joined(module: Any, arguments: tuple[Any, ...]) -> None:
+            x_BLD, change_BLD, _, ramp, scale = arguments
             weight = (
                 scale.abs().squeeze()
                 if scale is not None
@@ -138,10 +138,8 @@ class Probe:
                 if module.ramp and ramp is not None
                 else 1.0
             )
-            residual["norm"] = module.alpha * x_BLD[real_BL].norm() / weight
-
-        def branch(module: Any, arguments: Any, output: Tensor, name: str) -> None:
-            seen[f"{name}_branch_share"].append(output[real_BL].norm() / residual["norm"])
+            stream = module.alpha * x_BLD[real_BL].norm() / weight
+            seen[f"{next(branches)}_branch_share"].append(change_BLD[real_BL].norm() / stream)
 
         def units(module: Any, arguments: tuple[Any, ...]) -> None:
             inner_NE = arguments[0][real_BL].abs()
@@ -155,15 +153,11 @@ class Probe:
 
         hooks = [
             layer.mixer.register_forward_pre_hook(entropy, with_kwargs=True),
-            layer.residual.register_forward_pre_hook(stream),
-            layer.mixer.register_forward_hook(partial(branch, name="mixer")),
+            layer.residual.register_forward_pre_hook(joined),
             layer.register_forward_hook(whole),
         ]
         last = layer.mixer.output if layer.feed_forward is None else layer.feed_forward.down
-        hooks.append(last.register_forward_pre_hook(units))
-        if layer.feed_forward is not None:
-            hooks.append(layer.feed_forward.register_forward_hook(partial(branch, name="feed_forward")))
-        return hooks
+        return [*hooks, last.register_forward_pre_hook(units)]
 
     def _rms_of_change(self, after_BLD: Tensor, before_BLD: Tensor) -> Tensor:
         return (after_BLD - before_BLD)[self.document_BL > 0].square().mean().sqrt()

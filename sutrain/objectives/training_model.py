@@ -43,12 +43,5 @@ class TrainingModel(MaskedLanguageModel):
         """
         if labels_BL is None or hidden_BL is None or document_BL is None:
             return super().forward(tokens_BL, document_BL, token_types_BL)
-
-        def logits(hidden_MD: Tensor) -> Tensor:
-            scores_MV = self.logits(hidden_MD)
-            if see is not None:
-                see(scores_MV)
-            return scores_MV
-
         encode = partial(super().forward, token_types_BL=token_types_BL)
-        return masked_lm_loss(encode, logits, tokens_BL, labels_BL, hidden_BL, document_BL)
+        return masked_lm_loss(encode, self.logits, tokens_BL, labels_BL, hidden_BL, document_BL, see)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sutrain.models import documents, processor
+from sutrain.models import documents, gates, processor
 from sutrain.models import encoder as encoder_module
 from sutrain.models.encoder import Encoder
 from sutrain.models.masked_lm import MaskedLanguageModel
@@ -258,6 +258,37 @@ def test_changing_what_follows_leaves_a_prefix_bit_identical():
         before, after = encoder(tokens, None, types), encoder(changed, None, types)
     assert torch.equal(before[:, :14], after[:, :14])
     assert not torch.equal(before[:, 14:], after[:, 14:])
+
+
+@pytest.mark.parametrize("way", ["rows", "apart", "hooked"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_hidden_vectors_of_some_positions_are_those_of_all(name, way, monkeypatch):
+    """Few, of which the last layer computes no more, or many; gradients too, and where all is computed again. Hooked:
+    somebody watches the map of a gated unit, so that it is left whole."""
+    monkeypatch.setattr(encoder_module, "worthwhile", lambda *_: way == "apart")
+    monkeypatch.setattr(gates, "AGAIN_FROM_TOKENS", 12)
+    if way == "apart":
+        monkeypatch.setattr(gates, "VALUES_AGAIN_FROM_TOKENS", 12)
+    model = randomised(VARIANTS[name], hidden_dropout=0.0, attention_dropout=0.0).train()
+    batch = torch.randint(5, 300, (2, 12)), torch.tensor([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
+    computed: list[int] = []
+    last = model.encoder.layers[-1].mixer.output
+    last.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[:2].numel()))
+    if way == "hooked" and model.config.gated:
+        model.encoder.layers[-1].mixer.input.register_forward_hook(lambda *_: None)
+    few, many = torch.tensor([0, 3, 4, 8, 12, 20]), batch[1].flatten().nonzero().squeeze(1)
+    for positions, again in ((few, 0), (many, 0), (few, 1), (few, 3)):
+        model.encoder.recompute_layers, model.encoder.recompute_together = again, max(again, 1)
+        found = []
+        for hidden in (model(*batch).flatten(0, 1)[positions], model(*batch, positions_M=positions)):
+            model.zero_grad()
+            hidden.square().sum().backward()
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            found.append([hidden, *gradients])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        assert (len(few) in computed) == (positions is few)
+        computed.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

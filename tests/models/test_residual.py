@@ -33,7 +33,9 @@ def test_each_rule_is_its_formula(kind):
     x, quarter = torch.randn(2, 5, 32), torch.tensor(0.25)
     scale = torch.tensor([0.125]) if kind == "rezero" else None
     # any two functions will do for norm and branch
-    found = Residual(config)(x, torch.tanh, torch.square, torch.float32, quarter, scale)
+    residual = Residual(config)
+    change = residual.enter(x, torch.tanh, torch.float32).square()
+    found = residual(x, change, torch.tanh, quarter, scale)
     expected = {
         "su_adam": torch.tanh(6**0.5 * x + x.square()),
         "ramp": torch.tanh(x + 0.25 * x.square()),
@@ -47,7 +49,7 @@ def test_each_rule_is_its_formula(kind):
 
 def test_dropout_falls_on_the_branch_alone():
     residual = Residual(replace(CONFIGS["roformer_v2"], hidden_dropout=0.5)).train()
-    found = residual(torch.ones(10_000), lambda x: x, torch.ones_like, torch.float32)
+    found = residual(torch.ones(10_000), torch.ones(10_000), torch.nn.Identity())
     assert set(found.tolist()) == {1.0, 3.0}
 
 

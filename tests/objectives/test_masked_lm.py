@@ -31,7 +31,7 @@ def gradients(model):
 def test_chunks_give_the_loss_and_gradients_of_the_whole_and_never_hold_all_scores(kind, monkeypatch):
     model = MaskedLanguageModel(replace(CONFIGS[kind], hidden_dropout=0.0, attention_dropout=0.0))
     found, widest = [], []
-    for chunk in (10_000, 7):
+    for chunk in (10_000, 16):
         monkeypatch.setattr(masked_lm, "CHUNK_POSITIONS", chunk)
         sizes = []
 
@@ -45,7 +45,7 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole_and_never_hold_all_scor
         found.append((loss, gradients(model)))
         widest.append(max(sizes))
     (whole, of_whole), (chunked, of_chunks) = found
-    assert widest[0] > 30 and widest[1] == 7
+    assert widest[0] > 30 and widest[1] == 16
     torch.testing.assert_close(chunked.loss_sum, whole.loss_sum)
     assert chunked.correct_hidden == whole.correct_hidden and chunked.hidden_tokens == whole.hidden_tokens
     for name, gradient in of_whole.items():
@@ -53,7 +53,7 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole_and_never_hold_all_scor
 
 
 def test_it_is_the_sum_over_predicted_positions(monkeypatch):
-    monkeypatch.setattr(masked_lm, "CHUNK_POSITIONS", 5)
+    monkeypatch.setattr(masked_lm, "CHUNK_POSITIONS", 16)
     model = MaskedLanguageModel(CONFIGS["roformer_v2"]).eval()
     inputs, labels, hidden, documents = batch(0.3)
     with torch.no_grad():
@@ -64,6 +64,46 @@ def test_it_is_the_sum_over_predicted_positions(monkeypatch):
         found.loss_sum, F.cross_entropy(scores[chosen], labels[chosen], reduction="sum")
     )
     assert found.correct_hidden == (scores.argmax(-1) == labels)[chosen].sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_scores_have_the_loss_guesses_and_gradient_of_cross_entropy(dtype, monkeypatch):
+    """Of the first positions, which have labels; the others count for nothing."""
+    monkeypatch.setattr(masked_lm, "BLOCK_SCORES", 3 * 300)  # three positions
+    scores = (3 * torch.randn(12, 300)).to(dtype)
+    labels = scores.argmax(-1)[:10]
+    labels[::2] = torch.randint(300, (5,))
+    scores[1, labels[1] + 1 :] = scores[1, labels[1]]  # the first of several that are best is the guess
+    scores[3, 0] = scores[3, labels[3]]
+    found, wide = scores.clone().requires_grad_(), scores.float().requires_grad_()
+    loss, right = masked_lm._Score.apply(found, labels)
+    (loss / 7).backward()
+    expected = F.cross_entropy(wide[:10], labels, reduction="sum")
+    (expected / 7).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found.grad, wide.grad.to(dtype))
+    assert (
+        torch.equal(right, scores[:10].argmax(-1) == labels) and right[1] and not right[3] and right.sum() > 2
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_positions_are_asked_for_by_whole_steps_and_seen_without_what_fills_these(share):
+    model, asked, seen = MaskedLanguageModel(CONFIGS["roformer_v2"]).eval(), [], []
+
+    def encode(tokens, documents, positions_M):
+        asked.append(positions_M)
+        return model(tokens, documents, positions_M=positions_M)
+
+    with torch.no_grad():
+        masked_lm_loss(encode, model.logits, *batch(share), seen.append)
+        everywhere = model.logits(model(batch(share)[0], batch(share)[3])).flatten(0, 1)
+    predicted = batch(share)[2].flatten().nonzero().squeeze(1)
+    count = len(predicted)
+    assert torch.equal(asked[0][:count], predicted) and (count % masked_lm.POSITION_STEP > 0) == (share > 0)
+    assert len(asked[0]) % masked_lm.POSITION_STEP == 0 and len(asked[0]) - count < masked_lm.POSITION_STEP
+    assert set(asked[0].tolist()) == set(predicted.tolist())
+    torch.testing.assert_close(torch.cat(seen), everywhere[predicted], atol=1e-5, rtol=1e-4)
 
 
 class NothingRead(TorchDispatchMode):
@@ -78,7 +118,9 @@ def test_the_host_reads_no_number_between_forward_and_backward():
     embedding = torch.nn.Embedding(300, 16)
     with NothingRead():
         loss = masked_lm_loss(
-            lambda tokens, _: embedding(tokens), lambda hidden: hidden @ embedding.weight.T, *batch(0.3)
+            lambda tokens, _, positions_M: embedding(tokens.flatten()[positions_M]),
+            lambda hidden: hidden @ embedding.weight.T,
+            *batch(0.3),
         )
         loss.loss_sum.backward()
     assert loss.hidden_tokens == batch(0.3)[2].sum() and embedding.weight.grad.any()
@@ -86,7 +128,7 @@ def test_the_host_reads_no_number_between_forward_and_backward():
 
 def test_chunks_replay_their_dropout(monkeypatch):
     """What is computed again in the backward pass must be what was computed: the loss is linear in the last bias."""
-    monkeypatch.setattr(masked_lm, "CHUNK_POSITIONS", 5)
+    monkeypatch.setattr(masked_lm, "CHUNK_POSITIONS", 16)
     model = MaskedLanguageModel(replace(CONFIGS["roformer_v2"], hidden_dropout=0.5)).train()
     drawn = []
 
