@@ -87,7 +87,8 @@ def rows_apart(shape: str, mixer: str, layout: str, length: int, rounds: int) ->
         def run() -> None:
             contender.model.zero_grad()
             with mock.patch.object(encoder_module, "worthwhile", lambda *_: apart):
-                contender.trunk(batch).sum().backward()
+                # Of all tokens, as layers are that are not the last.
+                contender.model(batch.tokens_BL, batch.document_BL).sum().backward()
 
         return run
 

@@ -7,7 +7,8 @@
 
 Weights are bf16, dropout is off, a step is forward, masked language modelling loss, backward and an update of torch's
 fused AdamW (the same for all). The trunk's time is measured within the step: the graph is cut between trunk and head,
-so that the trunk's forward and backward have a clock of their own. Contenders take turns, step by step in a random
+so that the trunk's forward and backward have a clock of their own
+(ours ends at the predicted positions, as in training). Contenders take turns, step by step in a random
 order; a ratio is the median over rounds of one ÷ the other in the same round, with the 95 % interval of 10,000
 bootstrap samples. Tokens/s count real tokens, no padding. Memory is what a step needs on top of weights and
 optimizer: the bytes of all tensors where they are most; beside it, on a CPU, by how much the process's resident memory

@@ -53,6 +53,7 @@ class MultiHeadAttention(nn.Module):
 
         What is behind attention stands there, since a compiler that leaves a layer for attention makes one program of
         all that is left to do in a function; in one place with what the layer does next, that is one program fewer.
+        The choice of tokens is for gated units, whose gate needs no others; here it is made in `finish` alone.
         """
         query_BHLK, key_BHLK = self.query_key(x_BLD, visible)
         value_BHLE = self._heads(self.value(x_BLD)).transpose(1, 2)

@@ -175,7 +175,7 @@ class Encoder(nn.Module):
         x_BLD = _in_rows(x_BLD, documents, len(document_BL))
         if layer_outputs is not None:
             layer_outputs.append(x_BLD)
-        return x_BLD if positions_M is None else x_BLD.flatten(0, 1)[positions_M]
+        return x_BLD if positions_M is None else choose(x_BLD, positions_M).squeeze(0)
 
     def _run(
         self, x_BLD: Tensor, visible: Visibility, start: int, end: int, chosen_M: Tensor | None

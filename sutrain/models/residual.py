@@ -32,7 +32,9 @@ class Residual(nn.Module):
 
     def enter(self, x_BLD: Tensor, norm: nn.Module, dtype: torch.dtype) -> Tensor:
         """What the branch is fed; [B, L, D] in `dtype`."""
-        return (norm(x_BLD) if self.pre else x_BLD).to(dtype)
+        entered_BLD = norm(x_BLD) if self.pre else x_BLD
+        # No cast where there is none: by itself ahead of the branch, compilers make a program of it.
+        return entered_BLD if entered_BLD.dtype == dtype else entered_BLD.to(dtype)
 
     def forward(
         self,
